@@ -1,0 +1,26 @@
+"""The Private-Shared Disentangled Multimodal VAE: a model, its training and its search on incomplete data.
+
+The public names are resolved on first use, so that importing a part of the package loads only what it needs.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dmvae.batch import Batch as Batch
+    from dmvae.config.model import DMVAEConfig as DMVAEConfig
+    from dmvae.model import DMVAE as DMVAE
+
+_HOMES = {"Batch": "dmvae.batch", "DMVAE": "dmvae.model", "DMVAEConfig": "dmvae.config.model"}
+
+__all__ = ["DMVAE", "Batch", "DMVAEConfig"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'dmvae' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

@@ -1,0 +1,127 @@
+"""A training state on disk: a model's folder, the optimiser's moments, where training stood, and their checksums.
+
+Nothing here is a pickle: tensors are safetensors, the rest is JSON.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from dmvae.model import MODEL_CONFIG, MODEL_WEIGHTS
+from dmvae.objective import TermSums
+from dmvae.training import Position, TrainState
+
+RUN_CONFIG = "run.json"
+_OPTIMIZER = "optimizer.safetensors"
+_STATE = "state.json"
+_CHECKSUMS = "checksums.json"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is not whole, or does not belong to what asks for it."""
+
+
+def save(state: TrainState, run: dict[str, Any], folder: Path) -> None:
+    """Write a checkpoint into an empty folder; it counts as one from the moment its last file is there.
+
+    Args:
+        state: of the run.
+        run: the resolved configuration with the dataset's fingerprint, as `run.json` keeps it.
+        folder: made if need be.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    state.model.save(folder)
+    save_file(_moments(state), folder / _OPTIMIZER)
+    (folder / RUN_CONFIG).write_text(json.dumps(run, indent=2) + "\n")
+    (folder / _STATE).write_text(json.dumps(_counters(state), indent=2) + "\n")
+    names = (MODEL_CONFIG, MODEL_WEIGHTS, _OPTIMIZER, RUN_CONFIG, _STATE)
+    for name in names:
+        _flush(folder / name)
+    (folder / _CHECKSUMS).write_text(json.dumps({name: _sha256(folder / name) for name in names}, indent=2) + "\n")
+    _flush(folder / _CHECKSUMS)
+
+
+def load(state: TrainState, folder: Path) -> None:
+    """Bring a state of the same run back to where the checkpoint was written.
+
+    Raises:
+        CheckpointError: if the folder is not a whole checkpoint, or one of another model.
+    """
+    verify(folder)
+    weights = load_file(folder / MODEL_WEIGHTS)
+    own = {name: tensor.shape for name, tensor in state.model.state_dict().items()}
+    differing = sorted(
+        name for name in own.keys() | weights.keys() if name not in weights or own.get(name) != weights[name].shape
+    )
+    if differing:
+        raise CheckpointError(f"{folder} is a checkpoint of another model; they differ in {differing[:5]}.")
+    state.model.load_state_dict(weights)
+    counters = json.loads((folder / _STATE).read_text())
+    _restore_moments(state, load_file(folder / _OPTIMIZER))
+    state.position = Position(**counters["position"])
+    state.best, state.epochs_since_best = counters["best"], counters["epochs_since_best"]
+    state.halvings = counters["halvings"]
+    window = torch.tensor(counters["window"], dtype=torch.float64, device=state.model.device)
+    state.window = TermSums(state.window.names, window[0], window[1])
+
+
+def verify(folder: Path) -> None:
+    """Check that a checkpoint is whole.
+
+    Raises:
+        CheckpointError: naming the file that is missing or altered.
+    """
+    if not (folder / _CHECKSUMS).is_file():
+        raise CheckpointError(f"a checkpoint has {_CHECKSUMS}, written last; {folder} has none. It was cut off.")
+    try:
+        checksums = json.loads((folder / _CHECKSUMS).read_text())
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{folder / _CHECKSUMS} is not JSON ({error}). It was cut off or altered.") from None
+    for name, expected in checksums.items():
+        if not (folder / name).is_file() or _sha256(folder / name) != expected:
+            raise CheckpointError(f"{folder / name} is not what was written (its checksum differs). It was altered.")
+
+
+def _counters(state: TrainState) -> dict[str, Any]:
+    return {
+        "position": {"epoch": state.position.epoch, "step": state.position.step},
+        "best": state.best,
+        "epochs_since_best": state.epochs_since_best,
+        "halvings": state.halvings,
+        "window": [state.window.total.tolist(), state.window.count.tolist()],
+    }
+
+
+def _moments(state: TrainState) -> dict[str, torch.Tensor]:
+    """Name the optimiser's tensors after the parameters: `NAME/exp_avg`."""
+    names = {parameter: name for name, parameter in state.model.named_parameters()}
+    return {
+        f"{names[parameter]}/{key}": value.detach().cpu().contiguous()
+        for parameter, moments in state.optimizer.state.items()
+        for key, value in moments.items()
+    }
+
+
+def _restore_moments(state: TrainState, tensors: dict[str, torch.Tensor]) -> None:
+    parameters = dict(state.model.named_parameters())
+    for name, value in tensors.items():
+        parameter, _, key = name.rpartition("/")
+        # Adam counts its steps in float32 whatever the weights are
+        target = parameters[parameter]
+        moved = value.to(target.device) if key == "step" else value.to(target.device, target.dtype)
+        state.optimizer.state[target][key] = moved
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

@@ -1,0 +1,227 @@
+"""The command line: a TOML file, laid over by flags, becomes a validated configuration, and a verb runs it.
+
+The `dmvae` console command and the files in `jobs/` both end here. Nothing heavy is imported before a verb runs.
+"""
+
+import io
+import os
+import sys
+import tomllib
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from dmvae.config.section import Section
+
+S = TypeVar("S", bound=Section)
+
+
+class CommandError(Exception):
+    """What a person did that cannot be done, and the remedy: printed without a traceback."""
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One command: what it does in a line, its configuration, and the function that runs it."""
+
+    summary: str
+    config: Callable[[], type[Section]]
+    run: Callable[[Any], None]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `dmvae VERB CONFIG.toml [--flags]`; return the exit code."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: dmvae VERB CONFIG.toml [--flags]\n")
+        for name, verb in VERBS.items():
+            print(f"  {name:<10} {verb.summary}")
+        print("\ndmvae VERB --help lists a verb's settings.")
+        return 0 if argv else 2
+    if argv[0] not in VERBS:
+        print(f"error: a verb is one of {', '.join(VERBS)}; got {argv[0]!r}.", file=sys.stderr)
+        return 2
+    return run_verb(argv[0], argv[1:])
+
+
+def run_verb(name: str, argv: Sequence[str] | None = None) -> int:
+    """Run one verb with the rest of a command line; return the exit code: 0, 1 for what went wrong, 2 for bad usage."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        try:
+            config = parse(VERBS[name].config(), f"dmvae {name}", VERBS[name].summary, argv)
+        except CommandError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        VERBS[name].run(config)
+    except BrokenPipeError:  # the reader of our output has gone, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (CommandError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parse(config: type[S], prog: str, summary: str, argv: Sequence[str]) -> S:
+    """Read `CONFIG.toml`, lay the flags over it and validate.
+
+    Raises:
+        CommandError: naming the file or flag, the key, the value and the law that it breaks.
+        SystemExit: after `--help`, or for a flag that does not exist.
+    """
+    import tyro
+
+    file = Path(argv[0]) if argv and not argv[0].startswith("-") else None
+    default = None if file is None else read_toml(config, file)
+    usage = f"{summary}\n\nusage: {prog} CONFIG.toml [--flags]; a flag goes before the file's setting."
+    rest, messages = list(argv[file is not None :]), io.StringIO()
+    try:
+        with redirect_stderr(messages):
+            return tyro.cli(config, prog=prog, description=usage, args=rest, default=default)
+    except SystemExit as stop:
+        fault = stop.__context__
+        while fault is not None and not isinstance(fault, ValidationError):
+            fault = fault.__context__
+        if fault is not None:  # tyro would print pydantic's words in a frame
+            raise CommandError(explain(fault, "command line", config)) from None
+        sys.stderr.write(messages.getvalue())
+        raise
+
+
+def read_toml(config: type[S], file: Path) -> S:
+    """Read and validate one TOML file.
+
+    Raises:
+        CommandError: if it is not there, is not TOML, or breaks a law of the configuration.
+    """
+    try:
+        return config.model_validate(tomllib.loads(file.read_text()))
+    except FileNotFoundError:
+        raise CommandError(f"{file}: there is no such file.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise CommandError(f"{file}: not TOML: {error}.") from None
+    except ValidationError as error:
+        raise CommandError(explain(error, str(file), config)) from None
+
+
+def explain(error: ValidationError, where: str, config: type[BaseModel]) -> str:
+    """Write a validation error as one line per fault: place, key, law, value, and what was probably meant."""
+    lines = []
+    for fault in error.errors(include_url=False):
+        key = ".".join(str(part) for part in fault["loc"] if not str(part).startswith(("function-", "dict[")))
+        message = fault["msg"].removeprefix("Value error, ")
+        if fault["type"] == "extra_forbidden":
+            message = f"there is no such setting{_meant(config, fault['loc'])}"
+        elif fault["type"] == "missing":
+            message = "this setting is required"
+        elif fault["type"] != "value_error":
+            message += f"; got {fault['input']!r}"
+        lines.append(f"{where}: {key + ': ' if key else ''}{message}")
+    return "\n".join(lines)
+
+
+def _meant(config: type[BaseModel], location: tuple[int | str, ...]) -> str:
+    section: Any = config
+    for part in location[:-1]:
+        field = section.model_fields.get(str(part)) if hasattr(section, "model_fields") else None
+        section = None if field is None else field.annotation
+    fields = list(section.model_fields) if hasattr(section, "model_fields") else []
+    close = get_close_matches(str(location[-1]), fields, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f" (known: {', '.join(fields)})" if fields else ""
+
+
+def _prepare_config() -> type[Section]:
+    from dmvae.config.data import PrepareConfig
+
+    return PrepareConfig
+
+
+def _train_config() -> type[Section]:
+    from dmvae.config.training import TrainConfig
+
+    return TrainConfig
+
+
+def _evaluate_config() -> type[Section]:
+    from dmvae.config.evaluation import EvaluateConfig
+
+    return EvaluateConfig
+
+
+def _sync_config() -> type[Section]:
+    from dmvae.config.tracking import SyncConfig
+
+    return SyncConfig
+
+
+def _prepare(config: Any) -> None:
+    from dmvae.data.prepare import prepare
+
+    folder = prepare(config, progress=_say)
+    _say(f"next      python -m jobs.train CONFIG.toml --data.dataset {folder}")
+
+
+def _train(config: Any) -> None:
+    from dmvae.platform.lane import TrackingError
+    from dmvae.platform.trainer import RunError, train_run
+
+    try:
+        summary = train_run(config, progress=_say)
+    except (RunError, TrackingError) as error:
+        raise CommandError(str(error)) from None
+    if summary.was_finished:
+        _say("this run is finished; raise training.epochs to train it further, or choose another name")
+    for name, value in summary.metrics.items():
+        _say(f"{name:<24} {value:.4f}")
+    _say(f"best checkpoint          {summary.run_dir / 'best'}")
+    _say(f"last checkpoint          {summary.run_dir / 'last'}")
+    _say(f"MLflow run               {summary.run_id} of experiment {config.tracking.experiment}")
+    if summary.tracking_uri.startswith("sqlite:"):
+        _say(f"look at it               mlflow ui --backend-store-uri {summary.tracking_uri}")
+    _say(
+        f"next                     python -m jobs.evaluate --model {summary.run_dir / 'best'} "
+        f"--dataset {config.data.dataset}"
+    )
+
+
+def _evaluate(config: Any) -> None:
+    from dmvae.platform.evaluation import evaluate
+
+    result = evaluate(config, progress=_say)
+    for name, value in result.items():
+        _say(f"{name:<24} {value:.4f}")
+
+
+def _sync(config: Any) -> None:
+    from dmvae.platform.tracking import sync
+
+    results = sync(Path(config.folder))
+    for result in results:
+        _say(f"{result.spool_dir}: {result.state}, {result.lines} lines brought in {result.message}".rstrip())
+    if not results:
+        _say(f"no spool under {config.folder}")
+    if any(result.state == "unreachable" for result in results):
+        raise CommandError(
+            "MLflow could not be reached for every run; the same command goes on where this one stopped."
+        )
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+VERBS: dict[str, Verb] = {
+    "prepare": Verb("Convert incomplete multimodal data into a dataset of Arrow shards.", _prepare_config, _prepare),
+    "train": Verb("Train a DMVAE with Ray Train workers; the same command resumes.", _train_config, _train),
+    "evaluate": Verb("Estimate the negative log-likelihood of a split under a model.", _evaluate_config, _evaluate),
+    "sync": Verb("Bring records into MLflow that it missed while it was away.", _sync_config, _sync),
+}

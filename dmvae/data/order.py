@@ -1,0 +1,221 @@
+"""The order of an epoch's rows: a function of (seed, epoch, step), the same for any number of workers.
+
+Rows are read where they lie, in record batches; nothing of the size of the dataset is ever shuffled or held.
+
+1. The record batches are permuted and laid in a line, which is cut into `streams` streams; a cut may pass through a
+   record batch, and the pieces of a stream are permuted.
+2. A stream is divided into windows of whole pieces, about `window_rows` rows long, and each window's rows are permuted.
+3. Batch t takes the next rows of every stream, as equal a number of each as can be; its positions belong to the streams
+   in contiguous slices, so that workers that divide the batch read few record batches in common.
+
+The place in the line of a (step, position) has a closed form, so a run resumes anywhere without replay. The hash is the
+SplitMix64 finaliser (Steele, Lea and Flood 2014), and permutations sort hashes that hold their index in the low bits:
+nothing here changes with the release of a library.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int64
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+_Hashes = np.ndarray[Any, np.dtype[np.uint64]]
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _mix(x: _Hashes) -> _Hashes:
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _key(*parts: int) -> _Hashes:
+    """Hash integers, in order, into an array of one key (an array, since numpy's scalars warn when they wrap)."""
+    key = np.zeros(1, dtype=np.uint64)
+    for part in parts:
+        key = _mix((key + _GOLDEN) ^ _mix(np.array([part % 2**64], dtype=np.uint64) + _GOLDEN))
+    return key
+
+
+def _hashes(num: int, key: _Hashes) -> _Hashes:
+    return _mix(key + _GOLDEN * np.arange(1, num + 1, dtype=np.uint64))
+
+
+def permutation(num: int, key: _Hashes) -> Int64[np.ndarray, " {num}"]:
+    """Permute 0..num-1 as `key` says."""
+    low = np.uint64((1 << max(num - 1, 0).bit_length()) - 1)
+    tagged = (_hashes(num, key) & ~low) | np.arange(num, dtype=np.uint64)
+    tagged.sort()
+    return (tagged & low).astype(np.int64)
+
+
+@dataclass
+class _Plan:
+    """One epoch's line of pieces: where each begins in the line, which row it begins with, where windows begin."""
+
+    epoch: int
+    place: Int64[np.ndarray, " piece_or_end"]
+    row: Int64[np.ndarray, " piece"]
+    window_piece: Int64[np.ndarray, " window_or_end"]
+    window_place: Int64[np.ndarray, " window_or_end"]
+    cache: dict[int, Array] = field(default_factory=dict)
+
+
+class EpochOrder:
+    """Which rows of a split make up each global batch.
+
+    Every epoch has every row exactly once; all batches have `batch_size` rows but the last, which has what is left.
+    Not for several threads at once.
+
+    Args:
+        record_batch_rows: rows of the split's record batches, in order.
+        seed: with the epoch and the settings here, decides the order.
+        batch_size: rows of a global batch, of all workers together.
+        streams: None: 64, or the batch size if that is smaller.
+        window_rows: None: rows that keep the variance of label counts within 1.5 times a full shuffle's, even if
+            the rows were written sorted.
+
+    Raises:
+        ValueError: if there is no row, or a setting is out of range.
+    """
+
+    def __init__(
+        self,
+        record_batch_rows: Sequence[int] | Array,
+        *,
+        seed: int,
+        batch_size: int,
+        streams: int | None = None,
+        window_rows: int | None = None,
+    ) -> None:
+        self._group_rows = np.asarray(record_batch_rows, dtype=np.int64).reshape(-1)
+        self._group_rows = self._group_rows[self._group_rows > 0]
+        if not len(self._group_rows):
+            raise ValueError("an order needs at least one row; got none. Choose a split that has rows.")
+        if batch_size < 1:
+            raise ValueError(f"a batch has at least one row; got batch_size={batch_size}.")
+        self.seed, self.batch_size = seed, batch_size
+        self.streams = min(64, batch_size) if streams is None else streams
+        if not 1 <= self.streams <= batch_size:
+            raise ValueError(
+                f"every stream gives at least one row to a batch; got streams={streams}, batch_size={batch_size}. "
+                f"Choose fewer streams, or leave the setting out."
+            )
+        spread = max(4, -(-2 * batch_size // self.streams))
+        self.window_rows = int(self._group_rows.max()) * spread if window_rows is None else window_rows
+        if self.window_rows < 1:
+            raise ValueError(f"a window has at least one row; got window_rows={window_rows}.")
+        self.num_rows = int(self._group_rows.sum())
+        self.num_batches = -(-self.num_rows // batch_size)
+        self._last = self.num_rows - (self.num_batches - 1) * batch_size
+        self._group_start = np.concatenate(([0], np.cumsum(self._group_rows)))
+        # stream c fills the places [cut[c], cut[c + 1]) of the line: as many as it gives to all batches together
+        self._cut = self._before(np.arange(self.streams + 1), self.num_batches)
+        self._plan: _Plan | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256, in hexadecimal, of everything that defines the order: a resumed run must find the same."""
+        settings = {
+            "version": 1,
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "streams": self.streams,
+            "window_rows": self.window_rows,
+            "record_batch_rows": hashlib.sha256(self._group_rows.astype("<i8").tobytes()).hexdigest(),
+        }
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+    def batch_size_of(self, step: int) -> int:
+        """Return the rows of global batch `step`."""
+        if not 0 <= step < self.num_batches:
+            raise ValueError(f"an epoch has steps 0 to {self.num_batches - 1}; got step={step}.")
+        return self._last if step == self.num_batches - 1 else self.batch_size
+
+    def worker_slice(self, step: int, rank: int, world_size: int) -> tuple[int, int]:
+        """Return the positions [start, stop) of batch `step` that a worker takes.
+
+        Workers' shares differ by at most one row; with more workers than rows, some have none.
+        """
+        if not 0 <= rank < world_size:
+            raise ValueError(f"a rank is at least 0 and less than the number of workers; got {rank} of {world_size}.")
+        rows = self.batch_size_of(step)
+        return rank * rows // world_size, (rank + 1) * rows // world_size
+
+    def rows(self, epoch: int, step: int, start: int = 0, stop: int | None = None) -> Int64[np.ndarray, " row"]:
+        """Return which rows of the split stand at positions [start, stop) of global batch `step` of `epoch`."""
+        return self.rows_of(epoch, [(step, start, self.batch_size_of(step) if stop is None else stop)])
+
+    def rows_of(self, epoch: int, slices: Sequence[tuple[int, int, int]]) -> Int64[np.ndarray, " row"]:
+        """Return the rows of several `(step, start, stop)`, one after another."""
+        if self._plan is None or self._plan.epoch != epoch:
+            self._plan = self._make_plan(epoch)
+        places = [self._places(step, start, stop) for step, start, stop in slices]
+        return self._resolve(self._plan, np.concatenate(places) if places else np.empty(0, dtype=np.int64))
+
+    def _before(self, stream: Array, step: int) -> Array:
+        """Return how many rows the streams below `stream` give to the batches before `step`."""
+        full = min(step, self.num_batches - 1)
+        edge = stream * self.batch_size // self.streams
+        return np.asarray(full * edge + (step - full) * (stream * self._last // self.streams))
+
+    def _places(self, step: int, start: int, stop: int) -> Int64[np.ndarray, " row"]:
+        """Return the places in the line of positions [start, stop) of batch `step`."""
+        rows = self.batch_size_of(step)
+        if not 0 <= start <= stop <= rows:
+            raise ValueError(f"positions lie within the batch's {rows} rows; got {start}:{stop} of step {step}.")
+        stream = np.arange(self.streams + 1)
+        edge = stream * rows // self.streams
+        given = self._before(stream, step)
+        position = np.arange(start, stop)
+        owner = np.searchsorted(edge, position, side="right") - 1
+        return (self._cut[:-1] + np.diff(given) - edge[:-1])[owner] + position
+
+    def _make_plan(self, epoch: int) -> _Plan:
+        order = permutation(len(self._group_rows), _key(self.seed, epoch, 1))
+        end = np.cumsum(self._group_rows[order])
+        # pieces: record batches in the permuted line, cut where a stream begins
+        place = np.unique(np.concatenate(([0], end[:-1], self._cut[:-1][self._cut[:-1] < self.num_rows])))
+        group = np.searchsorted(end, place, side="right")
+        row = self._group_start[order[group]] + place - (end - self._group_rows[order])[group]
+        length = np.diff(np.append(place, self.num_rows))
+        stream = np.searchsorted(self._cut, place, side="right") - 1
+        shuffled = np.lexsort((_hashes(len(place), _key(self.seed, epoch, 2)), stream))
+        row, length, stream = row[shuffled], length[shuffled], stream[shuffled]
+        place = np.concatenate(([0], np.cumsum(length)))
+        # windows are staggered over the streams, so that they do not all open a new one at the same step
+        offset = place[:-1] - self._cut[stream] + stream * self.window_rows // self.streams
+        window = offset // self.window_rows
+        opens = np.flatnonzero(np.diff(window, prepend=-1) | np.diff(stream, prepend=-1))
+        window_piece = np.append(opens, len(row))
+        return _Plan(epoch, place, row, window_piece, place[window_piece])
+
+    def _resolve(self, plan: _Plan, places: Int64[np.ndarray, " row"]) -> Int64[np.ndarray, " row"]:
+        rows = np.empty_like(places)
+        window = np.searchsorted(plan.window_place, places, side="right") - 1
+        by_window = np.argsort(window, kind="stable")
+        bounds = np.flatnonzero(np.diff(window[by_window], prepend=-1, append=-1))
+        for low, high in pairwise(bounds):
+            index = by_window[low:high]
+            number = int(window[index[0]])
+            rows[index] = self._window(plan, number)[places[index] - plan.window_place[number]]
+        return rows
+
+    def _window(self, plan: _Plan, number: int) -> Int64[np.ndarray, " row"]:
+        """Return the rows of a window in their order, from a cache that holds about two windows a stream."""
+        if number not in plan.cache:
+            while len(plan.cache) >= 2 * self.streams:
+                plan.cache.pop(next(iter(plan.cache)))
+            pieces = slice(plan.window_piece[number], plan.window_piece[number + 1])
+            start = plan.window_place[number]
+            length = np.diff(plan.place[pieces.start : pieces.stop + 1])
+            first = plan.row[pieces] - (plan.place[pieces] - start)
+            rows = np.repeat(first, length) + np.arange(length.sum())
+            plan.cache[number] = rows[permutation(len(rows), _key(self.seed, plan.epoch, 3, int(start)))]
+        return plan.cache[number]

@@ -1,0 +1,99 @@
+"""Rows in memory as numpy arrays: what a source gives and a writer takes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from dmvae.config.section import check_modality_name
+from dmvae.data.error import DatasetError
+from dmvae.data.schema import ARROW_TYPES, Columns, TensorColumn
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Rows of several modalities.
+
+    Attributes:
+        ids: `(rows,)`, int64 or strings.
+        data: `(rows, *shape)` per modality, of a type that shards store. The value of a missing slot is never read.
+        present: boolean `(rows,)` per modality, true where the row has it.
+        labels: int64 `(rows,)`, negative where there is none; None without labels.
+        splits: `(rows,)` strings, the split of each row; None where the source has no splits of its own.
+
+    Raises:
+        DatasetError: if the arrays do not fit together or are of a type that shards do not store.
+    """
+
+    ids: Array
+    data: Mapping[str, Array]
+    present: Mapping[str, Array]
+    labels: Array | None = None
+    splits: Array | None = None
+
+    def __post_init__(self) -> None:
+        if self.ids.dtype != np.int64 and self.ids.dtype.kind != "U":
+            raise DatasetError(f"ids are int64 or strings; got {self.ids.dtype}. Cast them.")
+        if not self.data:
+            raise DatasetError("rows have at least one modality; got none. Add an array.")
+        if self.present.keys() != self.data.keys():
+            raise DatasetError(f"every modality has a mask; got {list(self.present)} for {list(self.data)}.")
+        lengths = {name: len(values) for name, values in self.data.items()}
+        lengths |= {f"mask.{name}": len(mask) for name, mask in self.present.items()}
+        lengths |= {name: len(p) for name, p in (("label", self.labels), ("split", self.splits)) if p is not None}
+        if set(lengths.values()) != {len(self.ids)}:
+            raise DatasetError(f"all arrays have the same number of rows; got id: {len(self.ids)}, {lengths}.")
+        for name, values in self.data.items():
+            _check_values(name, values)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def take(self, index: Array | slice) -> "Rows":
+        """Return the rows that `index` selects: numbers, a slice or booleans."""
+        return Rows(
+            ids=self.ids[index],
+            data={name: values[index] for name, values in self.data.items()},
+            present={name: mask[index] for name, mask in self.present.items()},
+            labels=None if self.labels is None else self.labels[index],
+            splits=None if self.splits is None else self.splits[index],
+        )
+
+    @property
+    def columns(self) -> Columns:
+        """The columns that a shard of these rows has."""
+        modalities = {name: TensorColumn(values.shape[1:], values.dtype.name) for name, values in self.data.items()}
+        return Columns("int64" if self.ids.dtype == np.int64 else "string", self.labels is not None, modalities)
+
+    def record_batch(self, schema: pa.Schema) -> pa.RecordBatch:
+        """Return the rows as Arrow; missing slots are null, and zero underneath so that files are reproducible."""
+        arrays = [pa.array(self.ids.tolist() if self.ids.dtype.kind == "U" else self.ids, schema.field("id").type)]
+        for name, column in self.columns.modalities.items():
+            mask = self.present[name]
+            values = self.data[name].reshape(len(self), column.size)
+            if not mask.all():
+                values = np.where(mask[:, None], values, np.zeros((), values.dtype))
+            flat = pa.array(np.ascontiguousarray(values).reshape(-1))
+            missing = None if mask.all() else pa.array(~mask)
+            lists = pa.FixedSizeListArray.from_arrays(flat, column.size, mask=missing)
+            arrays.append(pa.ExtensionArray.from_storage(column.arrow_type, lists))
+        if self.labels is not None:
+            arrays.append(pa.array(self.labels, pa.int64(), mask=self.labels < 0))
+        return pa.record_batch(arrays, schema=schema)
+
+
+def _check_values(name: str, values: Array) -> None:
+    try:
+        check_modality_name(name)
+    except ValueError as error:
+        raise DatasetError(str(error)) from error
+    if values.dtype.name not in ARROW_TYPES:
+        raise DatasetError(
+            f"a modality's elements are {', '.join(ARROW_TYPES)}; got {values.dtype} for {name!r}. Cast them."
+        )
+    if values.ndim < 2 or 0 in values.shape[1:]:
+        raise DatasetError(f"a modality is (rows, *shape); got {values.shape} for {name!r}. Reshape it to (rows, 1).")

@@ -1,0 +1,136 @@
+"""One memory-mapped Arrow file: rows gathered by their byte offset, without a loop over rows or record batches."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.ipc
+from jaxtyping import Bool, Int64
+
+from dmvae.data.error import DatasetError
+from dmvae.data.schema import Columns, read_columns
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+def open_reader(path: Path) -> tuple[pa.ipc.RecordBatchFileReader, pa.Buffer]:
+    """Map `path` and return a reader and the buffer that is the whole file.
+
+    Raises:
+        DatasetError: if it is not an Arrow IPC file.
+    """
+    try:
+        with pa.memory_map(str(path)) as source:
+            buffer = source.read_buffer(source.size())
+        return pa.ipc.open_file(buffer), buffer
+    except (pa.ArrowException, OSError) as error:
+        raise DatasetError(
+            f"{path}: a shard is an Arrow IPC file (not a stream, not Feather v1); got: {error}. Copy it again from "
+            f"where it came, or make the dataset again."
+        ) from error
+
+
+@dataclass(frozen=True)
+class _Column:
+    """Where the record batches of a column begin in the file: byte offsets of values and validity, -1: no null."""
+
+    row_bytes: int
+    values: Int64[np.ndarray, " group"]
+    validity: Int64[np.ndarray, " group"]
+
+
+class MappedShard:
+    """The rows of one file, by position.
+
+    Raises:
+        DatasetError: if the file is no shard, is compressed, or its record batches are not all of one size
+            (the last may be shorter).
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        reader, self._buffer = open_reader(path)
+        self.columns: Columns = read_columns(reader.schema, str(path))
+        try:
+            batches = [reader.get_batch(index) for index in range(reader.num_record_batches)]
+        except (pa.ArrowException, OSError) as error:
+            raise DatasetError(f"{path}: a shard can be read; got: {error}. Copy it again.") from error
+        sizes = np.array([batch.num_rows for batch in batches], dtype=np.int64)
+        self.rows = int(sizes.sum())
+        self.record_batch_rows = int(sizes[0]) if len(sizes) else 1
+        self._check_sizes(sizes)
+        self._bytes = np.frombuffer(self._buffer, dtype=np.uint8)
+        self._ids = pa.chunked_array([batch.column("id") for batch in batches], reader.schema.field("id").type)
+        row_bytes = {name: column.row_bytes for name, column in self.columns.modalities.items()}
+        row_bytes |= {"id": 8} if self.columns.id_type == "int64" else {}
+        row_bytes |= {"label": 8} if self.columns.has_label else {}
+        self._columns = {
+            name: self._locate([batch.column(name) for batch in batches], name, size)
+            for name, size in row_bytes.items()
+        }
+
+    def gather(self, name: str, rows: Int64[np.ndarray, " row"]) -> Array:
+        """Copy the values of a column, `(rows, *shape)`; what stands in a missing slot is undefined."""
+        column = self._columns[name]
+        group, place = np.divmod(rows, self.record_batch_rows)
+        values = self._take(column.values[group] + place * column.row_bytes, column.row_bytes)
+        if name not in self.columns.modalities:
+            return values.view(np.int64)
+        tensor = self.columns.modalities[name]
+        return values.view(tensor.dtype).reshape(len(rows), *tensor.shape)
+
+    def present(self, name: str, rows: Int64[np.ndarray, " row"]) -> Bool[np.ndarray, " row"]:
+        """Return which of `rows` have a value in column `name`."""
+        validity = self._columns[name].validity
+        if not len(validity) or validity.max() < 0:
+            return np.ones(len(rows), dtype=bool)
+        group, place = np.divmod(rows, self.record_batch_rows)
+        start = validity[group]
+        bits = self._bytes[np.where(start < 0, 0, start + (place >> 3))] >> (place & 7).astype(np.uint8)
+        return np.asarray((start < 0) | ((bits & 1) == 1))
+
+    def ids(self, rows: Int64[np.ndarray, " row"]) -> Array:
+        """Return the row names, int64 or strings."""
+        if self.columns.id_type == "int64":
+            return self.gather("id", rows)
+        return np.asarray(self._ids.take(pa.array(rows)).to_pylist(), dtype=str)
+
+    def _take(self, offsets: Int64[np.ndarray, " row"], row_bytes: int) -> Array:
+        """Copy `row_bytes` bytes from each of `offsets`: one gather over a view in which every byte begins an item."""
+        if not len(offsets):
+            return np.empty(0, dtype=np.uint8)
+        starts = len(self._bytes) - row_bytes + 1
+        items = np.lib.stride_tricks.as_strided(self._bytes[:row_bytes].view(f"V{row_bytes}"), (starts,), (1,))
+        return np.asarray(items[offsets].view(np.uint8))
+
+    def _check_sizes(self, sizes: Int64[np.ndarray, " group"]) -> None:
+        even = len(sizes) == 0 or (bool((sizes[:-1] == sizes[0]).all()) and 0 < sizes[-1] <= sizes[0])
+        if not even:
+            raise DatasetError(
+                f"{self.path}: a shard's record batches have one size (the last may be shorter); got {sizes[:8]}... "
+                f"Write it with combine_chunks() and write_table(table, max_chunksize=...)."
+            )
+
+    def _locate(self, arrays: list[pa.Array], name: str, row_bytes: int) -> _Column:
+        values, validity = np.empty((2, len(arrays)), dtype=np.int64)
+        for group, array in enumerate(arrays):
+            buffers = array.buffers()
+            if len(buffers) == 3 and array.storage.values.null_count:
+                raise DatasetError(
+                    f"{self.path}: a modality is present or missing as a whole; got null elements in {name!r}. "
+                    f"Fill them, or make the whole row null."
+                )
+            values[group] = self._offset(buffers[-1], array, name)
+            validity[group] = -1 if array.null_count == 0 else self._offset(buffers[0], array, name)
+        return _Column(row_bytes, values, validity)
+
+    def _offset(self, buffer: pa.Buffer, array: pa.Array, name: str) -> int:
+        offset = int(buffer.address - self._buffer.address)
+        if array.offset or not 0 <= offset <= self._buffer.size - buffer.size:
+            raise DatasetError(
+                f"{self.path}: shards are not compressed, so that they can be mapped; got a compressed column "
+                f"{name!r}. Write it again without IpcWriteOptions(compression=...)."
+            )
+        return offset

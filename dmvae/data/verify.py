@@ -1,0 +1,137 @@
+"""Whether a shard holds what its manifest says: its checksum, and values that a model can be trained on."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dmvae.data.error import DatasetError
+from dmvae.data.manifest import Manifest, ShardInfo
+from dmvae.data.shard import MappedShard
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+def sha256_of(path: Path) -> str:
+    """Return the file's SHA-256 in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def row_blocks(shard: MappedShard) -> Iterator[Array]:
+    """Yield the positions of all rows, a record batch at a time."""
+    for start in range(0, shard.rows, shard.record_batch_rows):
+        yield np.arange(start, min(start + shard.record_batch_rows, shard.rows))
+
+
+def check_values(shard: MappedShard, classes: dict[str, int | None]) -> None:
+    """Refuse a value that no model can take.
+
+    Args:
+        shard: the file.
+        classes: number of classes per categorical modality; None where it is not known yet.
+
+    Raises:
+        DatasetError: for NaN or infinity in an observed row, a class out of range, a null id or a negative label; it names the
+            file, the column and the first such row.
+    """
+    for rows in row_blocks(shard):
+        for name, column in shard.columns.modalities.items():
+            if column.dtype != "uint8":
+                _check_modality(shard, name, rows, classes.get(name))
+        named = shard.present("id", rows)
+        if not named.all():
+            raise DatasetError(f"an id is not null; got null in {shard.path}, row {rows[~named][0]}. Give the row an id.")
+        if shard.columns.has_label:
+            negative = shard.present("label", rows) & (shard.gather("label", rows) < 0)
+            if negative.any():
+                raise DatasetError(
+                    f"a label is null or at least 0; got {shard.gather('label', rows)[negative][0]} in "
+                    f"{_first(shard, 'label', rows[negative])}. Make it null."
+                )
+
+
+def _check_modality(shard: MappedShard, name: str, rows: Array, classes: int | None) -> None:
+    values = shard.gather(name, rows).reshape(len(rows), -1)
+    if values.dtype == np.int64:
+        wrong = (values < 0) | (values >= (np.iinfo(np.int64).max if classes is None else classes))
+        law = f"a categorical value lies in 0..{'' if classes is None else classes - 1}"
+    else:
+        wrong, law = ~np.isfinite(values), "an observed value is finite"
+    found = shard.present(name, rows) & wrong.any(axis=1)
+    if found.any():
+        value = values[found][0][wrong[found][0]][0]
+        raise DatasetError(
+            f"{law}; got {value} in {_first(shard, name, rows[found])}. Correct it, or make that row's {name!r} null, "
+            f"in the source, and prepare the dataset again."
+        )
+
+
+def _first(shard: MappedShard, column: str, rows: Array) -> str:
+    return f"{shard.path}, column {column!r}, row {rows[0]} (id {shard.ids(rows[:1])[0]})"
+
+
+def verify_shard(path: Path, info: ShardInfo, manifest: Manifest, remember: bool = True) -> None:
+    """Check a shard's checksum and values against the manifest, once per (path, size, time of change).
+
+    Args:
+        path: the file.
+        info: what the manifest says of it.
+        manifest: the dataset's.
+        remember: trust an earlier check of the unchanged file, and record this one in the user's cache folder.
+
+    Raises:
+        DatasetError: if the file was altered, or holds a value that no model can take.
+    """
+    status = path.stat()
+    entry = [status.st_size, status.st_mtime_ns, info.sha256, manifest.fingerprint]
+    if remember and _remembered().get(str(path.resolve())) == entry:
+        return
+    found = sha256_of(path)
+    if found != info.sha256:
+        raise DatasetError(
+            f"{path}: a shard has the SHA-256 of the manifest, {info.sha256[:12]}...; got {found[:12]}.... It was "
+            f"damaged or altered: copy it again, or prepare the dataset again."
+        )
+    shard = MappedShard(path)
+    check_values(shard, {name: modality.classes for name, modality in manifest.modalities.items()})
+    for name, count in info.observed.items():
+        seen = sum(int(shard.present(name, rows).sum()) for rows in row_blocks(shard))
+        if seen != count:
+            raise DatasetError(
+                f"{path}: the manifest counts the rows that have a modality; got {seen} for {name!r} and says "
+                f"{count}. Compute the manifest anew from the shards."
+            )
+    if remember:
+        _remember(str(path.resolve()), entry)
+
+
+def _cache_file() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dmvae" / "verified.json"
+
+
+def _remembered() -> dict[str, list[Any]]:
+    try:
+        content = json.loads(_cache_file().read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _remember(path: str, entry: list[Any]) -> None:
+    """Add an entry; a concurrent writer may lose it, which costs one more check, as does a cache that cannot be written."""
+    cache = _cache_file()
+    part = cache.with_name(f".{cache.name}.{os.getpid()}")
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        known = {other: value for other, value in _remembered().items() if Path(other).exists()}
+        part.write_text(json.dumps(known | {path: entry}), encoding="utf-8")
+        part.replace(cache)
+    except OSError:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)

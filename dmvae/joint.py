@@ -1,0 +1,157 @@
+"""The joint density p(x_A, u) of rows that have the same modalities A, in their latents u = (z_s, z_i for i in A)."""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from dmvae.gaussian import DiagGaussian, log_prior
+from dmvae.likelihood import Likelihood
+
+Decode = Callable[[Tensor], Tensor]
+_DIFFERENCE = 1e-3  # step in a latent's unit, where a decoder has no forward-mode derivative
+
+
+@dataclass(frozen=True, eq=False)
+class Term:
+    """One modality of a group of rows that all have it.
+
+    Attributes:
+        place: names the modality's noise.
+        values: `(rows, *shape)`.
+        private: q(z_i | x_i), in float64.
+        decode: [z_s, z_i] in the decoder's type to the likelihood's parameters.
+        likelihood: of the modality.
+        dtype: the decoder's floating-point type.
+        forward_mode: whether the decoder has forward-mode derivatives.
+    """
+
+    place: int
+    values: Tensor
+    private: DiagGaussian
+    decode: Decode
+    likelihood: Likelihood
+    dtype: torch.dtype
+    forward_mode: bool
+
+    def log_likelihood(
+        self, shared: Float[Tensor, "row draw shared"], private: Float[Tensor, "row draw private"]
+    ) -> Float[Tensor, "row draw"]:
+        """Return log p(x_i | z_s, z_i) of every draw."""
+        z = torch.cat((shared, private), dim=-1).to(self.dtype)
+        output = self.decode(z.flatten(0, 1))
+        output = output.reshape(*z.shape[:2], *output.shape[1:])
+        return self.likelihood.log_prob(output, self.values.unsqueeze(1)).double()
+
+    def linearise(
+        self, z: Float[Tensor, "row latent"]
+    ) -> tuple[Float[Tensor, " row"], Float[Tensor, "row latent"], Float[Tensor, "row latent latent"]]:
+        """Return log p(x_i | z), J' score and J' F J at one point [z_s, z_i] of every row."""
+        output, tangents = (_push_forward if self.forward_mode else _differences)(self.decode, z.to(self.dtype))
+        score = self.likelihood.score(output, self.values)
+        gradient = (tangents.flatten(2) @ score.flatten(1).unsqueeze(-1)).squeeze(-1)
+        information = self.likelihood.information(tangents, output, self.values)
+        return self.likelihood.log_prob(output, self.values).double(), gradient.double(), information.double()
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Rows that have the same modalities A, with what the estimators need of them.
+
+    Attributes:
+        keys: names of the rows' noise.
+        shared: q(z_s | x_A), in float64.
+        terms: one per modality in A.
+    """
+
+    keys: Int64[Tensor, " row"]
+    shared: DiagGaussian
+    terms: tuple[Term, ...]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def select(self, rows: Int64[Tensor, " chosen"]) -> "Rows":
+        """Return some of the rows."""
+        terms = (
+            replace(term, values=term.values.index_select(0, rows), private=_select(term.private, rows))
+            for term in self.terms
+        )
+        return Rows(self.keys[rows], _select(self.shared, rows), tuple(terms))
+
+    @property
+    def blocks(self) -> tuple[slice, ...]:
+        """Where z_s, then each z_i, is in u."""
+        sizes = [part.mean.shape[1] for part in (self.shared, *(term.private for term in self.terms))]
+        ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+        return tuple(slice(end - size, end) for size, end in zip(sizes, ends, strict=True))
+
+    @property
+    def probes(self) -> int:
+        """Decoder rows that a linearisation takes, of the modality that takes most: 1 + dim(z_s) + dim(z_i)."""
+        return 1 + self.shared.mean.shape[1] + max(term.private.mean.shape[1] for term in self.terms)
+
+    def log_joint(self, latents: Float[Tensor, "row draw latent"]) -> Float[Tensor, "row draw"]:
+        """Return log p(u) + sum_i log p(x_i | u) of every draw."""
+        shared, *private = (latents[..., block] for block in self.blocks)
+        total = log_prior(latents)
+        for term, z in zip(self.terms, private, strict=True):
+            total = total + term.log_likelihood(shared, z)
+        return total
+
+    def linearise(
+        self, latents: Float[Tensor, "row latent"]
+    ) -> tuple[Float[Tensor, " row"], Float[Tensor, "row latent"], Float[Tensor, "row latent latent"]]:
+        """Return -log p(x_A, u), its gradient and its Gauss-Newton curvature H."""
+        energy, gradient = -log_prior(latents), latents.clone()
+        hessian = torch.diag_embed(torch.ones_like(latents))
+        places = torch.arange(latents.shape[1], device=latents.device)
+        shared, *private = (places[block] for block in self.blocks)
+        for term, own in zip(self.terms, private, strict=True):
+            here = torch.cat((shared, own))
+            log_p, slope, information = term.linearise(latents[:, here])
+            energy = energy - log_p
+            gradient[:, here] -= slope
+            hessian[:, here.unsqueeze(1), here] += information
+        return energy, gradient, hessian
+
+
+def has_forward_mode(decode: Decode, z: Float[Tensor, "row latent"]) -> bool:
+    """Tell whether a decoder has the derivatives that `Term.linearise` wants, by trying it on `z`."""
+    try:
+        with warnings.catch_warnings():
+            # on its first forward-mode derivative torch scripts decompositions of its own, and warns of doing so
+            warnings.filterwarnings("ignore", message=".*torch.jit.script", category=DeprecationWarning)
+            _push_forward(decode, z)
+    # torch's word for an operation without a forward-mode or batching rule; any other fault returns on the next call
+    except RuntimeError:
+        return False
+    return True
+
+
+def _push_forward(decode: Decode, z: Float[Tensor, "row latent"]) -> tuple[Tensor, Tensor]:
+    """Return the output `(row, *out)` and its derivatives `(row, latent, *out)`, exactly."""
+
+    def push(direction: Tensor) -> tuple[Tensor, Tensor]:
+        pair = torch.func.jvp(decode, (z,), (direction.expand_as(z),))
+        return pair[0], pair[1]
+
+    basis = torch.eye(z.shape[1], dtype=z.dtype, device=z.device)
+    # the output is the same for every direction; torch's annotation forgets that None says so
+    output, tangents = torch.func.vmap(push, out_dims=(None, 1))(basis)  # type: ignore[arg-type]
+    return output, tangents
+
+
+def _differences(decode: Decode, z: Float[Tensor, "row latent"]) -> tuple[Tensor, Tensor]:
+    """Return what `_push_forward` does, the derivatives by finite differences."""
+    output = decode(z)
+    steps = _DIFFERENCE * torch.eye(z.shape[1], dtype=z.dtype, device=z.device)
+    moved = decode((z.unsqueeze(1) + steps).flatten(0, 1)).reshape(*z.shape, *output.shape[1:])
+    return output, (moved - output.unsqueeze(1)) / _DIFFERENCE
+
+
+def _select(gaussian: DiagGaussian, rows: Int64[Tensor, " chosen"]) -> DiagGaussian:
+    return DiagGaussian(gaussian.mean[rows], gaussian.log_var[rows])

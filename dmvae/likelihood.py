@@ -1,0 +1,243 @@
+"""log p(x_m | z) of each kind of modality: normalised densities or probabilities, in nats."""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from dmvae.config.model import DMVAEConfig
+
+
+class Likelihood(nn.Module):
+    """The distribution of one modality given its decoder's output.
+
+    Leading dimensions are free and broadcast: a decoder's output `(sources, rows, *output_shape)` may meet
+    values `(rows, *shape)`.
+
+    Attributes:
+        shape: shape of one row of the modality.
+        output_shape: what a decoder has to return for one row.
+    """
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.shape = shape
+        self.output_shape = shape
+
+    def log_prob(self, output: Tensor, value: Tensor) -> Float[Tensor, "..."]:
+        """Return log p(value | output) in nats, summed over the modality's elements."""
+        raise NotImplementedError
+
+    def mean(self, output: Tensor) -> Tensor:
+        """Return E[x | output] on the data's scale."""
+        raise NotImplementedError
+
+    def is_density(self, value: Tensor) -> bool:
+        """Tell whether `log_prob` of these values is a log-density or log-probability."""
+        return True
+
+    def score(self, output: Float[Tensor, "row ..."], value: Tensor) -> Float[Tensor, "row ..."]:
+        """Return d log p(value | output) / d output, smoothed where the density has a kink.
+
+        By automatic differentiation unless the likelihood knows it.
+        """
+        with torch.enable_grad():
+            leaf = output.detach().requires_grad_()
+            (score,) = torch.autograd.grad(self.log_prob(leaf, value).sum(), leaf)
+        return score
+
+    def information(
+        self, tangents: Float[Tensor, "row tangent ..."], output: Float[Tensor, "row ..."], value: Tensor
+    ) -> Float[Tensor, "row tangent tangent"]:
+        """Return J' F J of each row's tangents J of the output, F being the Fisher information in the output.
+
+        Unless the likelihood knows F this is the curvature of -log p at the value, by differentiating twice, with
+        directions of negative curvature left out.
+        """
+        with torch.enable_grad():
+            leaf = output.detach().requires_grad_()
+            (score,) = torch.autograd.grad(self.log_prob(leaf, value).sum(), leaf, create_graph=True)
+            if not score.requires_grad:
+                return tangents.new_zeros(*tangents.shape[:2], tangents.shape[1])
+            curved = [
+                torch.autograd.grad(score, leaf, tangent, retain_graph=True, materialize_grads=True)[0]
+                for tangent in tangents.unbind(1)
+            ]
+        product = -tangents.flatten(2) @ torch.stack(curved, dim=1).flatten(2).mT
+        values, vectors = torch.linalg.eigh(0.5 * (product + product.mT).nan_to_num())
+        kept: Tensor = (vectors * values.clamp(min=0).unsqueeze(-2)) @ vectors.mT
+        return kept
+
+    def _sum(self, elements: Tensor) -> Tensor:
+        return elements.flatten(-len(self.shape)).sum(-1)
+
+
+class _LocationScale(Likelihood):
+    """A location from the decoder and one scale for the whole modality, fixed or learned."""
+
+    def __init__(self, shape: tuple[int, ...], scale: float | int | str = 1.0) -> None:
+        super().__init__(shape)
+        # a fixed scale stays a Python number, exact in every dtype
+        learned = scale == "learned"
+        self.log_scale: Tensor | float = nn.Parameter(torch.zeros(())) if learned else math.log(float(scale))
+
+    def mean(self, output: Tensor) -> Tensor:
+        """Return the location, which is the mean."""
+        return output
+
+    def _log_density(self, distance: Tensor, power: int, log_normaliser: float) -> Tensor:
+        """-distance / (power s^power) - size (log s + log_normaliser), for a distance summed over elements."""
+        log_scale = self.log_scale
+        precision = torch.exp(-power * log_scale) if isinstance(log_scale, Tensor) else math.exp(-power * log_scale)
+        return distance * precision * (-1.0 / power) - math.prod(self.shape) * (log_scale + log_normaliser)
+
+    @property
+    def _scale(self) -> Tensor | float:
+        return torch.exp(self.log_scale) if isinstance(self.log_scale, Tensor) else math.exp(self.log_scale)
+
+
+class Normal(_LocationScale):
+    """Independent normals: -0.5 ((x - y) / s)^2 - log s - 0.5 log(2 pi)."""
+
+    def log_prob(self, output: Tensor, value: Tensor) -> Float[Tensor, "..."]:
+        """Return the log-density in nats, summed over the modality's elements."""
+        return self._log_density(self._sum((value - output).square()), 2, 0.5 * math.log(2 * math.pi))
+
+    def score(self, output: Float[Tensor, "row ..."], value: Tensor) -> Float[Tensor, "row ..."]:
+        """Return (x - y) / s^2."""
+        return (value - output) / self._scale**2
+
+    def information(
+        self, tangents: Float[Tensor, "row tangent ..."], output: Float[Tensor, "row ..."], value: Tensor
+    ) -> Float[Tensor, "row tangent tangent"]:
+        """Return J' J / s^2."""
+        return _gram(tangents / self._scale)
+
+
+class Laplace(_LocationScale):
+    """Independent Laplace distributions: -|x - y| / s - log(2 s)."""
+
+    def log_prob(self, output: Tensor, value: Tensor) -> Float[Tensor, "..."]:
+        """Return the log-density in nats, summed over the modality's elements."""
+        return self._log_density(self._sum((value - output).abs()), 1, math.log(2))
+
+    def score(self, output: Float[Tensor, "row ..."], value: Tensor) -> Float[Tensor, "row ..."]:
+        """Return (x - y) / (s r), the score of the density smoothed near its kink; r as in `information`."""
+        return (value - output) * self._weight(output, value)
+
+    def information(
+        self, tangents: Float[Tensor, "row tangent ..."], output: Float[Tensor, "row ..."], value: Tensor
+    ) -> Float[Tensor, "row tangent tangent"]:
+        """Return J' diag(1 / (s r)) J with r = sqrt((x - y)^2 + (s / 2)^2): iteratively reweighted least squares.
+
+        The Fisher information 1 / s^2 is the mean curvature, but at a value the curvature is 0 almost everywhere: a
+        Gaussian with it is far too narrow where x - y is large.
+        """
+        return _gram(tangents * self._weight(output, value).sqrt().unsqueeze(1))
+
+    def _weight(self, output: Tensor, value: Tensor) -> Tensor:
+        scale = self._scale
+        return 1 / (scale * torch.sqrt((value - output).square() + 0.25 * scale**2))
+
+
+class Bernoulli(Likelihood):
+    """Independent Bernoulli variables with the decoder's output as logits.
+
+    Grey values in [0, 1] are accepted (binary cross entropy); for them this is no density.
+    """
+
+    def log_prob(self, output: Tensor, value: Tensor) -> Float[Tensor, "..."]:
+        """Return x log p + (1 - x) log(1 - p), summed over the modality's elements."""
+        return self._sum(value * output - F.softplus(output))
+
+    def mean(self, output: Tensor) -> Tensor:
+        """Return the probabilities of 1."""
+        return torch.sigmoid(output)
+
+    def is_density(self, value: Tensor) -> bool:
+        """Tell whether every value is 0 or 1."""
+        return bool(((value == 0) | (value == 1)).all())
+
+    def score(self, output: Float[Tensor, "row ..."], value: Tensor) -> Float[Tensor, "row ..."]:
+        """Return x - p."""
+        return value - torch.sigmoid(output)
+
+    def information(
+        self, tangents: Float[Tensor, "row tangent ..."], output: Float[Tensor, "row ..."], value: Tensor
+    ) -> Float[Tensor, "row tangent tangent"]:
+        """Return J' diag(p (1 - p)) J."""
+        p = torch.sigmoid(output)
+        return _gram(tangents * torch.sqrt(p * (1 - p)).unsqueeze(1))
+
+
+class Categorical(Likelihood):
+    """Independent categories, int64 in [0, classes), with logits in the output's last dimension."""
+
+    def __init__(self, shape: tuple[int, ...], classes: int) -> None:
+        super().__init__(shape)
+        self.classes = classes
+        self.output_shape = (*shape, classes)
+
+    def log_prob(self, output: Tensor, value: Tensor) -> Float[Tensor, "..."]:
+        """Return the log-probability in nats, summed over the modality's elements."""
+        log_p = torch.log_softmax(output, dim=-1)
+        value, log_p = torch.broadcast_tensors(value.unsqueeze(-1), log_p)
+        return self._sum(log_p.gather(-1, value[..., :1]).squeeze(-1))
+
+    def mean(self, output: Tensor) -> Tensor:
+        """Return the probabilities of the classes, in the last dimension."""
+        return torch.softmax(output, dim=-1)
+
+    def score(self, output: Float[Tensor, "row ..."], value: Tensor) -> Float[Tensor, "row ..."]:
+        """Return onehot(x) - p."""
+        return F.one_hot(value, self.classes) - torch.softmax(output, dim=-1)
+
+    def information(
+        self, tangents: Float[Tensor, "row tangent ..."], output: Float[Tensor, "row ..."], value: Tensor
+    ) -> Float[Tensor, "row tangent tangent"]:
+        """Return J' (diag(p) - p p') J, which is the covariance of the rows of J under p."""
+        p = torch.softmax(output, dim=-1).unsqueeze(1)
+        centred = tangents - (p * tangents).sum(-1, keepdim=True)
+        return _gram(centred * p.sqrt())
+
+
+def _gram(tangents: Float[Tensor, "row tangent ..."]) -> Float[Tensor, "row tangent tangent"]:
+    flat = tangents.flatten(2)
+    return flat @ flat.mT
+
+
+_REGISTRY: dict[str, Callable[..., Likelihood]] = {
+    "normal": Normal,
+    "laplace": Laplace,
+    "bernoulli": Bernoulli,
+    "categorical": Categorical,
+}
+
+
+def register(name: str, likelihood: Callable[..., Likelihood]) -> None:
+    """Make `likelihood(shape, **decoder_dist_params)` known as `name` in `decoders_dist`."""
+    if name in _REGISTRY:
+        raise ValueError(f"a likelihood's name is registered once; got {name!r} again. Choose another.")
+    _REGISTRY[name] = likelihood
+
+
+def build(config: DMVAEConfig, modality: str) -> Likelihood:
+    """Build the likelihood that `config` names for `modality`.
+
+    Raises:
+        ValueError: if no likelihood of that name is registered, or what is registered makes no `Likelihood`.
+    """
+    dist = config.distributions[modality]
+    if dist not in _REGISTRY:
+        raise ValueError(
+            f"decoders_dist names a known likelihood; got {dist!r} for {modality!r}. Known: {', '.join(_REGISTRY)}."
+        )
+    built = _REGISTRY[dist](config.shapes[modality], **config.dist_params(modality))
+    if not isinstance(built, Likelihood):
+        raise ValueError(
+            f"a registered likelihood returns a dmvae.likelihood.Likelihood; got {type(built).__name__} for {dist!r}."
+        )
+    return built

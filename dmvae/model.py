@@ -1,0 +1,500 @@
+"""DMVAE: the model that a person holds; thin methods over the mathematics beside it."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from dmvae import likelihood, networks
+from dmvae.batch import Batch, MultimodalRows
+from dmvae.config.model import DMVAEConfig
+from dmvae.gaussian import DiagGaussian, product_of_experts
+from dmvae.nll import NLLEstimate, joint_nll
+from dmvae.objective import Decode, Noise, Observed, TermSums, negative_bounds
+
+MODEL_CONFIG = "model.json"
+MODEL_WEIGHTS = "model.safetensors"
+
+Modalities = str | Iterable[str]
+"""`"all"`, one modality's name, or several names."""
+
+
+class ModelOutput(dict[str, Any]):
+    """Named results, by key and by attribute."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"no {name!r} among {sorted(self)}") from None
+
+
+@dataclass(frozen=True, eq=False)
+class DMVAEOutput:
+    """What a forward pass returns.
+
+    Attributes:
+        loss: mean over all rows of the row loss, in nats.
+        row_loss: per row, in nats; the sum of the negative bounds of its sources.
+        terms: the named terms as sums and counts, which add over batches and workers.
+    """
+
+    loss: Float[Tensor, ""]
+    row_loss: Float[Tensor, " row"]
+    terms: TermSums
+
+    @property
+    def metrics(self) -> dict[str, Tensor]:
+        """Each named term's mean, in nats per row."""
+        return self.terms.means()
+
+
+class DMVAE(nn.Module):
+    """The Private-Shared Disentangled Multimodal VAE.
+
+    Every modality has a private latent z_p; all share z_s, whose posterior is the product of the experts of
+    the modalities that a row has and the prior. Any row may lack any modality.
+
+    Args:
+        config: with `input_dims`.
+        encoders: networks for some modalities, in place of the configured architecture. An encoder's output
+            has `embedding`, `log_covariance`, `style_embedding`, `style_log_covariance`.
+        decoders: likewise; a decoder takes [z_s, z_p] and its output has `reconstruction`.
+
+    Raises:
+        ValueError: if the config lacks shapes, names an unknown architecture or likelihood, or networks are
+            given for a modality that it does not have.
+
+    Source: Lee & Pavlovic 2021.
+    """
+
+    def __init__(
+        self,
+        config: DMVAEConfig,
+        encoders: Mapping[str, nn.Module] | None = None,
+        decoders: Mapping[str, nn.Module] | None = None,
+    ) -> None:
+        super().__init__()
+        given = {"encoders": dict(encoders or {}), "decoders": dict(decoders or {})}
+        custom = tuple(f"{kind}.{name}" for kind, modules in given.items() for name in sorted(modules))
+        _check_custom(config, custom)
+        self.config = config.model_copy(update={"custom_architectures": custom})
+        # ModuleDict refuses names such as `type`, which are legal here: hence the prefix
+        self._likelihoods = nn.ModuleDict({_key(m): likelihood.build(config, m) for m in config.modalities})
+        self._encoders, self._decoders = nn.ModuleDict(), nn.ModuleDict()
+        for name in config.modalities:
+            build_encoder, build_decoder = networks.builders(config.architecture(name).name)
+            architecture, dims = config.architecture(name), self._dimensions(name)
+            encoder, decoder = given["encoders"].get(name), given["decoders"].get(name)
+            self._encoders[_key(name)] = build_encoder(architecture, dims) if encoder is None else encoder
+            self._decoders[_key(name)] = build_decoder(architecture, dims) if decoder is None else decoder
+
+    @property
+    def encoders(self) -> dict[str, nn.Module]:
+        """Encoder per modality."""
+        return {name: self._encoders[_key(name)] for name in self.config.modalities}
+
+    @property
+    def decoders(self) -> dict[str, nn.Module]:
+        """Decoder per modality."""
+        return {name: self._decoders[_key(name)] for name in self.config.modalities}
+
+    @property
+    def likelihoods(self) -> dict[str, likelihood.Likelihood]:
+        """Likelihood per modality."""
+        return {name: cast(likelihood.Likelihood, self._likelihoods[_key(name)]) for name in self.config.modalities}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point type of the parameters."""
+        return next(p.dtype for p in self.parameters() if p.is_floating_point())
+
+    def forward(
+        self, inputs: MultimodalRows, noise: Noise | None = None, divergence_weight: float = 1.0
+    ) -> DMVAEOutput:
+        """Compute the training objective of a batch.
+
+        Args:
+            inputs: rows, incomplete or not.
+            noise: of the reparameterised samples; None draws it from torch's global generator.
+            divergence_weight: multiplies every beta (a warm-up's factor).
+        """
+        batch = self._batch(inputs)
+        if noise is None:
+            width = Noise.width(self.config)
+            noise = Noise.from_normals(
+                torch.randn(len(batch), width, dtype=self.dtype, device=self.device), self.config
+            )
+        observed = self.observe(batch)
+        bound = negative_bounds(
+            self.config, observed, self.decode_functions, self.likelihoods, noise, divergence_weight
+        )
+        return DMVAEOutput(bound.row_loss.sum() / max(len(batch), 1), bound.row_loss, bound.terms)
+
+    def observe(self, inputs: MultimodalRows, modalities: Modalities = "all") -> dict[str, Observed]:
+        """Encode each modality of the rows that have it; a modality that no row has is left out.
+
+        Encoders see present rows only.
+        """
+        batch = self._batch(inputs)
+        observed: dict[str, Observed] = {}
+        for name in self._names(modalities, "modalities"):
+            if name not in batch.data or len(batch) == 0:
+                continue
+            values, mask = batch.data[name], (batch.masks or {}).get(name)
+            if mask is None or bool(mask.all()):
+                present, rows = torch.ones(len(batch), dtype=torch.bool, device=values.device), None
+            else:
+                present, rows = mask, mask.nonzero().squeeze(1)
+                values = values.index_select(0, rows)
+            if len(values) == 0:
+                continue
+            output = self._encoders[_key(name)](values)
+            shared = _gaussian(output.embedding, output.log_covariance)
+            private = _gaussian(output.style_embedding, output.style_log_covariance)
+            observed[name] = Observed(present, rows, values, shared, private)
+        return observed
+
+    @property
+    def decode_functions(self) -> dict[str, Decode]:
+        """Per modality, [z_s, z_p] to the likelihood's parameters."""
+
+        def function(decoder: nn.Module) -> Decode:
+            return lambda z: _at_least_float32(decoder(z).reconstruction)
+
+        return {name: function(decoder) for name, decoder in self.decoders.items()}
+
+    def posteriors(
+        self, inputs: MultimodalRows, cond_mod: Modalities = "all"
+    ) -> tuple[DiagGaussian, dict[str, DiagGaussian]]:
+        """Return q(z_s | what each row has of `cond_mod`) and each q(z_p | x_m), the prior where a row lacks m.
+
+        Unlike `encode` this keeps the gradient and the mode.
+        """
+        batch = self._batch(inputs)
+        return self.combine(self.observe(batch, self._names(cond_mod, "cond_mod")), len(batch))
+
+    def combine(self, observed: Mapping[str, Observed], num_rows: int) -> tuple[DiagGaussian, dict[str, DiagGaussian]]:
+        """Return the shared posterior and the private ones of all rows from what `observe` returned."""
+        zeros = torch.zeros(num_rows, self.config.latent_dim, dtype=self.dtype, device=self.device)
+        nowhere = torch.zeros(1, num_rows, dtype=torch.bool, device=self.device)
+        parts = observed.values()
+        shared = product_of_experts(
+            torch.stack([zeros, *(part.scatter(part.shared.mean) for part in parts)]),
+            torch.stack([zeros, *(part.scatter(part.shared.log_var) for part in parts)]),
+            torch.cat([nowhere, *(part.present[None] for part in parts)]),
+        )
+        private = {}
+        for name, dim in self.config.private_dims.items():
+            if name in observed:
+                part = observed[name]
+                private[name] = DiagGaussian(part.scatter(part.private.mean), part.scatter(part.private.log_var))
+            else:
+                private[name] = DiagGaussian(zeros.new_zeros(num_rows, dim), zeros.new_zeros(num_rows, dim))
+        return shared, private
+
+    def encode(
+        self,
+        inputs: MultimodalRows,
+        cond_mod: Modalities = "all",
+        N: int = 1,  # noqa: N803 (the seed's name)
+        return_mean: bool = False,
+        flatten: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> ModelOutput:
+        """Sample latents given the modalities in `cond_mod` that each row has, or return the posteriors' means.
+
+        Private latents of modalities outside it come from the prior, row by row.
+
+        Returns:
+            `.z` and `.modalities_z[m]`: `(rows, dim)` for N=1, `(N, rows, dim)` for N>1, `(N * rows, dim)` with
+            `flatten`; `.one_latent_space` is False.
+
+        Raises:
+            ValueError: for an unknown or empty set of modalities, or N below 1.
+        """
+        if N < 1:
+            raise ValueError(f"N is the number of samples per row, at least 1; got N={N}.")
+        with _inference(self):
+            shared, private = self.posteriors(inputs, cond_mod)
+
+        def draw(gaussian: DiagGaussian) -> Tensor:
+            many = gaussian.mean.expand(N, *gaussian.mean.shape)
+            if not return_mean:
+                many = gaussian.sample(_randn_like(many, generator))
+            return many.flatten(0, 1) if flatten else many.squeeze(0) if N == 1 else many
+
+        modalities_z = {name: draw(gaussian) for name, gaussian in private.items()}
+        return ModelOutput(z=draw(shared), modalities_z=modalities_z, one_latent_space=False)
+
+    def decode(self, embedding: Mapping[str, Any], modalities: Modalities = "all") -> ModelOutput:
+        """Decode latents as `encode` and `generate_from_prior` return them.
+
+        Returns:
+            the decoder's output per modality (logits for bernoulli and categorical), with the latents'
+            leading dimensions; `likelihoods[m].mean` brings it to the data's scale.
+        """
+        z, private = embedding["z"], embedding["modalities_z"]
+        outputs = ModelOutput()
+        with _inference(self):
+            for name, decode in self._decode_functions_of(modalities, "modalities").items():
+                latent = torch.cat((z, private[name]), dim=-1)
+                output = decode(latent.reshape(-1, latent.shape[-1]))
+                outputs[name] = output.reshape(*latent.shape[:-1], *output.shape[1:])
+        return outputs
+
+    def predict(
+        self,
+        inputs: MultimodalRows,
+        cond_mod: Modalities = "all",
+        gen_mod: Modalities = "all",
+        N: int = 1,  # noqa: N803 (the seed's name)
+        flatten: bool = False,
+        return_mean: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> ModelOutput:
+        """Generate `gen_mod` from the modalities in `cond_mod` that each row has: `encode`, then `decode`."""
+        wanted = self._names(gen_mod, "gen_mod")
+        embedding = self.encode(inputs, cond_mod, N, return_mean, flatten, generator)
+        return self.decode(embedding, wanted)
+
+    def generate_from_prior(self, n_samples: int, generator: torch.Generator | None = None) -> ModelOutput:
+        """Sample all latents from the prior, `(n_samples, dim)`; `decode` takes the result."""
+        if n_samples < 1:
+            raise ValueError(f"n_samples is at least 1; got {n_samples}.")
+        z = torch.empty(n_samples, self.config.latent_dim, dtype=self.dtype, device=self.device)
+        private = {name: z.new_empty(n_samples, dim) for name, dim in self.config.private_dims.items()}
+        modalities_z = {name: _randn_like(latent, generator) for name, latent in private.items()}
+        return ModelOutput(z=_randn_like(z, generator), modalities_z=modalities_z, one_latent_space=False)
+
+    def joint_nll(
+        self,
+        inputs: MultimodalRows,
+        K: int = 1000,  # noqa: N803 (the seed's name)
+        batch_size_K: int = 100,  # noqa: N803 (the seed's name)
+        seed: int = 0,
+        modalities: Modalities = "all",
+        proposal: str = "refined",
+    ) -> NLLEstimate:
+        """Estimate -log p(x_A) of every row, A being what it has of `modalities`, with its Monte Carlo error.
+
+        A row's estimate depends on the seed and its id alone (its place in the batch where it has no id). Latents
+        are drawn from a fit to the row's posterior, or with `proposal="encoder"` from the encoders' posteriors.
+        """
+        batch = self._batch(inputs)
+        with _inference(self):
+            return joint_nll(self, batch, K, batch_size_K, seed, self._names(modalities, "modalities"), proposal)
+
+    def compute_joint_nll(
+        self,
+        inputs: MultimodalRows,
+        K: int = 1000,  # noqa: N803 (the seed's name)
+        batch_size_K: int = 100,  # noqa: N803 (the seed's name)
+        generator: torch.Generator | None = None,
+        proposal: str = "refined",
+    ) -> Float[Tensor, ""]:
+        """Return the estimated joint negative log-likelihood summed over rows, in nats."""
+        return self.joint_nll(inputs, K, batch_size_K, seed=_draw_seed(generator), proposal=proposal).nll.sum()
+
+    def compute_cond_nll(
+        self,
+        inputs: MultimodalRows,
+        subset: Modalities,
+        pred_mods: Modalities,
+        K: int = 1000,  # noqa: N803 (the seed's name)
+        batch_size_K: int = 100,  # noqa: N803 (the seed's name)
+        generator: torch.Generator | None = None,
+        proposal: str = "refined",
+    ) -> dict[str, Tensor]:
+        """Estimate -log p(x_m | x_S) for each m of `pred_mods` on its own, in nats.
+
+        S is what a row has of `subset`; where that is nothing this is the marginal. The mean is over the rows
+        that have m; NaN where no row has it.
+
+        Raises:
+            ValueError: if `subset` and `pred_mods` overlap, or either is unknown or empty.
+        """
+        given, wanted = self._names(subset, "subset"), self._names(pred_mods, "pred_mods")
+        overlap = [name for name in wanted if name in given]
+        if overlap:
+            raise ValueError(f"pred_mods are predicted from subset, so they do not overlap; got {overlap} in both.")
+        batch, seed = self._batch(inputs), _draw_seed(generator)
+        if batch.ids is None:
+            batch = replace(batch, ids=torch.arange(len(batch)))
+        results = {}
+        for name in wanted:
+            rows = batch[_present(batch, name)]
+            with_it = self.joint_nll(rows, K, batch_size_K, seed, (*given, name), proposal).nll
+            results[name] = (with_it - self.joint_nll(rows, K, batch_size_K, seed, given, proposal).nll).mean()
+        return results
+
+    def save(self, dir: str | Path) -> None:  # noqa: A002 (the seed's name)
+        """Write `model.json` and `model.safetensors` into a folder, each whole or not at all."""
+        from safetensors.torch import save_file
+
+        folder = Path(dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        # the format refuses tensors that share storage (tied weights) and strides: hence copies
+        tensors = {
+            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for name, tensor in self.state_dict().items()
+        }
+        for file, write in (
+            (MODEL_WEIGHTS, lambda path: save_file(tensors, path)),
+            (MODEL_CONFIG, lambda path: path.write_text(self.config.model_dump_json(indent=2) + "\n")),
+        ):
+            partial = folder / f".{file}.partial"
+            write(partial)
+            partial.replace(folder / file)
+
+    @classmethod
+    def load(
+        cls,
+        dir: str | Path,  # noqa: A002 (the seed's name)
+        encoders: Mapping[str, nn.Module] | None = None,
+        decoders: Mapping[str, nn.Module] | None = None,
+    ) -> "DMVAE":
+        """Read a model's folder, or a checkpoint's; the result is on the CPU, in eval mode.
+
+        Raises:
+            FileNotFoundError: if the folder is no model's.
+            ValueError: if a file cannot be read, the model was made with networks given by hand and they are not
+                given here, or the weights do not belong to the config.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        folder = Path(dir)
+        absent = [file for file in (MODEL_CONFIG, MODEL_WEIGHTS) if not (folder / file).is_file()]
+        if absent:
+            raise FileNotFoundError(
+                f"a model's folder holds {MODEL_CONFIG} and {MODEL_WEIGHTS}; {folder} lacks {absent}."
+            )
+        try:
+            config = DMVAEConfig.model_validate_json((folder / MODEL_CONFIG).read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{folder / MODEL_CONFIG} holds a DMVAEConfig; {error}") from error
+        try:
+            tensors = load_file(folder / MODEL_WEIGHTS)
+        except SafetensorError as error:
+            raise ValueError(f"{folder / MODEL_WEIGHTS} holds tensors; it cannot be read: {error}.") from error
+        with torch.random.fork_rng(devices=[]):  # loading leaves the caller's random numbers alone
+            model = cls(config, encoders, decoders)
+        expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if expected != found:
+            differing = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
+            raise ValueError(
+                f"{folder / MODEL_WEIGHTS} holds the weights of {MODEL_CONFIG} beside it; "
+                f"they differ in {differing[:5]}."
+            )
+        model.load_state_dict(tensors, assign=True)
+        return model.eval()
+
+    def _dimensions(self, name: str) -> networks.Dimensions:
+        module = self.likelihoods[name]
+        return networks.Dimensions(
+            shape=self.config.shapes[name],
+            output_shape=module.output_shape,
+            shared_dim=self.config.latent_dim,
+            private_dim=self.config.private_dims[name],
+            classes=module.classes if isinstance(module, likelihood.Categorical) else None,
+        )
+
+    def _batch(self, inputs: MultimodalRows) -> Batch:
+        """Check names and shapes, and bring values to the model's floating-point type."""
+        stray = sorted(set(inputs.data) - set(self.config.modalities))
+        if stray:
+            raise ValueError(f"data holds modalities of the model {list(self.config.modalities)}; got {stray}.")
+        data, likelihoods = {}, self.likelihoods
+        for name, values in inputs.data.items():
+            if tuple(values.shape[1:]) != self.config.shapes[name]:
+                raise ValueError(
+                    f"a row of {name!r} has shape {self.config.shapes[name]}; got values {tuple(values.shape)}."
+                )
+            categorical = isinstance(likelihoods[name], likelihood.Categorical)
+            if categorical and values.is_floating_point():
+                raise ValueError(f"a categorical modality's values are int64; got {values.dtype} for {name!r}.")
+            data[name] = values.to(self.device, torch.int64 if categorical else self.dtype)
+        masks = getattr(inputs, "masks", None)
+        if masks is not None:
+            masks = {name: mask.to(self.device) for name, mask in masks.items()}
+        return Batch(data, masks, getattr(inputs, "labels", None), getattr(inputs, "ids", None))
+
+    def _names(self, modalities: Modalities, argument: str) -> tuple[str, ...]:
+        known = self.config.modalities
+        if modalities == "all":
+            return known
+        names = (modalities,) if isinstance(modalities, str) else tuple(modalities)
+        unknown = [name for name in names if name not in known]
+        if unknown or not names:
+            raise ValueError(
+                f"{argument} is 'all', or one or more modalities of the model; got {list(names)}. Known: {list(known)}."
+            )
+        return tuple(name for name in known if name in names)
+
+    def _decode_functions_of(self, modalities: Modalities, argument: str) -> dict[str, Decode]:
+        functions = self.decode_functions
+        return {name: functions[name] for name in self._names(modalities, argument)}
+
+
+@contextmanager
+def _inference(model: nn.Module) -> Iterator[None]:
+    """Eval mode without a graph; afterwards each module has the mode it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _key(name: str) -> str:
+    return f"modality_{name}"
+
+
+def _check_custom(config: DMVAEConfig, custom: tuple[str, ...]) -> None:
+    known = {f"{kind}.{name}" for kind in ("encoders", "decoders") for name in config.modalities}
+    stray = sorted(set(custom) - known)
+    if stray:
+        raise ValueError(f"networks are given for modalities of the model {list(config.modalities)}; got {stray}.")
+    absent = sorted(set(config.custom_architectures) - set(custom))
+    if absent:
+        raise ValueError(f"this model was made with networks of its own; give them again: {', '.join(absent)}.")
+
+
+def _gaussian(mean: Tensor, log_var: Tensor) -> DiagGaussian:
+    return DiagGaussian(_at_least_float32(mean), _at_least_float32(log_var))
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    # autocast's networks return half precision, in which a sum over a modality's elements has no accurate digit left
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _present(batch: Batch, name: str) -> Tensor:
+    if name not in batch.data:
+        return torch.zeros(len(batch), dtype=torch.bool)
+    mask = (batch.masks or {}).get(name)
+    return torch.ones(len(batch), dtype=torch.bool, device=batch.data[name].device) if mask is None else mask
+
+
+def _randn_like(tensor: Tensor, generator: torch.Generator | None) -> Tensor:
+    return torch.randn(tensor.shape, dtype=tensor.dtype, device=tensor.device, generator=generator)
+
+
+def _draw_seed(generator: torch.Generator | None) -> int:
+    device = generator.device if generator is not None else torch.device("cpu")
+    return int(torch.randint(2**62, (), dtype=torch.int64, generator=generator, device=device))

@@ -1,0 +1,186 @@
+"""The encoder and the decoder of one modality, and the architectures known by name."""
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from dmvae.config.model import ArchitectureConfig
+
+
+@dataclass(frozen=True, eq=False)
+class EncoderOutput:
+    """What an encoder returns: shared and private (style) means and log-variances."""
+
+    embedding: Float[Tensor, "row shared"]
+    log_covariance: Float[Tensor, "row shared"]
+    style_embedding: Float[Tensor, "row private"]
+    style_log_covariance: Float[Tensor, "row private"]
+
+
+@dataclass(frozen=True, eq=False)
+class DecoderOutput:
+    """What a decoder returns: the parameters of its modality's likelihood, `(rows, *output_shape)`."""
+
+    reconstruction: Tensor
+
+
+@dataclass(frozen=True)
+class Dimensions:
+    """The sizes that a pair of networks has to meet.
+
+    Attributes:
+        shape: shape of one row of the modality.
+        output_shape: shape of the likelihood's parameters for one row.
+        shared_dim: dimension of the shared latent.
+        private_dim: dimension of the private latent.
+        classes: of categorical values, else None.
+    """
+
+    shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+    shared_dim: int
+    private_dim: int
+    classes: int | None = None
+
+
+class _Heads(nn.Linear):
+    """One linear map to both Gaussians: shared mean, shared log-variance, private mean, private log-variance."""
+
+    def __init__(self, in_features: int, dims: Dimensions) -> None:
+        super().__init__(in_features, 2 * dims.shared_dim + 2 * dims.private_dim)
+        self.sizes = [dims.shared_dim] * 2 + [dims.private_dim] * 2
+
+    def split(self, features: Tensor) -> EncoderOutput:
+        return EncoderOutput(*self(features).split(self.sizes, dim=-1))
+
+
+def _layers(sizes: list[int], dropout: float) -> list[nn.Module]:
+    """Linear, ReLU and, if asked for, dropout, for every pair of neighbouring sizes."""
+    layers: list[nn.Module] = []
+    for in_size, out_size in itertools.pairwise(sizes):
+        layers += [nn.Linear(in_size, out_size), nn.ReLU()]
+        layers += [nn.Dropout(dropout)] if dropout else []
+    return layers
+
+
+def _hidden_dims(architecture: ArchitectureConfig) -> tuple[int, ...]:
+    return (256,) if architecture.hidden_dims is None else architecture.hidden_dims
+
+
+class MLPEncoder(nn.Module):
+    """A perceptron on the flattened row; categories enter one-hot."""
+
+    def __init__(self, architecture: ArchitectureConfig, dims: Dimensions) -> None:
+        super().__init__()
+        self.classes = dims.classes
+        sizes = [math.prod(dims.shape) * (dims.classes or 1), *_hidden_dims(architecture)]
+        self.body = nn.Sequential(*_layers(sizes, architecture.dropout))
+        self.heads = _Heads(sizes[-1], dims)
+
+    def forward(self, x: Tensor) -> EncoderOutput:
+        """Map `(rows, *shape)` to the posteriors' parameters."""
+        if self.classes is not None:
+            x = F.one_hot(x, self.classes).to(self.heads.weight.dtype)
+        return self.heads.split(self.body(x.flatten(1)))
+
+
+class MLPDecoder(nn.Module):
+    """A perceptron from [z_shared, z_private] to the likelihood's parameters: the encoder's mirror."""
+
+    def __init__(self, architecture: ArchitectureConfig, dims: Dimensions) -> None:
+        super().__init__()
+        self.output_shape = dims.output_shape
+        sizes = [dims.shared_dim + dims.private_dim, *reversed(_hidden_dims(architecture))]
+        self.body = nn.Sequential(
+            *_layers(sizes, architecture.dropout), nn.Linear(sizes[-1], math.prod(dims.output_shape))
+        )
+
+    def forward(self, z: Tensor) -> DecoderOutput:
+        """Map `(rows, shared + private)` to `(rows, *output_shape)`."""
+        return DecoderOutput(self.body(z).unflatten(-1, self.output_shape))
+
+
+_CHANNELS = (32, 64, 128, 256)
+_CONV_FEATURES = 512
+
+
+class ConvEncoder(nn.Module):
+    """Four convolutions (kernel 4, stride 2), then 512 features; 28x28 is padded to 32x32."""
+
+    def __init__(self, architecture: ArchitectureConfig, dims: Dimensions) -> None:
+        super().__init__()
+        channels, self.pad = _image(architecture, dims)
+        convolutions: list[nn.Module] = []
+        for before, after in itertools.pairwise((channels, *_CHANNELS)):
+            convolutions += [nn.Conv2d(before, after, kernel_size=4, stride=2, padding=1), nn.ReLU()]
+        self.convolutions = nn.Sequential(*convolutions)
+        self.body = nn.Sequential(*_layers([_CHANNELS[-1] * 4, _CONV_FEATURES], architecture.dropout))
+        self.heads = _Heads(_CONV_FEATURES, dims)
+
+    def forward(self, x: Tensor) -> EncoderOutput:
+        """Map `(rows, channels, height, width)` to the posteriors' parameters."""
+        x = F.pad(x, (self.pad,) * 4) if self.pad else x
+        return self.heads.split(self.body(self.convolutions(x).flatten(1)))
+
+
+class ConvDecoder(nn.Module):
+    """The mirror of `ConvEncoder`; for 28x28 the border of the 32x32 image is cut off."""
+
+    def __init__(self, architecture: ArchitectureConfig, dims: Dimensions) -> None:
+        super().__init__()
+        channels, self.pad = _image(architecture, dims)
+        sizes = [dims.shared_dim + dims.private_dim, _CONV_FEATURES, _CHANNELS[-1] * 4]
+        self.body = nn.Sequential(*_layers(sizes, architecture.dropout))
+        convolutions: list[nn.Module] = []
+        for before, after in itertools.pairwise((*reversed(_CHANNELS), channels)):
+            convolutions += [nn.ConvTranspose2d(before, after, kernel_size=4, stride=2, padding=1), nn.ReLU()]
+        self.convolutions = nn.Sequential(*convolutions[:-1])
+
+    def forward(self, z: Tensor) -> DecoderOutput:
+        """Map `(rows, shared + private)` to `(rows, channels, height, width)`."""
+        image = self.convolutions(self.body(z).unflatten(-1, (_CHANNELS[-1], 2, 2)))
+        return DecoderOutput(F.pad(image, (-self.pad,) * 4) if self.pad else image)
+
+
+def _image(architecture: ArchitectureConfig, dims: Dimensions) -> tuple[int, int]:
+    if architecture.hidden_dims is not None:
+        raise ValueError(
+            f"the conv architecture has its own widths; got hidden_dims={architecture.hidden_dims}. Remove hidden_dims."
+        )
+    if len(dims.shape) != 3 or dims.shape[1:] not in ((32, 32), (28, 28)) or dims.classes is not None:
+        raise ValueError(
+            f"the conv architecture takes images (channels, 32, 32) or (channels, 28, 28); got shape {dims.shape}"
+            f"{'' if dims.classes is None else ' of categories'}. Use mlp, or register an architecture."
+        )
+    return dims.shape[0], (32 - dims.shape[1]) // 2
+
+
+Builder = Callable[[ArchitectureConfig, Dimensions], nn.Module]
+
+_REGISTRY: dict[str, tuple[Builder, Builder]] = {
+    "mlp": (MLPEncoder, MLPDecoder),
+    "conv": (ConvEncoder, ConvDecoder),
+}
+
+
+def register(name: str, encoder: Builder, decoder: Builder) -> None:
+    """Make a pair of networks known as `name` in `architectures`, built from (ArchitectureConfig, Dimensions)."""
+    if name in _REGISTRY:
+        raise ValueError(f"an architecture's name is registered once; got {name!r} again. Choose another.")
+    _REGISTRY[name] = (encoder, decoder)
+
+
+def builders(name: str) -> tuple[Builder, Builder]:
+    """Return the encoder's and the decoder's builder of a registered architecture.
+
+    Raises:
+        ValueError: if no architecture of that name is registered.
+    """
+    if name not in _REGISTRY:
+        raise ValueError(f"architectures name a known architecture; got {name!r}. Known: {', '.join(_REGISTRY)}.")
+    return _REGISTRY[name]

@@ -1,0 +1,277 @@
+"""Importance-sampled negative log-likelihood of incomplete rows, its standard error and its diagnostics.
+
+    p(x_A) = E_q[ w ],   w = p(z_s) p(z_p) p(x_A | z_s, z_p) / q(z_s, z_p)
+
+with everything summed in logs while it streams: memory does not grow with the number of samples.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from dmvae.batch import Batch
+from dmvae.config.model import DMVAEConfig
+from dmvae.gaussian import DiagGaussian, product_of_experts
+from dmvae.importance import MIN_TRUSTED_DRAWS, WeightSummary, pieces
+from dmvae.joint import Rows, Term, has_forward_mode
+from dmvae.likelihood import Likelihood
+from dmvae.noise import chain, row_keys
+from dmvae.objective import Decode, Observed
+from dmvae.refinement import EncoderProposal, Proposal, RefinedProposal, gauss_newton, refit, setup_cost
+
+KHAT_LIMIT = 0.7
+"""Above this Pareto shape a mean of weights has no usable error (Vehtari et al. 2024)."""
+SE_LIMIT = 0.5
+"""Above this the delta method's standard error, in nats, is itself unreliable."""
+PROPOSALS = ("refined", "encoder")
+
+_LONG = 10  # Gauss-Newton steps where draws are many
+_STEPS = (4, 2)  # and where they are fewer
+_MANY_DRAWS = 1000
+_ESCALATION = 4  # times K, for a row whose first estimate is not to be trusted
+_MAX_PILOT = 2048  # kept in memory, hence bounded
+_FIRST, _PILOT, _SECOND = range(3)  # names of independent noise
+_CHUNK_ELEMENTS = 2**22  # decoder outputs held at once
+_MIN_WIDTH = 1024  # hidden layers are about as wide where the output is narrow
+
+
+@runtime_checkable
+class LatentModel(Protocol):
+    """What the estimators need of a model."""
+
+    config: DMVAEConfig
+
+    @property
+    def device(self) -> torch.device: ...  # noqa: D102
+
+    @property
+    def dtype(self) -> torch.dtype: ...  # noqa: D102
+
+    @property
+    def likelihoods(self) -> Mapping[str, Likelihood]: ...  # noqa: D102
+
+    @property
+    def decode_functions(self) -> Mapping[str, Decode]: ...  # noqa: D102
+
+    def observe(self, inputs: Batch, modalities: Sequence[str]) -> Mapping[str, Observed]: ...  # noqa: D102
+
+
+@dataclass(frozen=True, eq=False)
+class NLLEstimate:
+    """Estimated -log p(x_A) of every row, in nats; a row with nothing has 0.
+
+    Attributes:
+        nll: the estimate; its expectation exceeds the truth by about se^2 / 2.
+        se: Monte Carlo standard error.
+        ess: effective sample size of the weights.
+        khat: Pareto shape of the largest weights; NaN below 256 draws.
+        trusted: whether `se` can be believed: at least 256 draws, k-hat at most 0.7 and se at most 0.5.
+        decoder_rows: decoder rows spent, of the modality that took most; a derivative along one latent counts as one.
+        proposal: where the latents were drawn from, `refined` or `encoder`.
+    """
+
+    nll: Float[Tensor, " row"]
+    se: Float[Tensor, " row"]
+    ess: Float[Tensor, " row"]
+    khat: Float[Tensor, " row"]
+    trusted: Bool[Tensor, " row"]
+    decoder_rows: Int64[Tensor, " row"]
+    proposal: str
+
+    @classmethod
+    def of_nothing(cls, num_rows: int, num_draws: int, proposal: str, device: torch.device) -> "NLLEstimate":
+        """Return the exact result for rows without any modality."""
+        zeros = torch.zeros(num_rows, dtype=torch.float64, device=device)
+        ess, khat = torch.full_like(zeros, num_draws), torch.full_like(zeros, math.nan)
+        return cls(zeros, zeros, ess, khat, zeros == 0, zeros.long(), proposal)
+
+    def put(self, rows: Int64[Tensor, " chosen"], other: "NLLEstimate") -> "NLLEstimate":
+        """Return this with the estimates of some rows taken from `other`."""
+        assert self.proposal == other.proposal
+        names = [field.name for field in fields(self) if field.name != "proposal"]
+        return replace(self, **{name: getattr(self, name).index_copy(0, rows, getattr(other, name)) for name in names})
+
+
+@dataclass(frozen=True)
+class _Budget:
+    """What a row may cost: decoder rows per modality, of which Gauss-Newton `steps` take a part; draws at once."""
+
+    total: int
+    steps: int
+    chunk: int
+
+
+def joint_nll(
+    model: LatentModel,
+    batch: Batch,
+    K: int,  # noqa: N803 (the seed's name)
+    batch_size_K: int,  # noqa: N803 (the seed's name)
+    seed: int,
+    modalities: Sequence[str],
+    proposal: str = "refined",
+) -> NLLEstimate:
+    """Estimate -log p(x_A) of every row by importance sampling, A being what the row has of `modalities`.
+
+    `proposal="encoder"` draws from q(z_s | x_A) prod_i q(z_i | x_i). `"refined"` fits a Gaussian to each row's
+    posterior first (`dmvae.refinement`); a row whose weights then have k-hat above 0.7 or a standard error above
+    0.5 is estimated afresh with 4 K. Where K is too small for a fit (it would take more than half) the draws are
+    from the encoders, and the result's `proposal` says so.
+
+    A row's estimate depends on (seed, its id) alone: not on its batch, the chunk or the process; without ids a
+    row's place in the batch stands for it.
+
+    Args:
+        model: in eval mode.
+        batch: rows on the model's device.
+        K: decoder rows per modality and row, at least 2; what a fit takes is part of it.
+        batch_size_K: draws decoded at once; bounds memory, and changes nothing else.
+        seed: of the draws.
+        modalities: which to count.
+        proposal: where latents are drawn from, `refined` or `encoder`.
+
+    Raises:
+        ValueError: for K below 2, batch_size_K below 1 or an unknown proposal.
+    """
+    if K < 2 or batch_size_K < 1:
+        raise ValueError(
+            f"an estimate needs K >= 2 draws per row in chunks of 1 or more; got K={K}, batch_size_K={batch_size_K}."
+        )
+    if proposal not in PROPOSALS:
+        raise ValueError(f"proposal is one of {', '.join(PROPOSALS)}; got {proposal!r}.")
+    probes = 1 + model.config.latent_dim + max(model.config.private_dims[name] for name in modalities)
+    budget = _Budget(K, _affordable_steps(K, probes) if proposal == "refined" else 0, min(K, batch_size_K))
+    estimate = NLLEstimate.of_nothing(len(batch), K, "refined" if budget.steps else "encoder", model.device)
+    forward_mode = _forward_mode(model, modalities) if budget.steps else dict.fromkeys(modalities, False)
+    ids = torch.arange(len(batch)) if batch.ids is None else batch.ids
+    keys = chain(seed, row_keys(ids)).to(model.device)
+    at_once = _rows_at_once(model, modalities, max(budget.chunk, probes if budget.steps else 1))
+    for names, members in _patterns(batch, modalities):
+        for start, num in pieces(len(members), at_once):
+            chosen = members[start : start + num]
+            rows = _gather(model, batch, keys, names, chosen, forward_mode)
+            estimate = estimate.put(chosen, _estimate(rows, budget))
+    return estimate
+
+
+def _affordable_steps(total: int, probes: int) -> int:
+    """Return the number of Gauss-Newton steps: the most that takes at most half of the budget; 0 if none does."""
+    wanted = (_LONG, *_STEPS) if total >= _MANY_DRAWS else _STEPS
+    return next((steps for steps in wanted if 2 * setup_cost(probes, steps) <= total), 0)
+
+
+def _forward_mode(model: LatentModel, modalities: Sequence[str]) -> dict[str, bool]:
+    """Try each decoder's forward-mode derivative on one row."""
+    dims, functions = model.config.private_dims, model.decode_functions
+    return {
+        name: has_forward_mode(
+            functions[name],
+            torch.zeros(1, model.config.latent_dim + dims[name], dtype=model.dtype, device=model.device),
+        )
+        for name in modalities
+    }
+
+
+def _rows_at_once(model: LatentModel, modalities: Sequence[str], decoded_per_row: int) -> int:
+    width = max(_MIN_WIDTH, *(math.prod(model.likelihoods[name].output_shape) for name in modalities))
+    return max(1, _CHUNK_ELEMENTS // (decoded_per_row * width))
+
+
+def _patterns(batch: Batch, modalities: Sequence[str]) -> Iterator[tuple[tuple[str, ...], Int64[Tensor, " chosen"]]]:
+    """Group the rows that have anything of `modalities` by what they have: (its names, the rows)."""
+    names = [name for name in modalities if name in batch.data]
+    if len(batch) == 0 or not names:
+        return
+    masks = batch.masks or {}
+    everywhere = torch.ones(len(batch), dtype=torch.bool, device=batch.data[names[0]].device)
+    present = torch.stack([masks.get(name, everywhere) for name in names], dim=1)
+    for pattern in torch.unique(present, dim=0):
+        here = tuple(name for name, has in zip(names, pattern.tolist(), strict=True) if has)
+        if here:
+            yield here, (present == pattern).all(1).nonzero().squeeze(1)
+
+
+def _gather(
+    model: LatentModel,
+    batch: Batch,
+    keys: Int64[Tensor, " row"],
+    names: tuple[str, ...],
+    chosen: Int64[Tensor, " chosen"],
+    forward_mode: Mapping[str, bool],
+) -> Rows:
+    """Encode rows that all have the modalities `names`."""
+    observed = model.observe(Batch({name: batch.data[name].index_select(0, chosen) for name in names}), names)
+    shared = product_of_experts(
+        torch.stack([part.shared.mean for part in observed.values()]),
+        torch.stack([part.shared.log_var for part in observed.values()]),
+        torch.ones(len(names), len(chosen), dtype=torch.bool, device=keys.device),
+    )
+    functions, likelihoods, known = model.decode_functions, model.likelihoods, model.config.modalities
+    terms = (
+        Term(
+            place=1 + known.index(name),
+            values=part.values,
+            private=_double(part.private),
+            decode=functions[name],
+            likelihood=likelihoods[name],
+            dtype=model.dtype,
+            forward_mode=forward_mode[name],
+        )
+        for name, part in observed.items()
+    )
+    return Rows(keys[chosen], _double(shared), tuple(terms))
+
+
+def _estimate(rows: Rows, budget: _Budget) -> NLLEstimate:
+    if not budget.steps:
+        return _average(rows, EncoderProposal(rows, budget.total), _FIRST, budget, "encoder")
+    num_draws = budget.total - setup_cost(rows.probes, budget.steps)
+    proposal = RefinedProposal(rows, gauss_newton(rows, budget.steps), num_draws)
+    first = _average(rows, proposal, _FIRST, budget, "refined")
+    flagged = ((first.khat > KHAT_LIMIT) | (first.se > SE_LIMIT)).nonzero().squeeze(1)
+    if num_draws < MIN_TRUSTED_DRAWS or len(flagged) == 0:
+        return first
+    return first.put(flagged, _escalate(rows.select(flagged), budget))
+
+
+def _escalate(rows: Rows, first: _Budget) -> NLLEstimate:
+    """Estimate rows afresh with four times the budget, from a proposal refitted to pilot draws.
+
+    The pilot's weights are not used: the proposal is fixed before the draws that count, which keeps the estimate of
+    p(x_A) unbiased.
+    """
+    total = _ESCALATION * first.total
+    budget = _Budget(total, _affordable_steps(total, rows.probes), first.chunk)
+    num_pilot = min(first.total, _MAX_PILOT)
+    fit = refit(rows, gauss_newton(rows, budget.steps), chain(rows.keys, _PILOT), num_pilot, budget.chunk)
+    num_draws = total - setup_cost(rows.probes, budget.steps) - num_pilot
+    spent = _Budget(total + first.total, budget.steps, budget.chunk)
+    return _average(rows, RefinedProposal(rows, fit, num_draws), _SECOND, spent, "refined")
+
+
+def _average(rows: Rows, proposal: Proposal, stage: int, spent: _Budget, name: str) -> NLLEstimate:
+    """Draw from the proposal and average the weights."""
+    keys = chain(rows.keys, stage)
+    weights = WeightSummary(len(rows), proposal.counts, keys.device)
+    for start, num in pieces(sum(proposal.counts), spent.chunk):
+        latents, log_q = proposal.draw(keys, start, num)
+        weights.add(rows.log_joint(latents) - log_q)
+    se, khat = weights.standard_error(), weights.khat()
+    return NLLEstimate(
+        nll=-weights.log_mean(),
+        se=se,
+        ess=weights.effective_sample_size(),
+        khat=khat,
+        # false where k-hat is NaN
+        trusted=(khat <= KHAT_LIMIT) & (se <= SE_LIMIT),
+        decoder_rows=torch.full_like(keys, spent.total),
+        proposal=name,
+    )
+
+
+def _double(gaussian: DiagGaussian) -> DiagGaussian:
+    return DiagGaussian(gaussian.mean.double(), gaussian.log_var.double())

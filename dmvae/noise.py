@@ -1,0 +1,69 @@
+"""Standard-normal noise that belongs to a row: addressed by a key, the same wherever and in whatever batch it is drawn.
+
+torch's generators are sequences, so a worker that owns some rows of a batch would have to draw the others' noise
+too, and a row's noise would depend on its neighbours. Here every value is a function of (key, row, place alone):
+the SplitMix64 finaliser of a counter (Steele, Lea and Flood 2014), then the Box-Muller transform.
+"""
+
+import math
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from dmvae.batch import Ids
+
+_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64
+_MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
+_MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
+
+
+def _mix(x: Tensor) -> Tensor:
+    """The SplitMix64 finaliser, elementwise; int64 arithmetic wraps and `>>` is made logical by a mask."""
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * _MIX_1
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * _MIX_2
+    return x ^ ((x >> 31) & 0x1FFFFFFFF)
+
+
+def chain(*parts: int | Tensor) -> Tensor:
+    """Hash integers, or int64 tensors that broadcast, into int64 keys; the order of the parts matters."""
+    key = torch.zeros((), dtype=torch.int64)
+    for part in parts:
+        value = part if isinstance(part, Tensor) else torch.tensor(part, dtype=torch.int64)
+        key = _mix((key.to(value.device) + _GOLDEN) ^ _mix(value + _GOLDEN))
+    return key
+
+
+def row_keys(ids: Ids) -> Int64[Tensor, " row"]:
+    """Return one int64 key per row name; names that differ have keys that differ (two strings: but for 2^-64)."""
+    if isinstance(ids, Tensor):
+        return ids.to(torch.int64)
+    if len(ids) == 0:
+        return torch.zeros(0, dtype=torch.int64)
+    encoded = np.char.encode(ids.astype(str), "utf-8")
+    width = -(-max(encoded.dtype.itemsize, 1) // 8) * 8
+    words = np.ascontiguousarray(encoded.astype(f"S{width}")).view(np.int64).reshape(len(ids), -1)
+    keys = torch.zeros(len(ids), dtype=torch.int64)
+    for place in range(words.shape[1]):
+        word = torch.from_numpy(words[:, place].copy())
+        # the padding belongs to the longest name of this batch: it must leave a shorter name's key alone
+        keys = torch.where(word == 0, keys, chain(keys, place, word))
+    return keys
+
+
+def standard_normal(
+    keys: Int64[Tensor, " row"], num: int, start: int = 0, dtype: torch.dtype = torch.float32
+) -> Float[Tensor, "row {num}"]:
+    """Draw N(0, 1) values: places `start` to `start + num` of every key's stream.
+
+    The value at (key, place) depends on nothing else, so any split of rows or places gives the same noise.
+    """
+    first, last = start // 2, -(-(start + num) // 2)
+    counter = torch.arange(first + 1, last + 1, dtype=torch.int64, device=keys.device) * _GOLDEN
+    bits = _mix(_mix(keys)[:, None] + counter)
+    # two 32-bit halves: a uniform in (0, 1) for the radius, one for the angle
+    radius = torch.sqrt(-2 * torch.log((((bits >> 32) & 0xFFFFFFFF).double() + 0.5) * 2**-32))
+    angle = (bits & 0xFFFFFFFF).double() * (2 * math.pi * 2**-32)
+    values = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1).flatten(1)
+    return values[:, start - 2 * first :][:, :num].to(dtype)

@@ -1,0 +1,210 @@
+"""The training objective: one evidence lower bound per source of the shared latent, and its named terms.
+
+A pure function of posteriors, decoders, rows and noise. What a row does not have is neither decoded nor read.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from dmvae.config.model import DMVAEConfig
+from dmvae.gaussian import DiagGaussian, product_of_experts
+from dmvae.likelihood import Likelihood
+
+Decode = Callable[[Tensor], Tensor]
+"""[z_shared, z_private] `(rows, dims)` to a likelihood's parameters `(rows, *output_shape)`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Observed:
+    """The rows of a batch that have one modality, and the posteriors that its encoder gives them.
+
+    Attributes:
+        present: which rows of the batch these are.
+        rows: their positions in the batch; None means all of them, in order.
+        values: `(observed, *shape)`.
+        shared: q(z_s | x_m), observed rows only.
+        private: q(z_p | x_m), observed rows only.
+    """
+
+    present: Bool[Tensor, " row"]
+    rows: Int64[Tensor, " observed"] | None
+    values: Tensor
+    shared: DiagGaussian
+    private: DiagGaussian
+
+    def scatter(self, compact: Float[Tensor, "observed *rest"]) -> Float[Tensor, "row *rest"]:
+        """Put observed rows at their places in the batch, zeros elsewhere."""
+        if self.rows is None:
+            return compact
+        dense = compact.new_zeros((len(self.present), *compact.shape[1:]))
+        return dense.index_copy(0, self.rows, compact)
+
+
+@dataclass(frozen=True, eq=False)
+class Noise:
+    """Standard-normal noise of one batch, drawn afresh for every source (the joint posterior, then each modality)."""
+
+    shared: Float[Tensor, "source row shared"]
+    private: Mapping[str, Float[Tensor, "source row _"]]
+
+    @staticmethod
+    def width(config: DMVAEConfig) -> int:
+        """Number of normals that one row needs."""
+        return (1 + len(config.modalities)) * (config.latent_dim + sum(config.private_dims.values()))
+
+    @classmethod
+    def from_normals(cls, normals: Float[Tensor, "row width"], config: DMVAEConfig) -> "Noise":
+        """Cut each row's normals into the noise of every source and latent."""
+        dims = {"": config.latent_dim, **config.private_dims}
+        sources = normals.unflatten(1, (1 + len(config.modalities), sum(dims.values()))).transpose(0, 1)
+        shared, *private = sources.split(list(dims.values()), dim=-1)
+        return cls(shared=shared, private=dict(zip(config.modalities, private, strict=True)))
+
+
+@dataclass(frozen=True, eq=False)
+class TermSums:
+    """Named terms as sums over rows and the number of rows that have the term: they add over batches and workers.
+
+    `joint` and each modality's name count every row, so that they add up to the loss; a divergence or a
+    log-likelihood counts the rows in which it exists.
+    """
+
+    names: tuple[str, ...]
+    total: Float[Tensor, " term"]
+    count: Float[Tensor, " term"]
+
+    def __add__(self, other: "TermSums") -> "TermSums":
+        assert self.names == other.names
+        return TermSums(self.names, self.total + other.total, self.count + other.count)
+
+    def means(self) -> dict[str, Tensor]:
+        """Return each term's mean in nats per row that has it; 0 where no row has it."""
+        means = self.total / self.count.clamp(min=1)
+        return dict(zip(self.names, means.unbind(), strict=True))
+
+
+@dataclass(frozen=True, eq=False)
+class Bound:
+    """The objective of a batch: per row the sum of the negative bounds of its sources, in nats, and the named terms."""
+
+    row_loss: Float[Tensor, " row"]
+    terms: TermSums
+
+
+def negative_bounds(
+    config: DMVAEConfig,
+    observed: Mapping[str, Observed],
+    decoders: Mapping[str, Decode],
+    likelihoods: Mapping[str, Likelihood],
+    noise: Noise,
+    divergence_weight: float = 1.0,
+) -> Bound:
+    """Compute the objective of every row.
+
+        ELBO_s   = sum_{i in A} lambda_i log p(x_i | z_s, z_pi) - beta KL(q_s || p) - sum_{i in A} beta_i KL(q_pi || p)
+        row loss = -(ELBO_joint + sum_{j in A} ELBO_j)
+
+    A is what the row has; the joint source is the product of the experts in A and the prior, source j is the raw
+    q(z_s | x_j). Private latents are drawn afresh for each source. A row with nothing costs 0.
+
+    Args:
+        config: weights and dimensions.
+        observed: per modality with at least one row, that modality's rows; others are left out.
+        decoders: per modality.
+        likelihoods: per modality.
+        noise: of this batch.
+        divergence_weight: multiplies beta and every beta_i (a warm-up's factor).
+
+    Source: Lee & Pavlovic 2021, with the shared divergence counted once per source.
+    """
+    shared, here = _sources(config, observed, noise.shared)
+    kl_shared = torch.where(here, shared.kl_from_prior(), 0.0)
+    z_shared = shared.sample(noise.shared)
+    cost = config.beta * divergence_weight * kl_shared
+    kl_private, log_p, pairs = [], [], []
+    for name in config.modalities:
+        part = observed.get(name)
+        if part is None:
+            kl_private.append(torch.zeros_like(cost[0]))
+            log_p.append(torch.zeros_like(cost))
+            pairs.append(torch.zeros_like(here))
+            continue
+        kl_private.append(part.scatter(part.private.kl_from_prior()))
+        pairs.append(here & part.present)
+        log_p.append(_log_likelihood(part, pairs[-1], z_shared, noise.private[name], decoders[name], likelihoods[name]))
+        cost = cost + pairs[-1] * (config.private_betas[name] * divergence_weight * kl_private[-1])
+        cost = cost - config.reconstruction_weights[name] * log_p[-1]
+    return Bound(
+        row_loss=cost.sum(0),
+        terms=_sum_over_rows(
+            term_names(config.modalities),
+            totals=(cost, kl_shared, torch.stack(kl_private), torch.stack(log_p, dim=1)),
+            counts=(torch.ones_like(here), here, torch.stack(pairs)[:, 0], torch.stack(pairs, dim=1)),
+        ),
+    )
+
+
+def term_names(modalities: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the names of the objective's terms, in their fixed order."""
+    sources = ("joint", *modalities)
+    return (
+        *sources,
+        *(f"kl_shared/{source}" for source in sources),
+        *(f"kl_private/{name}" for name in modalities),
+        *(f"log_likelihood/{source}/{name}" for source in sources for name in modalities),
+    )
+
+
+def _sources(
+    config: DMVAEConfig, observed: Mapping[str, Observed], like: Float[Tensor, "source row shared"]
+) -> tuple[DiagGaussian, Bool[Tensor, "source row"]]:
+    """Return the shared posterior of every source `(source, row, dim)` and the rows in which the source exists."""
+    zeros = torch.zeros_like(like[0])
+    nowhere = torch.zeros(zeros.shape[0], dtype=torch.bool, device=zeros.device)
+    parts = [observed.get(name) for name in config.modalities]
+    means = torch.stack([zeros if part is None else part.scatter(part.shared.mean) for part in parts])
+    log_vars = torch.stack([zeros if part is None else part.scatter(part.shared.log_var) for part in parts])
+    present = torch.stack([nowhere if part is None else part.present for part in parts])
+    joint = product_of_experts(means, log_vars, present)
+    return (
+        DiagGaussian(torch.cat((joint.mean[None], means)), torch.cat((joint.log_var[None], log_vars))),
+        torch.cat((present.any(0, keepdim=True), present)),
+    )
+
+
+def _log_likelihood(
+    part: Observed,
+    pairs: Bool[Tensor, "source row"],
+    z_shared: Float[Tensor, "source row shared"],
+    noise: Float[Tensor, "source row private"],
+    decode: Decode,
+    likelihood: Likelihood,
+) -> Float[Tensor, "source row"]:
+    """Return log p(x_i | z_s, z_pi) of every pair of a source and a row that has both, 0 elsewhere.
+
+    All sources are decoded in one call, and only the pairs that exist.
+    """
+    private = DiagGaussian(part.scatter(part.private.mean), part.scatter(part.private.log_var))
+    z = torch.cat((z_shared, private.sample(noise)), dim=-1).flatten(0, 1)
+    # every source exists in every row that has this modality exactly when nothing is missing
+    chosen = None if part.rows is None and bool(pairs.all()) else pairs.flatten().nonzero().squeeze(1)
+    if chosen is None:
+        output = decode(z)
+        return likelihood.log_prob(output.unflatten(0, pairs.shape), part.values)
+    place = part.present.cumsum(0) - 1  # of a row of the batch among the observed ones
+    values = part.values.index_select(0, place[chosen % len(part.present)])
+    log_p = likelihood.log_prob(decode(z.index_select(0, chosen)), values)
+    return log_p.new_zeros(pairs.numel()).index_copy(0, chosen, log_p).view(pairs.shape)
+
+
+def _sum_over_rows(names: tuple[str, ...], totals: tuple[Tensor, ...], counts: tuple[Tensor, ...]) -> TermSums:
+    """Add tables `(..., row)` up over rows, without gradient, in float64 so that long sums lose nothing."""
+
+    def add_up(tables: tuple[Tensor, ...]) -> Tensor:
+        return torch.cat([table.detach().flatten(0, -2).sum(-1, dtype=torch.float64) for table in tables])
+
+    return TermSums(names, add_up(totals), add_up(counts))

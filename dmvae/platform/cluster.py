@@ -1,0 +1,48 @@
+"""The Ray cluster that a job runs on, and what its processes tell the person in front of it."""
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import ray
+from ray.util.queue import Empty, Queue
+
+
+@contextmanager
+def local_cluster(num_cpus: int) -> Iterator[None]:
+    """Connect to the cluster that RAY_ADDRESS names (a submitted job has it), else start one with `num_cpus` or more.
+
+    A cluster that is connected already is used as it is, and left. What workers print stays in Ray's own log files.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    own = {} if os.environ.get("RAY_ADDRESS") else {"address": "local", "num_cpus": max(os.cpu_count() or 1, num_cpus)}
+    ray.init(**own, logging_level="error", log_to_driver=False)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def messages(say: Callable[[str], None]) -> Iterator[Queue]:
+    """Yield a queue for workers' lines to a person; `say` gets them here as they come."""
+    queue, done = Queue(actor_options={"num_cpus": 0}), threading.Event()
+
+    def listen() -> None:
+        while not done.is_set() or not queue.empty():
+            try:
+                say(queue.get(timeout=0.5))
+            except Empty:
+                continue
+
+    listener = threading.Thread(target=listen, name="messages", daemon=True)
+    listener.start()
+    try:
+        yield queue
+    finally:
+        done.set()
+        listener.join(timeout=10)
+        queue.shutdown()

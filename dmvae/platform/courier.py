@@ -1,0 +1,151 @@
+"""Carries the lines of a spool to MLflow, and tells what was refused from what must be tried again."""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import groupby
+from pathlib import Path
+
+from mlflow import MlflowClient
+from mlflow.entities import Metric
+from mlflow.exceptions import MlflowException
+from sqlalchemy.exc import SQLAlchemyError
+
+from dmvae.platform.lane import Entry, UnreachableError
+from dmvae.platform.spool import TrackedRun, scrub
+
+REASON_TAG = "dmvae.reason"
+
+# Only what can never succeed. SQLAlchemy's pool timeout arrives as BAD_REQUEST and an expired token may be renewed.
+_REFUSALS = frozenset({"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST"})
+_HTTP_REFUSALS = frozenset({400, 413})
+
+
+class RefusedError(Exception):
+    """MLflow answered that this call can never succeed."""
+
+
+def sqlite_path(uri: str) -> Path | None:
+    """Return the file behind an sqlite URI, None for any other URI."""
+    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+
+
+@contextmanager
+def answers(uri: str) -> Iterator[None]:
+    """Turn what MLflow raises into `RefusedError` or `UnreachableError`, without secrets.
+
+    A database file that is gone counts as unreachable: MLflow would put an empty one in its place.
+    """
+    database = sqlite_path(uri)
+    if database is not None and not database.exists():
+        raise UnreachableError(f"{database} does not exist")
+    try:
+        yield
+    except MlflowException as error:
+        kind = RefusedError if error.error_code in _REFUSALS else UnreachableError
+        raise kind(_reason(error)) from None
+    except ImportError as error:  # the driver of a database
+        raise RefusedError(_reason(error)) from None
+    except (OSError, SQLAlchemyError) as error:  # `requests` raises OSError
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        kind = RefusedError if status in _HTTP_REFUSALS else UnreachableError
+        raise kind(_reason(error)) from None
+
+
+def connect(uri: str) -> MlflowClient:
+    """Return a client for `uri`.
+
+    Raises:
+        RefusedError: if MLflow does not know such a URI.
+        UnreachableError: if there is no database behind it now.
+    """
+    logging.getLogger("mlflow.store.db.utils").addFilter(_has_no_traceback)  # a page at each attempt of an outage
+    with answers(uri):
+        return MlflowClient(uri)
+
+
+def carry_metrics(run: TrackedRun, entries: list[Entry]) -> list[Entry]:
+    """Send metrics and changes of status, in order; return what was refused."""
+    client, refused = connect(run.uri), list[Entry]()
+    for is_metrics, group in groupby(entries, lambda entry: "metrics" in entry):
+        if is_metrics:
+            metrics = [
+                Metric(key, value, entry["timestamp"], entry["step"])
+                for entry in group
+                for key, value in entry["metrics"].items()
+            ]
+            refused += _log(client, run, metrics)
+        else:
+            refused += _each(client, run, _set_status, group)
+    return refused
+
+
+def carry_artifacts(run: TrackedRun, entries: list[Entry]) -> list[Entry]:
+    """Upload files and folders; return what was refused."""
+    return _each(connect(run.uri), run, _upload, entries)
+
+
+def is_gone(client: MlflowClient, run: TrackedRun) -> bool:
+    """Return whether MLflow has no such run, or has it among the deleted ones."""
+    try:
+        with answers(run.uri):
+            return bool(client.get_run(run.run_id).info.lifecycle_stage == "deleted")
+    except RefusedError:
+        return True
+
+
+def _has_no_traceback(record: logging.LogRecord) -> bool:
+    return record.exc_info is None
+
+
+def _reason(error: Exception) -> str:
+    return scrub(str(error)).partition("\n")[0].rstrip(".")
+
+
+def _log(client: MlflowClient, run: TrackedRun, metrics: list[Metric]) -> list[Entry]:
+    try:
+        with answers(run.uri):
+            client.log_batch(run.run_id, metrics)
+    except RefusedError as error:
+        if len(metrics) == 1 or is_gone(client, run):
+            return [
+                {"key": m.key, "value": m.value, "step": m.step, "timestamp": m.timestamp, "error": str(error)}
+                for m in metrics
+            ]
+        middle = len(metrics) // 2
+        return _log(client, run, metrics[:middle]) + _log(client, run, metrics[middle:])
+    return []
+
+
+def _each(
+    client: MlflowClient,
+    run: TrackedRun,
+    send: Callable[[MlflowClient, TrackedRun, Entry], None],
+    entries: Iterable[Entry],
+) -> list[Entry]:
+    refused = list[Entry]()
+    for entry in entries:
+        try:
+            with answers(run.uri):
+                send(client, run, entry)
+        except RefusedError as error:
+            refused.append({**entry, "error": str(error)})
+    return refused
+
+
+def _set_status(client: MlflowClient, run: TrackedRun, entry: Entry) -> None:
+    if "status" not in entry:
+        raise RefusedError("this line does not say what it is")
+    if entry["reason"]:
+        client.set_tag(run.run_id, REASON_TAG, entry["reason"])
+    if entry["status"] == "RUNNING":
+        client.update_run(run.run_id, "RUNNING")
+    else:
+        client.set_terminated(run.run_id, entry["status"], entry["timestamp"])
+
+
+def _upload(client: MlflowClient, run: TrackedRun, entry: Entry) -> None:
+    path = run.spool_dir / entry.get("artifact", "")
+    if "artifact" not in entry or not path.exists():
+        raise RefusedError(f"{path} is not there any more")
+    client.log_artifact(run.run_id, str(path), entry["artifact_path"])

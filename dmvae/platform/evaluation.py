@@ -1,0 +1,178 @@
+"""The negative log-likelihood of a split under a model, in one process or spread over a cluster's."""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dmvae.config.evaluation import EvaluateConfig, EvaluationConfig
+from dmvae.data.dataset import Dataset, open_dataset
+from dmvae.data.loader import read_rows
+from dmvae.model import DMVAE
+from dmvae.nll import NLLEstimate
+from dmvae.platform.cluster import local_cluster
+
+BLOCK_ROWS = 64
+"""Rows of the unit of work: a row's figures come from the same arithmetic whoever computes its block."""
+_COLUMNS = ("nll", "se", "ess", "khat", "trusted")
+
+
+@dataclass(frozen=True, eq=False)
+class NLLTable:
+    """Per-row estimates of a split, in its order.
+
+    Attributes:
+        columns: `id`, and of each row `nll` and its Monte Carlo error `se` in nats, `ess`, `khat`, `trusted`.
+        is_density: whether every observed value has a density under the model; false for grey Bernoulli values.
+        proposal: where latents were drawn from.
+    """
+
+    columns: dict[str, np.ndarray[Any, Any]]
+    is_density: bool
+    proposal: str
+
+    @property
+    def name(self) -> str:
+        """`nll`, or `bce` where the figure is a binary cross entropy and no likelihood."""
+        return "nll" if self.is_density else "bce"
+
+    def summary(self) -> dict[str, float]:
+        """Return the mean per row, its standard errors (of the rows; of the Monte Carlo alone), and how good the draws are."""
+        nll, se = self.columns["nll"], self.columns["se"]
+        rows = len(nll)
+        return {
+            self.name: float(nll.mean()),
+            f"{self.name}_se": float(nll.std(ddof=1) / math.sqrt(rows)) if rows > 1 else math.nan,
+            f"{self.name}_mc_se": float(np.sqrt(np.square(se).sum()) / rows),
+            f"{self.name}_ess": float(np.median(self.columns["ess"])),
+            f"{self.name}_untrusted": float(1 - self.columns["trusted"].mean()),
+        }
+
+
+def evaluate_nll(
+    model_dir: Path,
+    dataset: str,
+    config: EvaluationConfig,
+    workers: int = 1,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> NLLTable:
+    """Estimate the joint NLL of every row of a split over what the row has.
+
+    A row's estimate depends on the model, the seed and its id alone.
+
+    Args:
+        model_dir: a model's or a checkpoint's folder.
+        dataset: a dataset's folder.
+        config: split, draws, proposal, seed.
+        workers: with more than one, Ray tasks on the cluster that is already connected.
+        progress: called with (blocks done, blocks in all).
+    """
+    total = -(-len(open_dataset(dataset).split(config.split)) // BLOCK_ROWS)
+    args = (str(model_dir), dataset, config)
+    parts: dict[int, _Block] = {}
+    for number, block in _local(*args) if workers == 1 else _remote(*args, workers, total):
+        parts[number] = block
+        progress(len(parts), total)
+    blocks = [parts[number] for number in range(total)]
+    columns = {name: np.concatenate([block.columns[name] for block in blocks]) for name in ("id", *_COLUMNS)}
+    return NLLTable(columns, all(block.is_density for block in blocks), blocks[0].proposal)
+
+
+@dataclass(frozen=True, eq=False)
+class _Block:
+    columns: dict[str, np.ndarray[Any, Any]]
+    is_density: bool
+    proposal: str
+
+
+def _local(
+    model_dir: str, dataset: str, config: EvaluationConfig, first: int = 0, stride: int = 1
+) -> Iterator[tuple[int, _Block]]:
+    model = DMVAE.load(model_dir)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    split = open_dataset(dataset).split(config.split)
+    for number, batch in read_rows(split, BLOCK_ROWS, first, stride, dtype=model.dtype):
+        estimate = model.joint_nll(
+            batch, K=config.num_draws, batch_size_K=config.chunk, seed=config.seed, proposal=config.proposal
+        )
+        density = all(
+            model.likelihoods[name].is_density(values if mask is None else values[mask])
+            for name, values in batch.data.items()
+            for mask in [(batch.masks or {}).get(name)]
+        )
+        yield number, _Block(_columns(estimate, batch.ids), density, estimate.proposal)
+
+
+def _columns(estimate: NLLEstimate, ids: Any) -> dict[str, np.ndarray[Any, Any]]:
+    return {"id": np.asarray(ids), **{name: getattr(estimate, name).cpu().numpy() for name in _COLUMNS}}
+
+
+def _remote(
+    model_dir: str, dataset: str, config: EvaluationConfig, workers: int, total: int
+) -> Iterator[tuple[int, _Block]]:
+    import ray
+
+    def share(first: int) -> Iterable[tuple[int, _Block]]:
+        torch.set_num_threads(1)
+        yield from _local(model_dir, dataset, config, first, workers)
+
+    remote = ray.remote(num_cpus=1, num_gpus=0)(share).options(num_returns="streaming")
+    streams = [remote.remote(first) for first in range(min(workers, total))]
+    while streams:
+        ready, _ = ray.wait(streams, num_returns=1)
+        for stream in ready:
+            try:
+                yield ray.get(next(stream))
+            except StopIteration:
+                streams.remove(stream)
+
+
+def evaluate(config: EvaluateConfig, progress: Callable[[str], None]) -> dict[str, float]:
+    """Run `jobs.evaluate`: the summary of the split's NLL under a model.
+
+    Raises:
+        ValueError: if model and dataset do not fit, or the split does not exist.
+    """
+    model, dataset = DMVAE.load(config.model), open_dataset(config.dataset)
+    check_fit(model, dataset)
+    split = dataset.split(config.evaluation.split)
+    progress(f"{len(split):,} rows of {config.evaluation.split}, {config.evaluation.num_draws} draws each")
+    show = Progress(progress, "evaluating")
+    if config.workers == 1:
+        table = evaluate_nll(Path(config.model), config.dataset, config.evaluation, progress=show)
+    else:
+        with local_cluster(config.workers):
+            table = evaluate_nll(Path(config.model), config.dataset, config.evaluation, config.workers, show)
+    return {f"{config.evaluation.split}/{name}": value for name, value in table.summary().items()}
+
+
+def check_fit(model: DMVAE, dataset: Dataset) -> None:
+    """Check that a model has the modalities and shapes of a dataset.
+
+    Raises:
+        ValueError: saying what differs.
+    """
+    found, own = dict(dataset.manifest.input_dims), model.config.shapes
+    if found != own:
+        raise ValueError(f"a model is judged on data of its own modalities {own}; {dataset.path} has {found}.")
+
+
+class Progress:
+    """Tell a person how far a loop has come, every few seconds, with the time left."""
+
+    def __init__(self, say: Callable[[str], None], what: str) -> None:
+        self._say, self._what = say, what
+        self._start = self._said = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        """Note that `done` of `total` units are done."""
+        now = time.monotonic()
+        if now - self._said > 5 and done < total:
+            left = int((now - self._start) / done * (total - done))
+            self._say(f"{self._what}  {done / total:4.0%}  {left // 60}:{left % 60:02d} left")
+            self._said = now

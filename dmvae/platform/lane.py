@@ -1,0 +1,184 @@
+"""A file of JSON lines that a background thread delivers, and the lock that lets one process at a time do so."""
+
+import fcntl
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from socket import gethostname
+from typing import Any
+
+Entry = dict[str, Any]
+
+_log = logging.getLogger(__name__)
+_LINGER_SECONDS = 0.5
+_FIRST_RETRY_SECONDS, _LAST_RETRY_SECONDS = 0.5, 15.0
+
+
+class TrackingError(RuntimeError):
+    """A run cannot be recorded as asked."""
+
+
+class UnreachableError(Exception):
+    """There is no answer now; the same call may succeed later."""
+
+
+@contextmanager
+def hold(path: Path, wait_seconds: float | int = 0.0) -> Iterator[None]:
+    """Hold the lock file `path`; the operating system releases it when this process ends, however it ends.
+
+    Raises:
+        TrackingError: if another process still holds it after `wait_seconds`.
+    """
+    deadline = time.monotonic() + wait_seconds
+    with path.open("a+") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    owner = path.read_text().strip() or "another process"
+                    raise TrackingError(
+                        f"one process at a time works on {path.parent}; got {owner} still there. Wait or stop it."
+                    ) from None
+                time.sleep(0.1)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {gethostname()}\n")
+        file.flush()
+        yield
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write `text` to `path` so that a reader sees the old content or the new, never a part."""
+    draft = path.with_name(path.name + ".draft")
+    draft.write_text(text)
+    draft.replace(path)
+
+
+class Lane:
+    """An append-only file of JSON lines, delivered in order and at least once.
+
+    `deliver` takes up to `batch_size` consecutive entries and returns what was refused for good; after an
+    `UnreachableError` it sees them again. Refusals go to `LANE.rejected.jsonl`. A line that a crash cut short is
+    removed on opening.
+    """
+
+    def __init__(self, path: Path, deliver: Callable[[list[Entry]], list[Entry]], batch_size: int) -> None:
+        self.path, self._deliver, self._batch_size = path, deliver, batch_size
+        self._offset_path = path.with_suffix(".offset")
+        self._file = path.open("ab")
+        self._size = self._cut_torn_line()
+        offset = int(self._offset_path.read_text()) if self._offset_path.exists() else 0
+        self._offset = min(offset, self._size)
+        self._lock, self._wake, self._closing = threading.Lock(), threading.Event(), threading.Event()
+        self._deadline = float("inf")
+        self._thread = threading.Thread(target=self._run, name=f"spool-{path.stem}", daemon=True)
+        self.num_rejected = 0
+
+    @property
+    def delivered(self) -> bool:
+        """Whether MLflow has answered for every line."""
+        return self._offset >= self._size
+
+    def entries(self) -> Iterator[Entry]:
+        """Read every line there is."""
+        with self.path.open("rb") as file:
+            yield from map(_parse, file)
+
+    def append(self, entry: Entry) -> None:
+        """Add a line and hand it to the operating system; it survives the death of this process."""
+        line = json.dumps(entry).encode() + b"\n"
+        with self._lock:
+            self._file.write(line)
+            self._file.flush()
+            self._size += len(line)
+        self._wake.set()
+
+    def start(self) -> None:
+        """Deliver in the background from now on."""
+        self._thread.start()
+
+    def drain(self) -> int:
+        """Deliver here and now; return the number of lines.
+
+        Raises:
+            UnreachableError: if MLflow does not answer.
+        """
+        count = 0
+        while not self.delivered:
+            count += self._deliver_some()
+        return count
+
+    def close(self, timeout_seconds: float | int) -> bool:
+        """Deliver what `timeout_seconds` allow; return whether that was everything."""
+        self._deadline = time.monotonic() + timeout_seconds
+        self._closing.set()
+        self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout_seconds)
+        self._file.close()
+        return self.delivered
+
+    def _cut_torn_line(self) -> int:
+        size = 0
+        with self.path.open("rb") as file:
+            for line in file:
+                size += len(line) if line.endswith(b"\n") else 0
+        self._file.truncate(size)
+        return size
+
+    def _deliver_some(self) -> int:
+        with self.path.open("rb") as file:
+            file.seek(self._offset)
+            lines = [line for line in islice(file, self._batch_size) if line.endswith(b"\n")]
+        refused = self._deliver([_parse(line) for line in lines])
+        if refused:
+            self._reject(refused)
+        self._offset += sum(map(len, lines))
+        write_atomically(self._offset_path, str(self._offset))
+        return len(lines)
+
+    def _reject(self, refused: list[Entry]) -> None:
+        path = self.path.with_suffix(".rejected.jsonl")
+        with path.open("a") as file:
+            file.writelines(json.dumps(entry) + "\n" for entry in refused)
+        if self.num_rejected == 0:
+            _log.warning("MLflow refused %r; it and any further refusals are kept in %s", refused[0], path)
+        self.num_rejected += len(refused)
+
+    def _run(self) -> None:
+        pause, away = _FIRST_RETRY_SECONDS, False
+        while time.monotonic() < self._deadline:
+            if self.delivered:
+                if self._closing.is_set():
+                    return
+                self._wake.wait()
+                self._wake.clear()
+                self._closing.wait(_LINGER_SECONDS)
+                continue
+            try:
+                self._deliver_some()
+            except UnreachableError as error:
+                if not away:
+                    _log.warning("MLflow does not answer (%s); lines wait in %s until it does", error, self.path)
+                away = True
+                time.sleep(0.2) if self._closing.is_set() else self._closing.wait(pause)
+                pause = min(2 * pause, _LAST_RETRY_SECONDS)
+            else:
+                if away:
+                    _log.warning("MLflow answers again; delivering from %s", self.path)
+                pause, away = _FIRST_RETRY_SECONDS, False
+
+
+def _parse(line: bytes) -> Entry:
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        entry = None
+    return entry if isinstance(entry, dict) else {"unreadable": line.decode(errors="replace")}

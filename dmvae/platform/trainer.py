@@ -1,0 +1,279 @@
+"""A training configuration to a trained, judged and recorded model."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from ray.train import CheckpointConfig, FailureConfig, Result, RunConfig, ScalingConfig, TrainingFailedError
+from ray.train.torch import TorchTrainer
+
+from dmvae import checkpoint
+from dmvae.config.training import TrainConfig
+from dmvae.data.dataset import Dataset, open_dataset
+from dmvae.data.manifest import Manifest
+from dmvae.model import DMVAE
+from dmvae.objective import term_names
+from dmvae.platform.cluster import local_cluster, messages
+from dmvae.platform.evaluation import Progress, evaluate_nll
+from dmvae.platform.lane import write_atomically
+from dmvae.platform.spool import scrub
+from dmvae.platform.tracking import DatasetRecord, TrackedRun, open_run, tracking_uri
+from dmvae.platform.worker import SCORE, WorkerTask, work
+
+_RESULT = "result.json"
+# a dataset is known by its fingerprint, wherever it lies
+_MAY_CHANGE = ("training.patience", "training.log_steps", "workers.", "tracking.", "runs_dir", "data.dataset")
+
+
+class RunError(RuntimeError):
+    """A run cannot start, go on or end, for a reason that a person can do something about."""
+
+
+@dataclass(frozen=True)
+class TrainSummary:
+    """Where a finished run is and what it reached.
+
+    Attributes:
+        run_dir: its folder, with `best/` and `last/`.
+        metrics: the best validation figure and the test figures.
+        run_id: of the MLflow run.
+        tracking_uri: where that is.
+        was_finished: whether there was nothing left to do.
+    """
+
+    run_dir: Path
+    metrics: dict[str, float]
+    run_id: str
+    tracking_uri: str
+    was_finished: bool
+
+
+def train_run(config: TrainConfig, progress: Callable[[str], None]) -> TrainSummary:
+    """Train, or go on training, the run that `config` describes; judge its best model; record both.
+
+    Raises:
+        RunError: if the run's folder belongs to another configuration or dataset, the workers cannot be had, or
+            the loss became non-finite.
+        ValueError: if dataset and model do not fit.
+        TrackingError: if MLflow cannot be reached.
+    """
+    dataset = open_dataset(config.data.dataset)
+    resolved = resolve(config, dataset)
+    run_dir = Path(config.runs_dir, config.name).absolute()
+    record = _run_record(resolved, dataset.manifest)
+    _check_same_run(run_dir, record)
+    finished = _read_result(run_dir, resolved)
+    if finished is not None:
+        return finished
+    for split in (resolved.data.train_split, resolved.data.val_split, resolved.evaluation.split):
+        dataset.split(split).verify()
+    run_dir.mkdir(parents=True, exist_ok=True)
+    params = {key: value for key, value in record.items() if key != "dataset"}
+    with open_run(
+        resolved.tracking, resolved.name, run_dir / "tracking", params, dataset=_dataset_record(resolved, dataset)
+    ) as tracked:
+        write_atomically(run_dir / checkpoint.RUN_CONFIG, json.dumps(record, indent=2) + "\n")
+        with local_cluster(math.ceil(resolved.workers.num * resolved.workers.cpus)):
+            _announce(resolved, progress)
+            with messages(progress) as queue:
+                result = _fit(resolved, run_dir, WorkerTask(_absolute(resolved), record, tracked, queue))
+            best = _keep_checkpoints(result, run_dir)
+            metrics = _judge(resolved, run_dir / "best", best, progress)
+        _record(tracked, run_dir, metrics, step=int(best["step"]))
+        write_atomically(run_dir / _RESULT, json.dumps(_result(resolved, metrics, tracked), indent=2) + "\n")
+    return TrainSummary(run_dir, metrics, tracked.run_id, scrub(tracked.uri), was_finished=False)
+
+
+def resolve(config: TrainConfig, dataset: Dataset) -> TrainConfig:
+    """Fill in what the dataset knows (shapes, likelihoods nobody named) and check that the model can be built and trained.
+
+    Raises:
+        ValueError: if the config names a modality that the dataset has not, a shape that differs, a modality that
+            no training row has, or `init_from` is another model's.
+    """
+    manifest = dataset.manifest
+    model = config.model.model_dump(exclude_defaults=True)
+    given = model.get("input_dims")
+    if given is not None and {k: tuple(v) for k, v in given.items()} != dict(manifest.input_dims):
+        raise ValueError(
+            f"model.input_dims are the dataset's shapes {dict(manifest.input_dims)}; got {given}. Leave input_dims out."
+        )
+    model["input_dims"] = dict(manifest.input_dims)
+    proposed = {name: info.likelihood for name, info in manifest.modalities.items()}
+    model["decoders_dist"] = proposed | (model.get("decoders_dist") or {})
+    params = dict(model.get("decoder_dist_params") or {})
+    for name, info in manifest.modalities.items():
+        if model["decoders_dist"][name] == "categorical":
+            params[name] = {"classes": info.classes} | params.get(name, {})
+    model["decoder_dist_params"] = params or None
+    resolved = TrainConfig.model_validate({**config.model_dump(), "model": model})
+    observed = dataset.split(config.data.train_split).observed
+    never = [name for name in manifest.modalities if observed[name] == 0]
+    if never:
+        raise ValueError(
+            f"every modality is observed in some training row; {never} are in none of split "
+            f"{config.data.train_split!r} of {config.data.dataset}. Prepare the data again without them."
+        )
+    figures = ("loss", *term_names(resolved.model.modalities))
+    if config.training.monitor not in figures:
+        raise ValueError(
+            f"training.monitor names a validation figure; got {config.training.monitor!r}. Known: {', '.join(figures)}."
+        )
+    with torch.device("meta"):
+        built = DMVAE(resolved.model)
+    if config.init_from is not None:
+        _check_weights(built, config.init_from)
+    return resolved
+
+
+def _absolute(config: TrainConfig) -> TrainConfig:
+    """Make paths hold in processes that start elsewhere."""
+    data = config.data.model_copy(update={"dataset": str(Path(config.data.dataset).absolute())})
+    init_from = None if config.init_from is None else str(Path(config.init_from).absolute())
+    return config.model_copy(update={"data": data, "init_from": init_from})
+
+
+def _check_weights(model: DMVAE, folder: str) -> None:
+    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in DMVAE.load(folder).state_dict().items()}
+    differing = sorted(name for name in own.keys() | found.keys() if own.get(name) != found.get(name))
+    if differing:
+        raise ValueError(f"init_from is a folder with weights of the same model; {folder} differs in {differing[:5]}.")
+
+
+def _run_record(config: TrainConfig, manifest: Manifest) -> dict[str, Any]:
+    return {**config.model_dump(mode="json"), "dataset": {"fingerprint": manifest.fingerprint}}
+
+
+def _check_same_run(run_dir: Path, record: Mapping[str, Any]) -> None:
+    """Refuse to go on with another run's folder, saying what differs."""
+    file = run_dir / checkpoint.RUN_CONFIG
+    if not file.is_file():
+        return
+    before, now = _flatten(json.loads(file.read_text())), _flatten(record)
+    differing = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+    refused = [key for key in differing if not key.startswith(_MAY_CHANGE) and key != "training.epochs"]
+    if now["training.epochs"] < before["training.epochs"]:
+        refused.append("training.epochs")
+    if refused:
+        lines = "\n".join(f"  {key}: {before.get(key)!r} in the run, {now.get(key)!r} asked for" for key in refused)
+        raise RunError(
+            f"a run goes on with the settings that it began with (epochs may grow; workers, tracking, log_steps and "
+            f"patience may change); {run_dir} differs:\n{lines}\nChange them back, or choose another name."
+        )
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _result(config: TrainConfig, metrics: dict[str, float], tracked: TrackedRun) -> dict[str, Any]:
+    training = config.training
+    return {"epochs": training.epochs, "patience": training.patience, "metrics": metrics, "run_id": tracked.run_id}
+
+
+def _read_result(run_dir: Path, config: TrainConfig) -> TrainSummary | None:
+    file = run_dir / _RESULT
+    if not file.is_file():
+        return None
+    result = json.loads(file.read_text())
+    if (result["epochs"], result["patience"]) != (config.training.epochs, config.training.patience):
+        return None
+    return TrainSummary(
+        run_dir, result["metrics"], result["run_id"], scrub(tracking_uri(config.tracking)), was_finished=True
+    )
+
+
+def _dataset_record(config: TrainConfig, dataset: Dataset) -> DatasetRecord:
+    manifest = dataset.manifest
+    profile = {name: {"rows": split.rows, "observed": split.observed} for name, split in manifest.splits.items()}
+    source = Path(config.data.dataset).absolute()
+    return DatasetRecord(source.name, manifest.fingerprint, str(source), profile)
+
+
+def _announce(config: TrainConfig, progress: Callable[[str], None]) -> None:
+    workers = config.workers
+    device = "GPU" if _use_gpu(config) else "CPU"
+    progress(f"run {config.name}: {workers.num} {device} worker{'s' if workers.num > 1 else ''} starting")
+    wanted, there = workers.num * workers.cpus, ray.cluster_resources().get("CPU", 0)
+    if there < wanted:
+        progress(f"warning: the cluster has {there:g} CPUs of the {wanted:g} that this run waits for")
+
+
+def _fit(config: TrainConfig, run_dir: Path, task: WorkerTask) -> Result:
+    trainer = TorchTrainer(
+        work,
+        train_loop_config={"task": task},
+        scaling_config=ScalingConfig(
+            num_workers=config.workers.num,
+            use_gpu=_use_gpu(config),
+            resources_per_worker={"CPU": config.workers.cpus},
+        ),
+        run_config=RunConfig(
+            name="checkpoints",
+            storage_path=str(run_dir),
+            failure_config=FailureConfig(max_failures=config.workers.max_failures),
+            checkpoint_config=CheckpointConfig(
+                num_to_keep=2, checkpoint_score_attribute=SCORE, checkpoint_score_order="min"
+            ),
+        ),
+    )
+    try:
+        result = trainer.fit()
+    except TrainingFailedError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise RunError(
+            f"training stopped for good: {reason} The same command goes on from the last checkpoint."
+        ) from error
+    ending = result.return_value or {}
+    if "failure" in ending:
+        raise RunError(ending["failure"])
+    return result
+
+
+def _use_gpu(config: TrainConfig) -> bool:
+    gpus = ray.cluster_resources().get("GPU", 0)
+    if config.workers.device == "gpu" and gpus < config.workers.num:
+        raise RunError(
+            f'workers.device="gpu" needs a GPU per worker; the cluster has {gpus:.0f} for {config.workers.num} workers. '
+            'Use fewer workers, or workers.device="auto".'
+        )
+    return config.workers.device != "cpu" and gpus >= config.workers.num
+
+
+def _keep_checkpoints(result: Result, run_dir: Path) -> dict[str, Any]:
+    """Copy the best and the last checkpoint to `best/` and `last/`; return the best one's figures."""
+    best, figures = min(result.best_checkpoints or [], key=lambda entry: entry[1][SCORE])
+    for name, entry in (("best", best), ("last", result.checkpoint)):
+        assert entry is not None
+        partial, target = run_dir / f".{name}.partial", run_dir / name
+        shutil.rmtree(partial, ignore_errors=True)
+        entry.to_directory(str(partial))
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+    return figures
+
+
+def _judge(
+    config: TrainConfig, best: Path, figures: Mapping[str, Any], progress: Callable[[str], None]
+) -> dict[str, float]:
+    show = Progress(progress, f"NLL of {config.evaluation.split}")
+    table = evaluate_nll(best, config.data.dataset, config.evaluation, config.workers.num, show)
+    test = {f"{config.evaluation.split}/{name}": value for name, value in table.summary().items()}
+    return {f"best/val/{config.training.monitor}": figures[SCORE], **test}
+
+
+def _record(tracked: TrackedRun, run_dir: Path, metrics: Mapping[str, float], step: int) -> None:
+    with tracked.spool() as spool:
+        spool.log(metrics, step)
+        for name in ("best", "last"):
+            spool.artifact(run_dir / name, f"checkpoints/{name}")

@@ -1,0 +1,233 @@
+"""Where the latents of an importance-sampling estimate are drawn from: the encoders, or a fit to each row's posterior.
+
+Encoders are trained for the bound, so their posteriors are narrow: importance sampling from them misses most of
+p(x_A). The refined proposal is a Gaussian at the row's posterior mode, its covariance from the decoders' Jacobians
+(Gauss-Newton), mixed with wider Gaussians and the encoders' own.
+
+    u = (z_s, z_i for i in A),   H = I + sum_i S_i' J_i' F_i J_i S_i     (S_i u = (z_s, z_i), y_i = f_i(S_i u))
+    q_s(z_s)     = .8 N(m_s, 1.15 S_ss) + .1 N(m_s, 2.5 S_ss) + .1 q(z_s | x_A),   S = H^-1
+    q_i(z_i|z_s) = .85 N(m_i + S_is S_ss^-1 (z_s - m_s), 1.15 H_ii^-1) + .15 q(z_i | x_i)
+
+Given z_s the private latents are independent in the model and hence under H, so q is a fit to the full covariance.
+"""
+
+import math
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from dmvae.gaussian import DiagGaussian
+from dmvae.importance import pieces, strata
+from dmvae.joint import Rows
+from dmvae.noise import chain, standard_normal
+
+SPREAD = 1.15
+"""Factor on the fitted covariance: importance sampling wants a proposal somewhat wider than its target."""
+WIDE_SPREAD = 2.5
+PRIVATE_ENCODER_SHARE = 0.15
+_ENCODER_BELOW = NormalDist().inv_cdf(PRIVATE_ENCODER_SHARE)
+
+
+@runtime_checkable
+class Proposal(Protocol):
+    """A distribution of all latents u of every row of a group, drawn in strata of fixed sizes, one after the other."""
+
+    counts: tuple[int, ...]
+
+    def draw(
+        self, keys: Int64[Tensor, " row"], start: int, num: int
+    ) -> tuple[Float[Tensor, "row draw latent"], Float[Tensor, "row draw"]]:
+        """Return draws `start` to `start + num` and their log-density in nats.
+
+        The density is that of the mixture of all strata (the balance heuristic: Veach and Guibas 1995).
+        """
+        ...
+
+
+def normals(
+    keys: Int64[Tensor, " row"], latent: int, start: int, num: int, dim: int
+) -> Float[Tensor, "row {num} {dim}"]:
+    """Return the noise of one latent for draws `start` to `start + num`: each row reads its own stream."""
+    noise = standard_normal(chain(keys, latent), num * dim, start=start * dim, dtype=torch.float64)
+    return noise.view(len(keys), num, dim)
+
+
+class EncoderProposal:
+    """q(z_s | x_A) prod_i q(z_i | x_i)."""
+
+    def __init__(self, rows: Rows, num_draws: int) -> None:
+        self.counts: tuple[int, ...] = (num_draws,)
+        self._latents = [(0, _for_draws(rows.shared)), *((term.place, _for_draws(term.private)) for term in rows.terms)]
+
+    def draw(
+        self, keys: Int64[Tensor, " row"], start: int, num: int
+    ) -> tuple[Float[Tensor, "row draw latent"], Float[Tensor, "row draw"]]:
+        """Return draws `start` to `start + num` and their log-density in nats."""
+        latents, log_q = [], torch.zeros((), dtype=torch.float64, device=keys.device)
+        for place, gaussian in self._latents:
+            z = gaussian.sample(normals(keys, place, start, num, gaussian.mean.shape[-1]))
+            latents.append(z)
+            log_q = log_q + gaussian.log_density(z)
+        return torch.cat(latents, dim=-1), log_q
+
+
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """A Gaussian of all latents u of every row."""
+
+    mean: Float[Tensor, "row latent"]
+    covariance: Float[Tensor, "row latent latent"]
+
+
+def setup_cost(probes: int, iterations: int) -> int:
+    """Return the decoder rows per modality and data row that `gauss_newton` takes."""
+    return (iterations + 1) * probes + iterations
+
+
+def gauss_newton(rows: Rows, iterations: int) -> Fit:
+    """Fit a Gaussian to each row's posterior: its mode by damped Gauss-Newton steps, its covariance H^-1.
+
+    A step that does not raise log p(x_A, u) is taken back and the damping raised (Levenberg-Marquardt), row by row.
+    A row whose H is not finite gets H = I, the prior's.
+    """
+    mode = torch.cat([rows.shared.mean, *(term.private.mean for term in rows.terms)], dim=1)
+    damping = torch.zeros_like(mode[:, 0])
+    for _ in range(iterations):
+        energy, gradient, hessian = rows.linearise(mode)
+        root, _ = torch.linalg.cholesky_ex(hessian + torch.diag_embed(damping.unsqueeze(1) * _diagonal(hessian)))
+        moved = mode - torch.cholesky_solve(gradient.unsqueeze(-1), root).squeeze(-1)
+        # false for a row without a finite step: a comparison with NaN is
+        better = -rows.log_joint(moved.unsqueeze(1)).squeeze(1) < energy
+        mode = torch.where(better.unsqueeze(1), moved, mode)
+        damping = torch.where(better, damping / 3, (4 * damping).clamp(min=0.5))
+    _, _, hessian = rows.linearise(mode)
+    return Fit(mode, torch.cholesky_inverse(_cholesky(hessian)))
+
+
+class RefinedProposal:
+    """A `Fit` mixed with a wider one and the encoders' posteriors; see the top of this module.
+
+    The shared latent's components are strata of fixed sizes, a private latent's are chosen at random draw by draw.
+    """
+
+    def __init__(self, rows: Rows, fit: Fit, num_draws: int) -> None:
+        # two draws have a variance; the density uses the counts as they are, so any counts are unbiased
+        few = max(2, round(0.1 * num_draws))
+        self.counts: tuple[int, ...] = (num_draws - 2 * few, few, few)
+        self._encoder_shared = _for_draws(rows.shared)
+        self._terms = [(term.place, _for_draws(term.private)) for term in rows.terms]
+        shared, *private = rows.blocks
+        within = fit.covariance[:, shared, shared]
+        self._shared = _Gaussian.from_covariance(fit.mean[:, shared], within)
+        self._gains, self._privates = [], []
+        for own in private:
+            between = fit.covariance[:, shared, own]
+            gain = torch.cholesky_solve(between, self._shared.factor)
+            given = fit.covariance[:, own, own] - between.mT @ gain
+            self._gains.append(gain)
+            self._privates.append(_Gaussian.from_covariance(fit.mean[:, own], given))
+
+    def draw(
+        self, keys: Int64[Tensor, " row"], start: int, num: int
+    ) -> tuple[Float[Tensor, "row draw latent"], Float[Tensor, "row draw"]]:
+        """Return draws `start` to `start + num` and their log-density in nats."""
+        shared, log_q = self._draw_shared(keys, start, num)
+        offset = shared - self._shared.mean.unsqueeze(1)
+        latents = [shared]
+        for (place, encoder), gain, gaussian in zip(self._terms, self._gains, self._privates, strict=True):
+            shift = offset @ gain
+            noise = normals(keys, place, start, num, gaussian.mean.shape[1] + 1)
+            noise, chooses_encoder = noise[..., :-1], noise[..., -1:] < _ENCODER_BELOW
+            z = torch.where(chooses_encoder, encoder.sample(noise), gaussian.sample(noise, SPREAD) + shift)
+            log_q = log_q + torch.logaddexp(
+                gaussian.log_density(z - shift, SPREAD) + math.log(1 - PRIVATE_ENCODER_SHARE),
+                encoder.log_density(z) + math.log(PRIVATE_ENCODER_SHARE),
+            )
+            latents.append(z)
+        return torch.cat(latents, dim=-1), log_q
+
+    def _draw_shared(self, keys: Int64[Tensor, " row"], start: int, num: int) -> tuple[Tensor, Tensor]:
+        gaussian, encoder = self._shared, self._encoder_shared
+        noise = normals(keys, 0, start, num, gaussian.mean.shape[1])
+        stratum = strata(self.counts, start, num, keys.device)
+        spread = noise.new_tensor([SPREAD, WIDE_SPREAD, 1.0])[stratum].unsqueeze(-1)
+        z = torch.where((stratum == 2).unsqueeze(-1), encoder.sample(noise), gaussian.sample(noise * spread.sqrt()))
+        components = (gaussian.log_density(z, SPREAD), gaussian.log_density(z, WIDE_SPREAD), encoder.log_density(z))
+        shares = noise.new_tensor(self.counts) / sum(self.counts)
+        return z, torch.logsumexp(torch.stack(components, dim=-1) + shares.log(), dim=-1)
+
+
+def refit(rows: Rows, fit: Fit, keys: Int64[Tensor, " row"], num_draws: int, chunk: int) -> Fit:
+    """Match a Gaussian to importance-weighted draws from the proposal of `fit`.
+
+    Weights are tempered until their effective number is at least 4 dim(z_s), and the covariance is shrunk towards
+    the one of `fit`.
+    """
+    proposal = RefinedProposal(rows, fit, num_draws)
+    pairs = [
+        (latents, rows.log_joint(latents) - log_q)
+        for start, num in pieces(num_draws, chunk)
+        for latents, log_q in [proposal.draw(keys, start, num)]
+    ]
+    latents, log_w = (torch.cat(parts, dim=1) for parts in zip(*pairs, strict=True))
+    dim = rows.shared.mean.shape[1]
+    weights, effective = _temper(log_w, 4.0 * dim)
+    mean = (weights.unsqueeze(1) @ latents).squeeze(1)
+    centred = latents - mean.unsqueeze(1)
+    sample = (centred * weights.unsqueeze(-1)).mT @ centred
+    trust = (effective / (effective + dim))[:, None, None]
+    return Fit(mean, trust * sample + (1 - trust) * fit.covariance)
+
+
+def _temper(log_w: Float[Tensor, "row draw"], enough: float) -> tuple[Float[Tensor, "row draw"], Float[Tensor, " row"]]:
+    """Return normalised weights w^a with the largest a of 1, 1/sqrt(2), 1/2, ... whose effective number is enough."""
+    power = torch.ones_like(log_w[:, :1])
+    for _ in range(24):
+        weights = torch.softmax(power * log_w, dim=1)
+        effective = 1 / weights.square().sum(1)
+        power = torch.where(effective.unsqueeze(1) < enough, power * math.sqrt(0.5), power)
+    return weights, effective
+
+
+@dataclass(frozen=True, eq=False)
+class _Gaussian:
+    """Normals of every row with a full covariance, `factor` its Cholesky factor; a spread multiplies the covariance."""
+
+    mean: Float[Tensor, "row dim"]
+    factor: Float[Tensor, "row dim dim"]
+    inverse: Float[Tensor, "row dim dim"]
+
+    @classmethod
+    def from_covariance(cls, mean: Float[Tensor, "row dim"], covariance: Float[Tensor, "row dim dim"]) -> "_Gaussian":
+        factor = _cholesky(covariance)
+        identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+        return cls(mean, factor, torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False))
+
+    def sample(self, noise: Float[Tensor, "row draw dim"], spread: float = 1.0) -> Float[Tensor, "row draw dim"]:
+        return self.mean.unsqueeze(1) + math.sqrt(spread) * noise @ self.factor.mT
+
+    def log_density(self, z: Float[Tensor, "row draw dim"], spread: float) -> Float[Tensor, "row draw"]:
+        distance = ((z - self.mean.unsqueeze(1)) @ self.inverse.mT).square().sum(-1)
+        log_det = 2 * _diagonal(self.factor).log().sum(-1).unsqueeze(1)
+        return -0.5 * (distance / spread + log_det + z.shape[-1] * math.log(2 * math.pi * spread))
+
+
+def _cholesky(matrix: Float[Tensor, "row dim dim"]) -> Float[Tensor, "row dim dim"]:
+    """Return the Cholesky factor; the identity for a matrix that is not positive definite or not finite."""
+    factor, info = torch.linalg.cholesky_ex(0.5 * (matrix + matrix.mT))
+    sound = (info == 0) & factor.isfinite().flatten(1).all(1)
+    return torch.where(
+        sound[:, None, None], factor, torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    )
+
+
+def _diagonal(matrix: Float[Tensor, "row dim dim"]) -> Float[Tensor, "row dim"]:
+    return matrix.diagonal(dim1=-2, dim2=-1)
+
+
+def _for_draws(gaussian: DiagGaussian) -> DiagGaussian:
+    return DiagGaussian(gaussian.mean.unsqueeze(1), gaussian.log_var.unsqueeze(1))

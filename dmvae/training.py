@@ -1,0 +1,376 @@
+"""The training loop: plain torch on any device; how many workers there are is the caller's business.
+
+Every random number is addressed by (seed, epoch, step, position in the global batch), so a run is the same run on
+any number of workers and from any checkpoint.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from dmvae.batch import Batch
+from dmvae.config.training import OptimConfig, TrainConfig
+from dmvae.model import DMVAE, DMVAEOutput
+from dmvae.noise import chain, row_keys, standard_normal
+from dmvae.objective import Noise, TermSums, negative_bounds, term_names
+
+ACTIVE_VARIANCE = 0.01
+"""A latent dimension is active when its posterior's mean varies more than this over rows (Burda et al. 2016)."""
+_TRAIN, _VALIDATE = 1, 2  # second part of a noise key
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss, or its gradient, is not a number or infinite."""
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far training has come: `step` steps of `epoch` are done."""
+
+    epoch: int = 0
+    step: int = 0
+
+
+@dataclass
+class TrainState:
+    """All that a run is made of: with it, the run goes on as if it had never stopped.
+
+    Attributes:
+        model: the weights.
+        optimizer: its moments.
+        position: steps done.
+        best: the smallest validation figure so far; None before the first.
+        epochs_since_best: validations since then.
+        halvings: of the learning rate, by the plateau schedule.
+        window: the training terms since they were last logged, of all workers.
+    """
+
+    model: DMVAE
+    optimizer: torch.optim.Optimizer
+    position: Position = field(default_factory=Position)
+    best: float | None = None
+    epochs_since_best: int = 0
+    halvings: int = 0
+    window: TermSums = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.window = _zero_terms(self.model)
+
+    def record_validation(self, figure: float, optim: OptimConfig) -> bool:
+        """Take note of an epoch's validation figure; tell whether it is the best so far."""
+        is_best = self.best is None or figure < self.best
+        if is_best:
+            self.best, self.epochs_since_best = figure, 0
+        else:
+            self.epochs_since_best += 1
+            if optim.schedule == "plateau" and self.epochs_since_best % optim.plateau_epochs == 0:
+                self.halvings += 1
+        return is_best
+
+
+@dataclass(frozen=True, eq=False)
+class Share:
+    """One worker's part of a global batch.
+
+    Attributes:
+        batch: its rows; there may be none.
+        step: number of the global batch in the epoch.
+        first: position of its first row in the global batch.
+        global_rows: rows of the global batch.
+    """
+
+    batch: Batch
+    step: int
+    first: int
+    global_rows: int
+
+
+@dataclass(frozen=True, eq=False)
+class Workers:
+    """What the loop needs of the other workers; alone, the identity.
+
+    Attributes:
+        num: how many there are; gradients are averaged over them.
+        add: sums a float64 tensor over them, the same result on each.
+        forward: the model, wrapped where gradients have to be reduced.
+        without_reduction: a context in which backward passes only accumulate.
+    """
+
+    forward: nn.Module
+    num: int = 1
+    add: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    without_reduction: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One optimiser step: its loss (of the worker's own rows: nats per global row) and its gradient's norm before clipping."""
+
+    step: int
+    terms: TermSums
+    gradient_norm: float
+    learning_rate: float
+    rows: int
+
+
+def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
+    """Build Adam or AdamW, fused: one kernel for all parameters."""
+    algorithm = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[optim.algorithm]
+    kwargs: dict[str, Any] = {"weight_decay": optim.weight_decay} if optim.algorithm == "adamw" else {}
+    return algorithm(model.parameters(), lr=optim.learning_rate, fused=True, **kwargs)
+
+
+def learning_rate(optim: OptimConfig, done: int, total: int, halvings: int) -> float:
+    """Return the rate of the step after `done` of `total` steps: warm-up times schedule, a function of the step alone."""
+    rate = optim.learning_rate * min(1.0, (done + 1) / optim.warmup_steps if optim.warmup_steps else 1.0)
+    if optim.schedule == "cosine":
+        rate *= 0.5 * (1 + math.cos(math.pi * min(done / total, 1.0)))
+    return rate * 0.5**halvings
+
+
+def train_epoch(
+    state: TrainState, shares: Iterable[Share], config: TrainConfig, workers: Workers, steps_per_epoch: int
+) -> Iterator[StepReport]:
+    """Train on the shares of one epoch from the state's position on, yielding after every step.
+
+    The gradient is that of the mean row loss of the global batch, however its rows are spread.
+
+    Raises:
+        NonFiniteLossError: on every worker alike, before the weights are touched.
+    """
+    state.model.train()
+    total = config.training.epochs * steps_per_epoch
+    for share in shares:
+        done = state.position.epoch * steps_per_epoch + share.step
+        rate = learning_rate(config.optim, done, total, state.halvings)
+        for group in state.optimizer.param_groups:
+            group["lr"] = rate
+        state.optimizer.zero_grad(set_to_none=True)
+        # dropout is the only user of the global generator
+        torch.manual_seed(int(chain(config.seed, _TRAIN, state.position.epoch, share.step)) % 2**63)
+        terms, culprits = _accumulate(state, share, config, workers, done)
+        norm = float(nn.utils.clip_grad_norm_(state.model.parameters(), config.optim.clip_norm or math.inf))
+        if not math.isfinite(norm):
+            raise NonFiniteLossError(
+                f"a loss is finite; it is not at epoch {state.position.epoch + 1}, step {share.step + 1}"
+                f"{culprits or ' (the rows of another worker)'}. Lower optim.learning_rate, set optim.clip_norm, or "
+                "look at those rows."
+            )
+        state.optimizer.step()
+        state.position = replace(state.position, step=share.step + 1)
+        yield StepReport(share.step, terms, norm, rate, share.global_rows)
+
+
+def _accumulate(
+    state: TrainState, share: Share, config: TrainConfig, workers: Workers, done: int
+) -> tuple[TermSums, str]:
+    """Accumulate the gradient of a share, a micro-batch at a time; return its terms and what was not finite."""
+    size = config.training.micro_batch_size or max(len(share.batch), 1)
+    firsts = range(0, max(len(share.batch), 1), size)
+    warmup = config.training.divergence_warmup_steps
+    divergence_weight = min(1.0, (done + 1) / warmup) if warmup else 1.0
+    terms, culprits = None, ""
+    for first in firsts:
+        part = share.batch[first : first + size]
+        places = torch.arange(share.first + first, share.first + first + len(part))
+        keys = chain(config.seed, _TRAIN, state.position.epoch, share.step, places)
+        last = first == firsts[-1]
+        with nullcontext() if last else workers.without_reduction(), _autocast(state.model, config):
+            output = workers.forward(part, _noise(state.model, keys), divergence_weight)
+            loss = output.row_loss.sum() * (workers.num / share.global_rows)
+            if not loss.requires_grad:  # no row of this part has anything: join the reduction with zeros
+                loss = loss + 0.0 * sum(p.sum() for p in state.model.parameters())
+        if not math.isfinite(float(loss.detach())):
+            culprits = culprits or _name_culprits(part, output)
+            loss = loss * math.nan  # every gradient shows it, on every worker
+        loss.backward()
+        terms = output.terms if terms is None else terms + output.terms
+    assert terms is not None
+    return terms, culprits
+
+
+def _noise(model: DMVAE, keys: Tensor) -> Noise:
+    normals = standard_normal(keys.to(model.device), Noise.width(model.config), dtype=model.dtype)
+    return Noise.from_normals(normals, model.config)
+
+
+def _autocast(model: DMVAE, config: TrainConfig) -> AbstractContextManager[Any]:
+    enabled = config.training.precision == "bfloat16"
+    return torch.autocast(model.device.type, torch.bfloat16) if enabled else nullcontext()
+
+
+def _name_culprits(batch: Batch, output: DMVAEOutput) -> str:
+    rows = (~torch.isfinite(output.row_loss.detach())).nonzero().squeeze(1).cpu()
+    terms = [name for name, value in zip(output.terms.names, output.terms.total.tolist(), strict=True)
+             if not math.isfinite(value)]  # fmt: skip
+    ids = [] if batch.ids is None else batch[rows[:5]].ids.tolist()  # type: ignore[union-attr]
+    return f": terms {', '.join(terms)}; {len(rows)} rows, ids {ids}{' and more' if len(rows) > 5 else ''}"
+
+
+def validate(
+    state: TrainState, blocks: Iterable[Batch], config: TrainConfig, workers: Workers
+) -> tuple[dict[str, float], dict[str, Float[Tensor, " dim"]]]:
+    """Evaluate the objective's terms on a split with noise that belongs to the rows, the same every epoch.
+
+    Args:
+        state: whose model is evaluated, in eval mode.
+        blocks: this worker's rows, with ids.
+        config: the seed of the noise, and the precision.
+        workers: whose sums are added.
+
+    Returns:
+        `loss` and each named term in nats per row; and per latent block (`shared`, each modality) the variance over
+        rows of the posterior's mean in each dimension: its activity (Burda et al. 2016).
+    """
+    model = state.model
+    sums = _zero_terms(model)
+    dims = {"shared": model.config.latent_dim, **model.config.private_dims}
+    moments = {name: torch.zeros(3, dim, dtype=torch.float64, device=model.device) for name, dim in dims.items()}
+    model.eval()
+    with torch.no_grad(), _autocast(model, config):
+        for batch in blocks:
+            assert batch.ids is not None
+            observed = model.observe(batch)
+            noise = _noise(model, chain(config.seed, _VALIDATE, row_keys(batch.ids)))
+            sums = (
+                sums + negative_bounds(model.config, observed, model.decode_functions, model.likelihoods, noise).terms
+            )
+            moments["shared"] += _moments(model.combine(observed, len(batch))[0].mean)
+            for name, part in observed.items():
+                moments[name] += _moments(part.private.mean)
+    model.train()
+    means = {name: float(value) for name, value in _add_up(sums, workers).means().items()}
+    loss = sum(means[source] for source in ("joint", *model.config.modalities))
+    return {"loss": loss, **means}, {name: _variance(workers.add(table)) for name, table in moments.items()}
+
+
+def _moments(mean: Float[Tensor, "row dim"]) -> Float[Tensor, "3 dim"]:
+    mean = mean.double()
+    return torch.stack((torch.ones_like(mean).sum(0), mean.sum(0), mean.square().sum(0)))
+
+
+def _variance(moments: Float[Tensor, "3 dim"]) -> Float[Tensor, " dim"]:
+    count = moments[0].clamp(min=1)
+    return moments[2] / count - (moments[1] / count).square()
+
+
+def _zero_terms(model: DMVAE) -> TermSums:
+    names = term_names(model.config.modalities)
+    zeros = torch.zeros(len(names), dtype=torch.float64, device=model.device)
+    return TermSums(names, zeros, zeros)
+
+
+def _add_up(terms: TermSums, workers: Workers) -> TermSums:
+    total, count = workers.add(torch.stack((terms.total, terms.count)))
+    return TermSums(terms.names, total, count)
+
+
+class TrainingData(Protocol):
+    """The rows that one worker reads."""
+
+    steps_per_epoch: int
+
+    def shares(self, epoch: int, first_step: int) -> Iterator[Share]:
+        """Return this worker's share of every global batch of an epoch, from a step on."""
+        ...
+
+    def validation_blocks(self) -> Iterator[Batch]:
+        """Return this worker's rows of the validation split."""
+        ...
+
+
+@dataclass(frozen=True)
+class Logged:
+    """Training figures since the last such event, over all workers.
+
+    Attributes:
+        global_step: steps done since the run began.
+        epoch: number of the epoch, from 0.
+        metrics: by name; terms in nats per row.
+    """
+
+    global_step: int
+    epoch: int
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class EpochEnded(Logged):
+    """An epoch's validation figures; `improved` tells whether the monitored one is the best so far."""
+
+    improved: bool
+
+
+@dataclass(frozen=True)
+class CheckpointDue:
+    """The state is whole and asks to be written down."""
+
+    global_step: int
+    epoch: int
+
+
+def is_finished(state: TrainState, config: TrainConfig) -> bool:
+    """Tell whether the run has had all its epochs, or has stopped improving."""
+    patience = config.training.patience
+    stalled = patience is not None and state.epochs_since_best >= patience
+    return state.position.epoch >= config.training.epochs or stalled
+
+
+def train(
+    state: TrainState, data: TrainingData, config: TrainConfig, workers: Workers
+) -> Iterator[Logged | EpochEnded | CheckpointDue]:
+    """Train until the run is finished, from wherever the state stands; all workers yield the same events.
+
+    Raises:
+        NonFiniteLossError: on every worker alike.
+    """
+    while not is_finished(state, config):
+        epoch, start, rows = state.position.epoch, time.perf_counter(), 0
+        pending = _zero_terms(state.model)  # this worker's terms that are not yet added up
+        shares = data.shares(epoch, state.position.step)
+        for report in train_epoch(state, shares, config, workers, data.steps_per_epoch):
+            pending, rows = pending + report.terms, rows + report.rows
+            done = epoch * data.steps_per_epoch + state.position.step
+            at_end = state.position.step == data.steps_per_epoch
+            every = config.training.checkpoint_steps
+            log_now = at_end or done % config.training.log_steps == 0
+            checkpoint_now = every is not None and done % every == 0 and not at_end
+            if log_now or checkpoint_now:
+                state.window, pending = state.window + _add_up(pending, workers), _zero_terms(state.model)
+            if log_now:
+                yield Logged(done, epoch, _training_metrics(state, report))
+                state.window = _zero_terms(state.model)
+            if checkpoint_now:
+                yield CheckpointDue(done, epoch)
+        rows_per_second = rows / (time.perf_counter() - start)
+        done, state.position = (epoch + 1) * data.steps_per_epoch, Position(epoch + 1, 0)
+        yield _end_epoch(state, data, config, workers, {"train/rows_per_second": rows_per_second})
+        yield CheckpointDue(done, epoch)
+
+
+def _training_metrics(state: TrainState, report: StepReport) -> dict[str, float]:
+    means = {name: float(value) for name, value in state.window.means().items()}
+    counts = dict(zip(state.window.names, state.window.count.tolist(), strict=True))
+    modalities = state.model.config.modalities
+    means["loss"] = sum(means[source] for source in ("joint", *modalities))
+    means |= {f"observed/{name}": counts[f"kl_private/{name}"] / max(counts["joint"], 1) for name in modalities}
+    means |= {"gradient_norm": report.gradient_norm, "learning_rate": report.learning_rate}
+    return {f"train/{name}": value for name, value in means.items()}
+
+
+def _end_epoch(
+    state: TrainState, data: TrainingData, config: TrainConfig, workers: Workers, metrics: dict[str, float]
+) -> EpochEnded:
+    figures, variances = validate(state, data.validation_blocks(), config, workers)
+    improved = state.record_validation(figures[config.training.monitor], config.optim)
+    metrics |= {f"val/{name}": value for name, value in figures.items()}
+    metrics |= {f"val/active_units/{block}": int((v > ACTIVE_VARIANCE).sum()) for block, v in variances.items()}
+    epoch = state.position.epoch
+    return EpochEnded(epoch * data.steps_per_epoch, epoch - 1, metrics, improved)

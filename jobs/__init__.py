@@ -1,0 +1,1 @@
+"""Entry points of a checkout: `python -m jobs.VERB CONFIG.toml [--flags]`."""

@@ -1,0 +1,142 @@
+import pytest
+import torch
+from torch import nn
+
+from dmvae import DMVAE, Batch, DMVAEConfig, networks
+from dmvae.config.model import ArchitectureConfig
+from dmvae.networks import Dimensions, MLPDecoder, MLPEncoder
+
+
+def dimensions(shape: tuple[int, ...], classes: int | None = None) -> Dimensions:
+    output_shape = shape if classes is None else (*shape, classes)
+    return Dimensions(shape, output_shape, shared_dim=3, private_dim=2, classes=classes)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "shape"),
+    [("mlp", (7,)), ("mlp", (1, 28, 28)), ("conv", (1, 28, 28)), ("conv", (3, 32, 32)), ("conv", (1, 32, 32))],
+)
+def test_every_architecture_maps_rows_to_latents_and_back(architecture: str, shape: tuple[int, ...]) -> None:
+    build_encoder, build_decoder = networks.builders(architecture)
+    settings = ArchitectureConfig(name=architecture)
+    encoder, decoder = build_encoder(settings, dimensions(shape)), build_decoder(settings, dimensions(shape))
+    output = encoder(torch.randn(4, *shape))
+    assert output.embedding.shape == output.log_covariance.shape == (4, 3)
+    assert output.style_embedding.shape == output.style_log_covariance.shape == (4, 2)
+    assert decoder(torch.randn(4, 5)).reconstruction.shape == (4, *shape)
+
+
+@pytest.mark.parametrize("architecture", ["mlp", "conv"])
+def test_every_output_depends_on_its_own_row_alone(architecture: str) -> None:
+    build_encoder, build_decoder = networks.builders(architecture)
+    settings, dims = ArchitectureConfig(name=architecture), dimensions((1, 28, 28))
+    encoder, decoder = build_encoder(settings, dims).double(), build_decoder(settings, dims).double()
+    x, z = torch.randn(3, 1, 28, 28, dtype=torch.float64), torch.randn(3, 5, dtype=torch.float64)
+    torch.testing.assert_close(encoder(x).style_embedding[1:2], encoder(x[1:2]).style_embedding)
+    torch.testing.assert_close(decoder(z).reconstruction[1:2], decoder(z[1:2]).reconstruction)
+
+
+@pytest.mark.parametrize("size", [28, 32])
+def test_the_conv_networks_see_and_paint_every_pixel(size: int) -> None:
+    build_encoder, build_decoder = networks.builders("conv")
+    settings, dims = ArchitectureConfig(name="conv"), dimensions((1, size, size))
+    x = torch.randn(8, 1, size, size, requires_grad=True)
+    build_encoder(settings, dims)(x).embedding.sum().backward()
+    assert bool((x.grad.abs().sum(0) > 0).all())
+    image = build_decoder(settings, dims)(torch.randn(8, 5)).reconstruction
+    assert bool((image.std(0) > 0).all())
+
+
+def test_the_conv_networks_are_those_of_the_paper() -> None:
+    build_encoder, build_decoder = networks.builders("conv")
+    settings, dims = ArchitectureConfig(name="conv"), dimensions((3, 32, 32))
+    encoder, decoder = build_encoder(settings, dims), build_decoder(settings, dims)
+    down = [layer for layer in encoder.modules() if isinstance(layer, nn.Conv2d)]
+    up = [layer for layer in decoder.modules() if isinstance(layer, nn.ConvTranspose2d)]
+    assert [layer.out_channels for layer in down] == [32, 64, 128, 256]
+    assert [layer.in_channels for layer in up] == [256, 128, 64, 32]
+    assert {(layer.kernel_size, layer.stride) for layer in down + up} == {((4, 4), (2, 2))}
+    assert encoder.heads.in_features == decoder.body[0].out_features == 512
+
+
+def test_no_decoder_squashes_its_output() -> None:
+    for architecture in ("mlp", "conv"):
+        _, build_decoder = networks.builders(architecture)
+        decoder = build_decoder(ArchitectureConfig(name=architecture), dimensions((1, 28, 28)))
+        output = decoder(1000 * torch.randn(50, 5)).reconstruction
+        assert output.min() < -3, architecture
+        assert output.max() > 3, architecture
+
+
+def test_a_perceptron_without_hidden_layers_is_one_linear_map() -> None:
+    settings, dims = ArchitectureConfig(hidden_dims=()), dimensions((2, 3))
+    for network in (MLPEncoder(settings, dims), MLPDecoder(settings, dims)):
+        with_parameters = [module for module in network.modules() if list(module.parameters(recurse=False))]
+        assert len(with_parameters) == 1
+        assert isinstance(with_parameters[0], nn.Linear)
+        assert not [module for module in network.modules() if isinstance(module, nn.ReLU)]
+    decoder = MLPDecoder(settings, dims).double()
+    left, right = torch.randn(2, 4, 5, dtype=torch.float64)
+    middle = decoder((left + right) / 2).reconstruction
+    torch.testing.assert_close(middle, (decoder(left).reconstruction + decoder(right).reconstruction) / 2)
+
+
+def test_hidden_layers_have_the_configured_widths_and_the_decoder_mirrors_them() -> None:
+    settings, dims = ArchitectureConfig(hidden_dims=(8, 4)), dimensions((6,))
+    widths = [
+        [(layer.in_features, layer.out_features) for layer in network.modules() if isinstance(layer, nn.Linear)]
+        for network in (MLPEncoder(settings, dims), MLPDecoder(settings, dims))
+    ]
+    assert widths == [[(6, 8), (8, 4), (4, 10)], [(5, 4), (4, 8), (8, 6)]]
+
+
+def test_categories_enter_one_hot() -> None:
+    dims = dimensions((2,), classes=3)
+    encoder = MLPEncoder(ArchitectureConfig(hidden_dims=()), dims)
+    x = torch.tensor([[0, 2], [1, 1]])
+    one_hot = torch.tensor([[1.0, 0, 0, 0, 0, 1], [0, 1, 0, 0, 1, 0]])
+    expected = encoder.heads(one_hot)[:, :3]
+    torch.testing.assert_close(encoder(x).embedding, expected)
+    assert MLPDecoder(ArchitectureConfig(), dims)(torch.zeros(4, 5)).reconstruction.shape == (4, 2, 3)
+
+
+@pytest.mark.parametrize("architecture", ["mlp", "conv"])
+def test_dropout_is_off_unless_asked_for(architecture: str) -> None:
+    dims = dimensions((1, 28, 28))
+    for builder in networks.builders(architecture):
+        without = builder(ArchitectureConfig(name=architecture), dims)
+        with_it = builder(ArchitectureConfig(name=architecture, dropout=0.4), dims)
+        assert not [m for m in without.modules() if isinstance(m, nn.Dropout)]
+        assert {m.p for m in with_it.modules() if isinstance(m, nn.Dropout)} == {0.4}
+
+
+def test_conv_refuses_widths_and_shapes_that_it_does_not_have() -> None:
+    for settings, dims, message in (
+        (ArchitectureConfig(name="conv", hidden_dims=(8,)), dimensions((1, 28, 28)), r"hidden_dims=\(8,\)"),
+        (ArchitectureConfig(name="conv"), dimensions((1, 16, 16)), r"\(1, 16, 16\)"),
+        (ArchitectureConfig(name="conv"), dimensions((784,)), r"\(784,\)"),
+        (ArchitectureConfig(name="conv"), dimensions((1, 28, 28), classes=3), "categories"),
+    ):
+        for builder in networks.builders("conv"):
+            with pytest.raises(ValueError, match=message):
+                builder(settings, dims)
+
+
+def test_a_registered_architecture_is_used_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(networks, "_REGISTRY", dict(networks._REGISTRY))
+
+    class Offset(MLPEncoder):
+        pass
+
+    networks.register("offset", Offset, MLPDecoder)
+    model = DMVAE(DMVAEConfig(input_dims={"a": (3,), "b": (2,)}, architectures={"a": {"name": "offset"}}))
+    assert type(model.encoders["a"]) is Offset
+    assert type(model.encoders["b"]) is MLPEncoder
+    assert bool(model(Batch({"a": torch.zeros(2, 3)})).loss.isfinite())
+    with pytest.raises(ValueError, match="'offset' again"):
+        networks.register("offset", Offset, MLPDecoder)
+
+
+def test_an_unknown_architecture_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ValueError, match=r"'resnet'.*mlp, conv"):
+        DMVAE(DMVAEConfig(input_dims={"a": (3,)}, architectures={"a": {"name": "resnet"}}))

@@ -1,0 +1,339 @@
+import json
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from pydantic import ValidationError
+
+from dmvae.config.tracking import TrackingConfig
+from dmvae.platform.lane import TrackingError
+from dmvae.platform.spool import MetricSpool, TrackedRun, scrub
+from dmvae.platform.tracking import DatasetRecord, flatten, open_run, sync, tracking_uri
+
+pytestmark = pytest.mark.filterwarnings(r"ignore:The ``noload`` loader strategy is deprecated:DeprecationWarning")
+
+PARAMS = {"optim": {"learning_rate": 1e-3}, "model": {"sizes": [4, 2]}, "many": {str(i): i for i in range(150)}}
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> TrackingConfig:
+    return TrackingConfig(experiment="tests", uri=f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db")
+
+
+def stored(run: TrackedRun) -> Run:
+    return MlflowClient(run.uri).get_run(run.run_id)
+
+
+def history(run: TrackedRun, key: str) -> list[tuple[int, float]]:
+    return [(metric.step, metric.value) for metric in MlflowClient(run.uri).get_metric_history(run.run_id, key)]
+
+
+def log_steps(spool: MetricSpool, steps: range) -> None:
+    for step in steps:
+        spool.log({"train/loss": step / 4, "val/kl_shared/joint": float("nan")}, step)
+
+
+def test_a_run_records_settings_data_metrics_and_files(database: TrackingConfig, tmp_path: Path) -> None:
+    report = tmp_path / "report.html"
+    report.write_text("fine")
+    dataset = DatasetRecord("digits", "d" * 64, "http://me:secret@store/digits", {"rows": 12})
+    tags = {"origin": "https://me:secret@host/repository"}
+    with open_run(database, "first", tmp_path / "tracking", PARAMS, tags, dataset) as run:
+        assert stored(run).info.status == "RUNNING"
+        with run.spool() as spool:
+            log_steps(spool, range(3))
+            spool.log({"val/inf": float("inf")}, 0)
+            spool.artifact(report, "reports")
+            assert spool.close(30)
+
+    record = stored(run)
+    assert record.info.run_name == "first"
+    assert record.info.status == "FINISHED"
+    assert record.data.params == flatten(PARAMS)
+    assert len(record.data.tags.get("mlflow.source.git.commit", "a" * 40)) == 40  # only in a checkout
+    assert record.data.tags["version.torch"]
+    assert record.data.tags["origin"] == "https://host/repository"
+    (data,) = record.inputs.dataset_inputs
+    assert (data.dataset.name, data.dataset.digest) == ("digits", "d" * 36)
+    assert "secret" not in data.dataset.source
+    assert history(run, "train/loss") == [(0, 0.0), (1, 0.25), (2, 0.5)]
+    assert record.data.metrics["val/inf"] > 1e308
+    assert [file.path for file in MlflowClient(run.uri).list_artifacts(run.run_id, "reports")] == [
+        "reports/report.html"
+    ]
+
+
+def test_a_run_that_goes_on_keeps_its_id_and_repeats_no_step(database: TrackingConfig, tmp_path: Path) -> None:
+    def train(steps: range, latent_dim: int) -> TrackedRun:
+        with open_run(database, "resumed", tmp_path, {"latent_dim": latent_dim}) as run, run.spool() as spool:
+            log_steps(spool, steps)
+            if steps.stop < 15:
+                raise ArithmeticError("the loss is not finite")
+        return run
+
+    with pytest.raises(ArithmeticError):
+        train(range(10), 10)
+    first = TrackedRun(tracking_uri(database), json.loads((tmp_path / "mlflow.json").read_text())["run_id"], tmp_path)
+    assert stored(first).info.status == "FAILED"
+    assert stored(first).data.tags["dmvae.reason"] == "ArithmeticError: the loss is not finite"
+
+    second = train(range(5, 15), 20)
+    assert second == first
+    assert stored(second).info.status == "FINISHED"
+    assert stored(second).data.params == {"latent_dim": "10"}
+    assert stored(second).data.tags["changed.latent_dim"] == "20"
+    assert history(second, "train/loss") == [(step, step / 4) for step in range(15)]
+    assert len(history(second, "val/kl_shared/joint")) == 15
+
+
+def test_lines_that_are_sent_twice_are_stored_once(database: TrackingConfig, tmp_path: Path) -> None:
+    with open_run(database, "twice", tmp_path, {}) as run, run.spool() as spool:
+        log_steps(spool, range(250))
+    (tmp_path / "metrics.offset").unlink()
+    (again,) = sync(tmp_path)
+    assert (again.state, again.lines, again.killed) == ("delivered", 251, False)
+    assert len(history(run, "train/loss")) == len(history(run, "val/kl_shared/joint")) == 250
+    assert sync(tmp_path)[0].lines == 0
+
+
+def test_a_line_that_a_crash_cut_short_is_removed(database: TrackingConfig, tmp_path: Path) -> None:
+    with open_run(database, "torn", tmp_path, {}) as run:
+        with run.spool() as spool:
+            log_steps(spool, range(3))
+        with (tmp_path / "metrics.jsonl").open("a") as file:
+            file.write('{"metrics": {"train/loss": 0.7')
+        with run.spool() as spool:
+            log_steps(spool, range(6))
+    assert history(run, "train/loss") == [(step, step / 4) for step in range(6)]
+
+
+def test_a_refused_value_does_not_hold_up_the_others(database: TrackingConfig, tmp_path: Path) -> None:
+    with open_run(database, "refused", tmp_path, {}) as run, run.spool() as spool:
+        log_steps(spool, range(3))
+        spool.log({"no#name": 1.0, "train/other": 2.0}, 3)
+        log_steps(spool, range(3, 6))
+    assert len(history(run, "train/loss")) == 6
+    assert history(run, "train/other") == [(3, 2.0)]
+    (refused,) = (tmp_path / "metrics.rejected.jsonl").read_text().splitlines()
+    assert json.loads(refused)["key"] == "no#name"
+
+
+def test_a_run_deleted_meanwhile_costs_the_trainer_nothing(database: TrackingConfig, tmp_path: Path) -> None:
+    with open_run(database, "deleted", tmp_path, {}) as run, run.spool() as spool:
+        MlflowClient(run.uri).delete_run(run.run_id)
+        log_steps(spool, range(3))
+    assert len((tmp_path / "metrics.rejected.jsonl").read_text().splitlines()) == 7  # six values and the end
+    with pytest.raises(TrackingError, match=r"remove .* to record a new one"), open_run(database, "", tmp_path, {}):
+        pass
+
+
+def test_one_process_at_a_time_works_on_a_run(database: TrackingConfig, tmp_path: Path) -> None:
+    with open_run(database, "alone", tmp_path, {}) as run, run.spool():
+        with pytest.raises(TrackingError, match=f"got process {os.getpid()} on"):
+            run.spool(wait_seconds=0)
+        with pytest.raises(TrackingError, match="one process at a time"), open_run(database, "", tmp_path, {}):
+            pass
+        assert [result.state for result in sync(tmp_path)] == ["in use"]
+    assert stored(run).info.status == "FINISHED"
+
+
+def test_everything_comes_in_after_trainer_and_database_went_away(database: TrackingConfig, tmp_path: Path) -> None:
+    here = Path(tracking_uri(database).removeprefix("sqlite:///"))
+    away = here.with_suffix(".away")
+    with process(sys.executable, "-c", TRAINER, str(database.uri), str(tmp_path / "runs/killed/tracking")) as trainer:
+        assert read_line(trainer) == "opened"
+        here.rename(away)
+        write_line(trainer, "go on")
+        assert read_line(trainer) == "logged"
+        assert [result.state for result in sync(tmp_path)] == ["undelivered"]  # a database that is away
+        trainer.kill()
+    away.rename(here)
+
+    (result,) = sync(tmp_path)
+    assert (result.state, result.lines, result.killed) == ("delivered", 41, True)
+    run = TrackedRun(str(database.uri), result.run_id, result.spool_dir)
+    assert history(run, "train/loss") == [(step, step / 4) for step in range(40)]
+    assert stored(run).info.status == "KILLED"
+    assert "without saying how" in stored(run).data.tags["dmvae.reason"]
+    assert [(again.lines, again.killed) for again in sync(tmp_path)] == [(0, False)]
+
+
+def test_a_server_killed_and_started_again_loses_and_doubles_nothing(tmp_path: Path) -> None:
+    port = free_port()
+    config = TrackingConfig(experiment="tests", uri=f"http://127.0.0.1:{port}")
+    (tmp_path / "note.txt").write_text("kept")
+    with server(tmp_path, port):
+        driver = open_run(config, "outage", tmp_path / "runs/outage/tracking", PARAMS)
+        run = driver.__enter__()
+        spool = run.spool()
+        for step in range(100):
+            spool.log({"train/loss": step / 4, "nan": float("nan"), "inf": float("inf")}, step)
+            time.sleep(0.01)
+    seconds = []
+    for step in range(100, 300):
+        begun = time.perf_counter()
+        spool.log({"train/loss": step / 4, "nan": float("nan"), "inf": float("inf")}, step)
+        seconds.append(time.perf_counter() - begun)
+        time.sleep(0.01)
+    spool.artifact(tmp_path / "note.txt")
+    assert statistics.median(seconds) < 5e-3
+    with server(tmp_path, port):
+        assert spool.close(60)
+        driver.__exit__(None, None, None)
+        assert history(run, "train/loss") == [(step, step / 4) for step in range(300)]
+        (run.spool_dir / "metrics.offset").unlink()
+        assert sync(tmp_path)[0].lines == 301
+        for key in ("train/loss", "nan", "inf"):
+            assert len(history(run, key)) == 300
+        assert stored(run).info.status == "FINISHED"
+        assert [file.path for file in MlflowClient(run.uri).list_artifacts(run.run_id)] == ["note.txt"]
+
+
+def test_an_unreachable_server_at_the_start_is_one_error_without_secrets(tmp_path: Path) -> None:
+    os.environ["MLFLOW_TRACKING_URI"] = f"http://me:secret@127.0.0.1:{free_port()}"
+    begun = time.monotonic()
+    try:
+        with pytest.raises(TrackingError, match=r"127.0.0.1:\d+'.* Start the server") as raised:
+            enter(TrackingConfig(), tmp_path)
+    finally:
+        del os.environ["MLFLOW_TRACKING_URI"]
+    assert time.monotonic() - begun < 20
+    assert "secret" not in str(raised.value)
+    assert raised.value.__suppress_context__
+
+
+@pytest.mark.parametrize(
+    "uri", ["sqlite:///{}/file/mlflow.db", "sqlite:///{}", "sqlite:///{}/file", "no://where", "./runs"]
+)
+def test_a_wrong_uri_is_one_error(uri: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no database")
+    begun = time.monotonic()
+    with pytest.raises(TrackingError, match="a run is recorded in an MLflow that answers"):
+        enter(TrackingConfig(uri=uri.format(tmp_path)), tmp_path / "tracking")
+    assert time.monotonic() - begun < 5
+
+
+@pytest.mark.acceptance
+def test_a_server_that_never_answers_is_one_error(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        begun = time.monotonic()
+        with pytest.raises(TrackingError, match="no answer within 12 seconds"):
+            enter(TrackingConfig(uri=f"http://127.0.0.1:{silent.getsockname()[1]}"), tmp_path)
+        assert time.monotonic() - begun < 20
+
+
+@pytest.mark.acceptance
+def test_drivers_that_start_together_share_a_fresh_database(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    with ExitStack() as stack:
+        trainers = [
+            stack.enter_context(process(sys.executable, "-c", TRAINER, uri, str(tmp_path / f"runs/{i}/tracking")))
+            for i in range(3)
+        ]
+        assert [read_line(trainer) for trainer in trainers] == ["opened"] * 3
+
+
+def test_the_environment_is_as_it_was_after_a_spool_is_closed(database: TrackingConfig, tmp_path: Path) -> None:
+    before = dict(os.environ)
+    with open_run(database, "environment", tmp_path, {}) as run, run.spool():
+        assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "0"
+    assert dict(os.environ) == before
+
+
+def test_a_worker_does_not_import_mlflow() -> None:
+    code = "import sys, dmvae.platform.spool; sys.exit('mlflow' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_configuration_with_a_password_is_refused_without_repeating_it() -> None:
+    with pytest.raises(ValidationError, match="carries no password") as raised:
+        TrackingConfig(uri="postgresql://me:secret@host/mlflow")
+    assert "secret" not in str(raised.value)
+
+
+def test_urls_lose_their_secrets() -> None:
+    assert scrub("get https://me:p@ss@host:1/x?a=1&token=abc&b=2 now") == "get https://host:1/x?a=1&token=***&b=2 now"
+
+
+def test_settings_are_flattened() -> None:
+    assert flatten({"optim": {"learning_rate": 1e-3}}) == {"optim.learning_rate": "0.001"}
+    assert flatten({"a": {"b": None, "c": {}}, "d": (1, 2)}) == {"a.b": "None", "a.c": "{}", "d": "[1, 2]"}
+    assert len(flatten({"long": "x" * 7000})["long"]) == 6000
+
+
+TRAINER = """
+import sys
+from pathlib import Path
+from dmvae.config.tracking import TrackingConfig
+from dmvae.platform.tracking import open_run
+
+config = TrackingConfig(experiment="tests", uri=sys.argv[1])
+with open_run(config, "killed", Path(sys.argv[2]), {}) as run, run.spool() as spool:
+    print("opened", flush=True)
+    input()
+    for step in range(40):
+        spool.log({"train/loss": step / 4}, step)
+    print("logged", flush=True)
+    input()
+"""
+
+
+def enter(config: TrackingConfig, spool_dir: Path) -> None:
+    with open_run(config, "never", spool_dir, {}):
+        pytest.fail("opened")
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def process(*command: str, **settings: Any) -> Iterator[subprocess.Popen[str]]:
+    """Run a command; kill it and its children at the end."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, start_new_session=True, **settings) as child:
+        try:
+            yield child
+        finally:
+            os.killpg(child.pid, signal.SIGKILL)
+
+
+@contextmanager
+def server(folder: Path, port: int) -> Iterator[None]:
+    store = f"sqlite:///{folder}/server.db"
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, "--workers", "1"]
+    address = ["--host", "127.0.0.1", "--port", str(port), "--artifacts-destination", str(folder / "artifacts")]
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with (folder / "server.log").open("a") as log, process(*command, *address, env=environment, stderr=log):
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            try:
+                with urlopen(f"http://127.0.0.1:{port}/health", timeout=1):
+                    break
+            except OSError:
+                time.sleep(0.2)
+        yield
+
+
+def read_line(child: subprocess.Popen[str]) -> str:
+    assert child.stdout is not None
+    return child.stdout.readline().strip()
+
+
+def write_line(child: subprocess.Popen[str], line: str) -> None:
+    assert child.stdin is not None
+    child.stdin.write(line + "\n")
+    child.stdin.flush()
