@@ -17,7 +17,9 @@ Ids = Tensor | np.ndarray[Any, np.dtype[Any]]
 class MultimodalRows(Protocol):
     """Anything with `.data` and, optionally, `.masks`, as the model's methods accept it."""
 
-    data: Mapping[str, Tensor]
+    @property
+    def data(self) -> Mapping[str, Tensor]:
+        """One tensor `(rows, *shape)` per modality."""
 
 
 @dataclass(frozen=True, eq=False)

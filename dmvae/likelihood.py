@@ -184,8 +184,8 @@ class Categorical(Likelihood):
     def log_prob(self, output: Tensor, value: Tensor) -> Float[Tensor, "..."]:
         """Return the log-probability in nats, summed over the modality's elements."""
         log_p = torch.log_softmax(output, dim=-1)
-        value, log_p = torch.broadcast_tensors(value.unsqueeze(-1), log_p)
-        return self._sum(log_p.gather(-1, value[..., :1]).squeeze(-1))
+        place = value.unsqueeze(-1) + torch.zeros_like(log_p[..., :1], dtype=torch.int64)
+        return self._sum(log_p.expand(*place.shape[:-1], self.classes).gather(-1, place).squeeze(-1))
 
     def mean(self, output: Tensor) -> Tensor:
         """Return the probabilities of the classes, in the last dimension."""

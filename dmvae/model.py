@@ -66,6 +66,11 @@ class DMVAE(nn.Module):
             has `embedding`, `log_covariance`, `style_embedding`, `style_log_covariance`.
         decoders: likewise; a decoder takes [z_s, z_p] and its output has `reconstruction`.
 
+    Attributes:
+        encoders: network per modality.
+        decoders: network per modality.
+        likelihoods: distribution per modality.
+
     Raises:
         ValueError: if the config lacks shapes, names an unknown architecture or likelihood, or networks are
             given for a modality that it does not have.
@@ -84,30 +89,21 @@ class DMVAE(nn.Module):
         custom = tuple(f"{kind}.{name}" for kind, modules in given.items() for name in sorted(modules))
         _check_custom(config, custom)
         self.config = config.model_copy(update={"custom_architectures": custom})
-        # ModuleDict refuses names such as `type`, which are legal here: hence the prefix
-        self._likelihoods = nn.ModuleDict({_key(m): likelihood.build(config, m) for m in config.modalities})
-        self._encoders, self._decoders = nn.ModuleDict(), nn.ModuleDict()
+        self.likelihoods: dict[str, likelihood.Likelihood] = {}
+        self.encoders: dict[str, nn.Module] = {}
+        self.decoders: dict[str, nn.Module] = {}
         for name in config.modalities:
+            self.likelihoods[name] = likelihood.build(config, name)
             build_encoder, build_decoder = networks.builders(config.architecture(name).name)
             architecture, dims = config.architecture(name), self._dimensions(name)
             encoder, decoder = given["encoders"].get(name), given["decoders"].get(name)
-            self._encoders[_key(name)] = build_encoder(architecture, dims) if encoder is None else encoder
-            self._decoders[_key(name)] = build_decoder(architecture, dims) if decoder is None else decoder
-
-    @property
-    def encoders(self) -> dict[str, nn.Module]:
-        """Encoder per modality."""
-        return {name: self._encoders[_key(name)] for name in self.config.modalities}
-
-    @property
-    def decoders(self) -> dict[str, nn.Module]:
-        """Decoder per modality."""
-        return {name: self._decoders[_key(name)] for name in self.config.modalities}
-
-    @property
-    def likelihoods(self) -> dict[str, likelihood.Likelihood]:
-        """Likelihood per modality."""
-        return {name: cast(likelihood.Likelihood, self._likelihoods[_key(name)]) for name in self.config.modalities}
+            self.encoders[name] = build_encoder(architecture, dims) if encoder is None else encoder
+            self.decoders[name] = build_decoder(architecture, dims) if decoder is None else decoder
+        # torch finds modules here. ModuleDict refuses names such as `type`, which are legal for modalities: hence the
+        # prefix; and it is slow to ask, hence the plain dicts above
+        for kind in ("likelihoods", "encoders", "decoders"):
+            modules = {f"modality_{name}": module for name, module in getattr(self, kind).items()}
+            setattr(self, f"_{kind}", nn.ModuleDict(modules))
 
     @property
     def device(self) -> torch.device:
@@ -159,7 +155,7 @@ class DMVAE(nn.Module):
                 values = values.index_select(0, rows)
             if len(values) == 0:
                 continue
-            output = self._encoders[_key(name)](values)
+            output = self.encoders[name](values)
             shared = _gaussian(output.embedding, output.log_covariance)
             private = _gaussian(output.style_embedding, output.style_log_covariance)
             observed[name] = Observed(present, rows, values, shared, private)
@@ -349,13 +345,11 @@ class DMVAE(nn.Module):
             name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
             for name, tensor in self.state_dict().items()
         }
-        for file, write in (
-            (MODEL_WEIGHTS, lambda path: save_file(tensors, path)),
-            (MODEL_CONFIG, lambda path: path.write_text(self.config.model_dump_json(indent=2) + "\n")),
-        ):
-            partial = folder / f".{file}.partial"
-            write(partial)
-            partial.replace(folder / file)
+        weights, config = (folder / f".{file}.partial" for file in (MODEL_WEIGHTS, MODEL_CONFIG))
+        save_file(tensors, weights)
+        config.write_text(self.config.model_dump_json(indent=2) + "\n")
+        weights.replace(folder / MODEL_WEIGHTS)
+        config.replace(folder / MODEL_CONFIG)
 
     @classmethod
     def load(
@@ -398,7 +392,8 @@ class DMVAE(nn.Module):
                 f"{folder / MODEL_WEIGHTS} holds the weights of {MODEL_CONFIG} beside it; "
                 f"they differ in {differing[:5]}."
             )
-        model.load_state_dict(tensors, assign=True)
+        # the file's tensors are not aligned as torch's own, and sums over them would differ in the last bit
+        model.load_state_dict({name: tensor.clone() for name, tensor in tensors.items()}, assign=True)
         return model.eval()
 
     def _dimensions(self, name: str) -> networks.Dimensions:
@@ -459,10 +454,6 @@ def _inference(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-def _key(name: str) -> str:
-    return f"modality_{name}"
 
 
 def _check_custom(config: DMVAEConfig, custom: tuple[str, ...]) -> None:

@@ -60,8 +60,8 @@ class Noise:
     def from_normals(cls, normals: Float[Tensor, "row width"], config: DMVAEConfig) -> "Noise":
         """Cut each row's normals into the noise of every source and latent."""
         dims = {"": config.latent_dim, **config.private_dims}
-        sources = normals.unflatten(1, (1 + len(config.modalities), sum(dims.values()))).transpose(0, 1)
-        shared, *private = sources.split(list(dims.values()), dim=-1)
+        sources = normals.reshape(len(normals), 1 + len(config.modalities), sum(dims.values())).transpose(0, 1)
+        shared, *private = torch.split(sources, list(dims.values()), dim=-1)
         return cls(shared=shared, private=dict(zip(config.modalities, private, strict=True)))
 
 
@@ -194,7 +194,7 @@ def _log_likelihood(
     chosen = None if part.rows is None and bool(pairs.all()) else pairs.flatten().nonzero().squeeze(1)
     if chosen is None:
         output = decode(z)
-        return likelihood.log_prob(output.unflatten(0, pairs.shape), part.values)
+        return likelihood.log_prob(output.reshape(*pairs.shape, *output.shape[1:]), part.values)
     place = part.present.cumsum(0) - 1  # of a row of the batch among the observed ones
     values = part.values.index_select(0, place[chosen % len(part.present)])
     log_p = likelihood.log_prob(decode(z.index_select(0, chosen)), values)

@@ -29,7 +29,8 @@ SPREAD = 1.15
 """Factor on the fitted covariance: importance sampling wants a proposal somewhat wider than its target."""
 WIDE_SPREAD = 2.5
 PRIVATE_ENCODER_SHARE = 0.15
-_ENCODER_BELOW = NormalDist().inv_cdf(PRIVATE_ENCODER_SHARE)
+_STRAYS_BELOW = NormalDist().inv_cdf(PRIVATE_ENCODER_SHARE)
+_ENCODERS = 2  # the last of the three strata
 
 
 @runtime_checkable
@@ -135,30 +136,38 @@ class RefinedProposal:
         self, keys: Int64[Tensor, " row"], start: int, num: int
     ) -> tuple[Float[Tensor, "row draw latent"], Float[Tensor, "row draw"]]:
         """Return draws `start` to `start + num` and their log-density in nats."""
-        shared, log_q = self._draw_shared(keys, start, num)
+        stratum = strata(self.counts, start, num, keys.device)
+        from_encoders = (stratum == _ENCODERS).unsqueeze(-1)
+        shared = self._draw_shared(keys, start, stratum)
         offset = shared - self._shared.mean.unsqueeze(1)
-        latents = [shared]
+        latents, log_fitted, log_encoders = [shared], 0.0, self._encoder_shared.log_density(shared)
         for (place, encoder), gain, gaussian in zip(self._terms, self._gains, self._privates, strict=True):
             shift = offset @ gain
             noise = normals(keys, place, start, num, gaussian.mean.shape[1] + 1)
-            noise, chooses_encoder = noise[..., :-1], noise[..., -1:] < _ENCODER_BELOW
-            z = torch.where(chooses_encoder, encoder.sample(noise), gaussian.sample(noise, SPREAD) + shift)
-            log_q = log_q + torch.logaddexp(
+            noise, strays = noise[..., :-1], noise[..., -1:] < _STRAYS_BELOW
+            z = torch.where(from_encoders | strays, encoder.sample(noise), gaussian.sample(noise, SPREAD) + shift)
+            log_encoder = encoder.log_density(z)
+            log_fitted = log_fitted + torch.logaddexp(
                 gaussian.log_density(z - shift, SPREAD) + math.log(1 - PRIVATE_ENCODER_SHARE),
-                encoder.log_density(z) + math.log(PRIVATE_ENCODER_SHARE),
+                log_encoder + math.log(PRIVATE_ENCODER_SHARE),
             )
+            log_encoders = log_encoders + log_encoder
             latents.append(z)
-        return torch.cat(latents, dim=-1), log_q
+        components = (
+            self._shared.log_density(shared, SPREAD) + log_fitted,
+            self._shared.log_density(shared, WIDE_SPREAD) + log_fitted,
+            log_encoders,
+        )
+        shares = offset.new_tensor(self.counts) / sum(self.counts)
+        return torch.cat(latents, dim=-1), torch.logsumexp(torch.stack(components, dim=-1) + shares.log(), dim=-1)
 
-    def _draw_shared(self, keys: Int64[Tensor, " row"], start: int, num: int) -> tuple[Tensor, Tensor]:
-        gaussian, encoder = self._shared, self._encoder_shared
-        noise = normals(keys, 0, start, num, gaussian.mean.shape[1])
-        stratum = strata(self.counts, start, num, keys.device)
+    def _draw_shared(
+        self, keys: Int64[Tensor, " row"], start: int, stratum: Int64[Tensor, " draw"]
+    ) -> Float[Tensor, "row draw shared"]:
+        noise = normals(keys, 0, start, len(stratum), self._shared.mean.shape[1])
         spread = noise.new_tensor([SPREAD, WIDE_SPREAD, 1.0])[stratum].unsqueeze(-1)
-        z = torch.where((stratum == 2).unsqueeze(-1), encoder.sample(noise), gaussian.sample(noise * spread.sqrt()))
-        components = (gaussian.log_density(z, SPREAD), gaussian.log_density(z, WIDE_SPREAD), encoder.log_density(z))
-        shares = noise.new_tensor(self.counts) / sum(self.counts)
-        return z, torch.logsumexp(torch.stack(components, dim=-1) + shares.log(), dim=-1)
+        fitted = self._shared.sample(noise * spread.sqrt())
+        return torch.where((stratum == _ENCODERS).unsqueeze(-1), self._encoder_shared.sample(noise), fitted)
 
 
 def refit(rows: Rows, fit: Fit, keys: Int64[Tensor, " row"], num_draws: int, chunk: int) -> Fit:

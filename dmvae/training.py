@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -153,8 +153,7 @@ def train_epoch(
         for group in state.optimizer.param_groups:
             group["lr"] = rate
         state.optimizer.zero_grad(set_to_none=True)
-        # dropout is the only user of the global generator
-        torch.manual_seed(int(chain(config.seed, _TRAIN, state.position.epoch, share.step)) % 2**63)
+        _seed_dropout(state, config, share.step)
         terms, culprits = _accumulate(state, share, config, workers, done)
         norm = float(nn.utils.clip_grad_norm_(state.model.parameters(), config.optim.clip_norm or math.inf))
         if not math.isfinite(norm):
@@ -194,6 +193,14 @@ def _accumulate(
         terms = output.terms if terms is None else terms + output.terms
     assert terms is not None
     return terms, culprits
+
+
+def _seed_dropout(state: TrainState, config: TrainConfig, step: int) -> None:
+    """Dropout is the only user of torch's global generators; torch.manual_seed would cost more than a small step."""
+    seed = int(chain(config.seed, _TRAIN, state.position.epoch, step)) % 2**63
+    torch.default_generator.manual_seed(seed)
+    if state.model.device.type == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
 def _noise(model: DMVAE, keys: Tensor) -> Noise:
@@ -272,6 +279,7 @@ def _add_up(terms: TermSums, workers: Workers) -> TermSums:
     return TermSums(terms.names, total, count)
 
 
+@runtime_checkable
 class TrainingData(Protocol):
     """The rows that one worker reads."""
 

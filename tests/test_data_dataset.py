@@ -6,12 +6,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from test_data_rows import make_rows
 
 from dmvae.data.dataset import Split, open_dataset
 from dmvae.data.error import DatasetError
 from dmvae.data.rows import Rows
 from dmvae.data.writer import write_dataset
+from tests.test_data_rows import make_rows
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_data_rows import make_rows
 
 from dmvae.batch import Batch
 from dmvae.data import loader
@@ -15,6 +14,7 @@ from dmvae.data.error import DatasetError
 from dmvae.data.loader import read_epoch, read_rows
 from dmvae.data.order import EpochOrder
 from dmvae.data.writer import write_dataset
+from tests.test_data_rows import make_rows
 
 
 @pytest.fixture
@@ -87,8 +87,10 @@ def test_a_batch_larger_than_the_lookahead_is_read_whole(split: Split) -> None:
 
 def test_little_is_read_ahead(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[int] = []
-    real = Split.read
-    monkeypatch.setattr(Split, "read", lambda self, rows, dtype: (read.append(len(rows)), real(self, rows, dtype))[1])
+    real = Split.read_batches
+    monkeypatch.setattr(
+        Split, "read_batches", lambda self, rows, *args: (read.append(len(rows)), real(self, rows, *args))[1]
+    )
     batches = read_epoch(split, order_of(split), epoch=0)
     next(batches)
     batches.close()  # type: ignore[attr-defined]

@@ -4,13 +4,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from test_data_rows import make_rows
 
 from dmvae.data.dataset import open_dataset
 from dmvae.data.error import DatasetError
 from dmvae.data.manifest import load_manifest, save_manifest
 from dmvae.data.survey import survey
 from dmvae.data.writer import write_dataset
+from tests.test_data_rows import make_rows
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from test_data_rows import make_rows
 
 from dmvae.data import verify
 from dmvae.data.dataset import Dataset, Split, open_dataset
@@ -13,6 +12,7 @@ from dmvae.data.manifest import load_manifest, save_manifest
 from dmvae.data.rows import Rows
 from dmvae.data.survey import survey
 from dmvae.data.writer import write_dataset
+from tests.test_data_rows import make_rows
 
 
 @pytest.fixture(autouse=True)

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_data_rows import make_rows
 
 from dmvae.data.dataset import open_dataset
 from dmvae.data.error import DatasetError
 from dmvae.data.rows import Rows
 from dmvae.data.writer import write_dataset
+from tests.test_data_rows import make_rows
 
 KILLED = """
 import sys

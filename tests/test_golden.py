@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from linear_gaussian import exact_log_prob
 from torch import Tensor
 
 from dmvae import DMVAE, Batch, DMVAEConfig
 from dmvae.model import DMVAEOutput
 from dmvae.objective import Noise
+from tests.linear_gaussian import exact_log_prob
 
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / "dmvae_golden.json").read_text())
 SHAPES = {name: tuple(shape) for name, shape in GOLDEN["meta"]["shapes"].items()}

@@ -1,8 +1,9 @@
 """Batches for training and evaluation, read ahead in a thread."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from itertools import islice
 from math import prod
 from typing import TypeVar
@@ -16,6 +17,7 @@ from dmvae.data.order import EpochOrder
 
 LOOKAHEAD_ROWS = 8192
 LOOKAHEAD_BYTES = 64 << 20
+"""Batches are read together up to these limits, and so many again while the last are in use."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -49,18 +51,12 @@ def read_epoch(
     slices = ((step, *order.worker_slice(step, rank, world_size)) for step in range(start_step, order.num_batches))
     chunks = _group(slices, _lookahead(split, dtype))
 
-    def read(chunk: list[Slice]) -> tuple[list[Slice], Batch]:
-        return chunk, split.read(order.rows_of(epoch, chunk), dtype)
+    def read(chunk: list[Slice]) -> list[tuple[int, int, Batch]]:
+        lengths = [stop - start for _, start, stop in chunk]
+        batches = split.read_batches(order.rows_of(epoch, chunk), lengths, dtype)
+        return [(step, start, batch) for (step, start, _), batch in zip(chunk, batches, strict=True)]
 
-    return _cut(_ahead(read, chunks))
-
-
-def _cut(chunks: Iterator[tuple[list[Slice], Batch]]) -> Iterator[tuple[int, int, Batch]]:
-    for chunk, rows in chunks:
-        offset = 0
-        for step, start, stop in chunk:
-            yield step, start, rows[offset : offset + stop - start]
-            offset += stop - start
+    return _chain(_ahead(read, chunks))
 
 
 def read_rows(
@@ -112,7 +108,14 @@ def _group(slices: Iterable[Slice], rows: int) -> Iterator[list[Slice]]:
         yield group
 
 
-def _ahead(read: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+def _chain(chunks: Generator[list[Item], None, None]) -> Iterator[Item]:
+    """Yield the items of lists, and close the generator of lists when the consumer stops."""
+    with closing(chunks):
+        for chunk in chunks:
+            yield from chunk
+
+
+def _ahead(read: Callable[[Item], Result], items: Iterable[Item]) -> Generator[Result, None, None]:
     """Yield `read(item)` in order, one item being read while the last is in use.
 
     An exception in the thread is raised here. When the consumer stops, the thread ends after the item it is at.

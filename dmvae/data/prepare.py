@@ -36,6 +36,7 @@ def prepare(config: PrepareConfig, progress: Callable[[str], None] = print) -> P
     progress(f"reading {config.source.kind}")
     rows = read_source(config.source, config.seed)
     _check_settings(config, rows)
+    _refuse_infinity(rows)
     parts = _without_empty_rows(_fill_partial(_divide(rows, config), config.partial, progress), progress)
     generator = np.random.default_rng([config.seed, 2])
     parts = {name: part.take(generator.permutation(len(part))) for name, part in parts.items()}
@@ -96,7 +97,7 @@ def _divide(rows: Rows, config: PrepareConfig) -> dict[str, Rows]:
 
 
 def _fill_partial(parts: dict[str, Rows], partial: str, progress: Callable[[str], None]) -> dict[str, Rows]:
-    """Apply the policy for observed rows with some NaN features; any infinity is refused."""
+    """Apply the policy for observed rows with some NaN features."""
     for name in next(iter(parts.values())).data:
         found = {split: _partial_rows(rows, name) for split, rows in parts.items()}
         count = int(sum(mask.sum() for mask in found.values()))
@@ -119,16 +120,22 @@ def _fill_partial(parts: dict[str, Rows], partial: str, progress: Callable[[str]
     return parts
 
 
+def _refuse_infinity(rows: Rows) -> None:
+    for name, values in rows.data.items():
+        if values.dtype.kind != "f":
+            continue
+        infinite = rows.present[name] & np.isinf(values).reshape(len(rows), -1).any(axis=1)
+        if infinite.any():
+            raise DatasetError(
+                f"an observed value is finite; got infinity in {int(infinite.sum())} rows of {name!r}, the first with "
+                f"id {rows.ids[infinite][0]}. Correct the source, or mask those rows."
+            )
+
+
 def _partial_rows(rows: Rows, name: str) -> Array:
     values, present = rows.data[name].reshape(len(rows), -1), rows.present[name]
     if values.dtype.kind != "f":
         return np.zeros(len(rows), dtype=bool)
-    infinite = present & np.isinf(values).any(axis=1)
-    if infinite.any():
-        raise DatasetError(
-            f"an observed value is finite; got infinity in {int(infinite.sum())} rows of {name!r}, the first with id "
-            f"{rows.ids[infinite][0]}. Correct the source, or mask those rows."
-        )
     return np.asarray(present & np.isnan(values).any(axis=1))
 
 

@@ -45,8 +45,8 @@ class MappedShard:
     """The rows of one file, by position.
 
     Raises:
-        DatasetError: if the file is no shard, is compressed, or its record batches are not all of one size
-            (the last may be shorter).
+        DatasetError: if the file is no shard, is compressed, has a null id, or its record batches are not all of one
+            size (the last may be shorter).
     """
 
     def __init__(self, path: Path) -> None:
@@ -62,7 +62,11 @@ class MappedShard:
         self.record_batch_rows = int(sizes[0]) if len(sizes) else 1
         self._check_sizes(sizes)
         self._bytes = np.frombuffer(self._buffer, dtype=np.uint8)
+        self._items: dict[int, Array] = {}
         self._ids = pa.chunked_array([batch.column("id") for batch in batches], reader.schema.field("id").type)
+        if self._ids.null_count:
+            row = self._ids.is_null().to_pylist().index(True)
+            raise DatasetError(f"an id is not null; got null in {path}, row {row}. Give the row an id.")
         row_bytes = {name: column.row_bytes for name, column in self.columns.modalities.items()}
         row_bytes |= {"id": 8} if self.columns.id_type == "int64" else {}
         row_bytes |= {"label": 8} if self.columns.has_label else {}
@@ -101,9 +105,11 @@ class MappedShard:
         """Copy `row_bytes` bytes from each of `offsets`: one gather over a view in which every byte begins an item."""
         if not len(offsets):
             return np.empty(0, dtype=np.uint8)
-        starts = len(self._bytes) - row_bytes + 1
-        items = np.lib.stride_tricks.as_strided(self._bytes[:row_bytes].view(f"V{row_bytes}"), (starts,), (1,))
-        return np.asarray(items[offsets].view(np.uint8))
+        if row_bytes not in self._items:
+            starts = len(self._bytes) - row_bytes + 1
+            first = self._bytes[:row_bytes].view(f"V{row_bytes}")
+            self._items[row_bytes] = np.lib.stride_tricks.as_strided(first, (starts,), (1,))
+        return np.asarray(self._items[row_bytes][offsets].view(np.uint8))
 
     def _check_sizes(self, sizes: Int64[np.ndarray, " group"]) -> None:
         even = len(sizes) == 0 or (bool((sizes[:-1] == sizes[0]).all()) and 0 < sizes[-1] <= sizes[0])

@@ -37,16 +37,13 @@ def check_values(shard: MappedShard, classes: dict[str, int | None]) -> None:
         classes: number of classes per categorical modality; None where it is not known yet.
 
     Raises:
-        DatasetError: for NaN or infinity in an observed row, a class out of range, a null id or a negative label; it names the
+        DatasetError: for NaN or infinity in an observed row, a class out of range or a negative label; it names the
             file, the column and the first such row.
     """
     for rows in row_blocks(shard):
         for name, column in shard.columns.modalities.items():
             if column.dtype != "uint8":
                 _check_modality(shard, name, rows, classes.get(name))
-        named = shard.present("id", rows)
-        if not named.all():
-            raise DatasetError(f"an id is not null; got null in {shard.path}, row {rows[~named][0]}. Give the row an id.")
         if shard.columns.has_label:
             negative = shard.present("label", rows) & (shard.gather("label", rows) < 0)
             if negative.any():
@@ -124,7 +121,7 @@ def _remembered() -> dict[str, list[Any]]:
 
 
 def _remember(path: str, entry: list[Any]) -> None:
-    """Add an entry; a concurrent writer may lose it, which costs one more check, as does a cache that cannot be written."""
+    """Add an entry; if a concurrent writer or a read-only folder loses it, the shard is checked once more."""
     cache = _cache_file()
     part = cache.with_name(f".{cache.name}.{os.getpid()}")
     try:

@@ -32,7 +32,7 @@ class NLLTable:
         proposal: where latents were drawn from.
     """
 
-    columns: dict[str, np.ndarray[Any, Any]]
+    columns: dict[str, np.ndarray]
     is_density: bool
     proposal: str
 
@@ -85,7 +85,7 @@ def evaluate_nll(
 
 @dataclass(frozen=True, eq=False)
 class _Block:
-    columns: dict[str, np.ndarray[Any, Any]]
+    columns: dict[str, np.ndarray]
     is_density: bool
     proposal: str
 
@@ -108,7 +108,7 @@ def _local(
         yield number, _Block(_columns(estimate, batch.ids), density, estimate.proposal)
 
 
-def _columns(estimate: NLLEstimate, ids: Any) -> dict[str, np.ndarray[Any, Any]]:
+def _columns(estimate: NLLEstimate, ids: Any) -> dict[str, np.ndarray]:
     return {"id": np.asarray(ids), **{name: getattr(estimate, name).cpu().numpy() for name in _COLUMNS}}
 
 

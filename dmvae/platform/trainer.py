@@ -22,8 +22,8 @@ from dmvae.objective import term_names
 from dmvae.platform.cluster import local_cluster, messages
 from dmvae.platform.evaluation import Progress, evaluate_nll
 from dmvae.platform.lane import write_atomically
-from dmvae.platform.spool import scrub
-from dmvae.platform.tracking import DatasetRecord, TrackedRun, open_run, tracking_uri
+from dmvae.platform.spool import TrackedRun, scrub
+from dmvae.platform.tracking import DatasetRecord, open_run, tracking_uri
 from dmvae.platform.worker import SCORE, WorkerTask, work
 
 _RESULT = "result.json"

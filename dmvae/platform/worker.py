@@ -24,8 +24,7 @@ from dmvae.data.dataset import Split, open_dataset
 from dmvae.data.loader import read_epoch, read_rows
 from dmvae.data.order import EpochOrder
 from dmvae.model import DMVAE
-from dmvae.platform.spool import MetricSpool
-from dmvae.platform.tracking import TrackedRun
+from dmvae.platform.spool import MetricSpool, TrackedRun
 from dmvae.training import (
     CheckpointDue,
     EpochEnded,

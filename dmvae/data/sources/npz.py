@@ -32,13 +32,14 @@ def _load(path: Path) -> dict[str, Array]:
     if not path.is_file():
         raise DatasetError(f"a source is a file that exists; got {str(path)!r}. Correct source.path.")
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise DatasetError(f"{path}: a source holds named arrays; got one array. Save it with numpy.savez.")
+        file = np.load(path, allow_pickle=False)
+        if isinstance(file, np.ndarray):
+            raise DatasetError(f"{path}: a source holds named arrays; got one array. Save it with numpy.savez.")
+        with file:
             return {name: file[name] for name in file.files}
+    except DatasetError:
+        raise
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        if isinstance(error, DatasetError):
-            raise
         raise DatasetError(
             f"{path}: a source is an .npz file of numbers and strings; got: {error}. Save it with numpy.savez."
         ) from error

@@ -1,0 +1,211 @@
+"""How well predictions keep what modalities share, and how much of the latents is used: sums that add over batches.
+
+Every function takes one batch or several; results of different workers are added, and divided once at the end.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dmvae.batch import Batch
+from dmvae.model import DMVAE
+from dmvae.noise import chain, row_keys
+
+ACTIVE_VARIANCE = 0.01
+"""A unit whose posterior mean varies more than this over rows is active (Burda et al. 2016)."""
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+@runtime_checkable
+class Classifier(Protocol):
+    """What tells a row's class: a fitted scikit-learn classifier, or anything with this method."""
+
+    def predict(self, values: Array, /) -> Array:
+        """Return the classes of `(rows, features)`."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """How many of some rows have a property.
+
+    Attributes:
+        hits: rows that have it.
+        rows: rows that were asked.
+    """
+
+    hits: int = 0
+    rows: int = 0
+
+    def __add__(self, other: "Share") -> "Share":
+        return Share(self.hits + other.hits, self.rows + other.rows)
+
+    @property
+    def rate(self) -> float:
+        """The share; NaN without rows."""
+        return self.hits / self.rows if self.rows else math.nan
+
+    @property
+    def se(self) -> float:
+        """The share's binomial standard error; NaN without rows."""
+        return math.sqrt(self.rate * (1 - self.rate) / self.rows) if self.rows else math.nan
+
+
+@dataclass(frozen=True, eq=False)
+class MeanSums:
+    """Posterior means of one block of latents, added up over rows in float64.
+
+    Attributes:
+        rows: how many.
+        total: sum over rows.
+        squares: sum of squares over rows.
+    """
+
+    rows: int
+    total: Float[Tensor, " unit"]
+    squares: Float[Tensor, " unit"]
+
+    def __add__(self, other: "MeanSums") -> "MeanSums":
+        return MeanSums(self.rows + other.rows, self.total + other.total, self.squares + other.squares)
+
+    @property
+    def variance(self) -> Float[Tensor, " unit"]:
+        """The variance over rows of each unit's posterior mean, divided by the number of rows; 0 without rows."""
+        rows = max(self.rows, 1)
+        return (self.squares / rows - (self.total / rows).square()).clamp(min=0)
+
+    @property
+    def num_active(self) -> int:
+        """The number of active units."""
+        return int((self.variance > ACTIVE_VARIANCE).sum())
+
+
+def fit_classifier(rows: Batch | Iterable[Batch], modality: str) -> Classifier:
+    """Fit a support vector classifier to the labelled rows that have a modality, each different row once.
+
+    Raises:
+        ValueError: if a batch has no labels, or fewer than two classes are left.
+        ImportError: if scikit-learn is not installed.
+    """
+    try:
+        from sklearn.svm import SVC
+    except ImportError as error:
+        raise ImportError(
+            "a classifier is a support vector machine of scikit-learn, which is not installed. "
+            "Run pip install 'dmvae[demo]'."
+        ) from error
+    parts = [_labelled(batch, modality) for batch in _batches(rows)]
+    # pairs repeat a modality's rows
+    known = np.unique(np.concatenate([np.column_stack((_flat(b.data[modality]), _labels(b))) for b in parts]), axis=0)
+    classes = np.unique(known[:, -1])
+    if len(classes) < 2:
+        raise ValueError(
+            f"a classifier tells two classes or more apart; got labels {classes.tolist()} of {modality!r}."
+        )
+    classifier: Classifier = SVC(C=10.0).fit(known[:, :-1], known[:, -1].astype(np.int64))
+    return classifier
+
+
+def classifier_accuracy(classifier: Classifier, rows: Batch | Iterable[Batch], modality: str) -> Share:
+    """Count real rows whose class is recognised: the ceiling of what `conditional_coherence` can be.
+
+    Rows without the modality or a label do not count.
+    """
+    parts = (_labelled(batch, modality) for batch in _batches(rows))
+    return sum((_recognised(classifier, batch.data[modality], batch) for batch in parts if len(batch)), Share())
+
+
+def conditional_coherence(
+    model: DMVAE,
+    rows: Batch | Iterable[Batch],
+    classifier: Classifier,
+    cond_mod: str,
+    gen_mod: str,
+    return_mean: bool = False,
+    seed: int = 0,
+) -> Share:
+    """Count rows of which `predict(rows, cond_mod, gen_mod)` shows the row's own class to a classifier.
+
+    What is shown is the likelihood's mean. Only `cond_mod` is given to the model; rows without it or without a label
+    do not count, and rows without `gen_mod` do. A batch's draws depend on the seed and the rows' ids alone.
+
+    Args:
+        model: in any mode.
+        rows: with labels.
+        classifier: of `gen_mod`.
+        cond_mod: the modality that is given.
+        gen_mod: the modality that is predicted.
+        return_mean: decode the posteriors' means in place of one draw per row.
+        seed: of the draws.
+
+    Raises:
+        ValueError: if a batch has no labels, or a modality is unknown.
+
+    Source: Shi et al. 2019, cross coherence.
+    """
+    counted = Share()
+    for batch in _batches(rows):
+        chosen = _labelled(batch, cond_mod)
+        if len(chosen) == 0:
+            continue
+        ids = torch.arange(len(chosen)) if chosen.ids is None else chosen.ids
+        generator = torch.Generator(model.device).manual_seed(int(chain(seed, row_keys(ids)).sum()))
+        output = model.predict(chosen, cond_mod, gen_mod, return_mean=return_mean, generator=generator)[gen_mod]
+        counted += _recognised(classifier, model.likelihoods[gen_mod].mean(output), chosen)
+    return counted
+
+
+def posterior_mean_sums(model: DMVAE, rows: Batch | Iterable[Batch]) -> dict[str, MeanSums]:
+    """Add up the posterior means of each block of latents: `shared`, and each modality's private latent.
+
+    The shared block counts the rows that have any modality, a private block the rows that have its own.
+    """
+    dims = {"shared": model.config.latent_dim, **model.config.private_dims}
+    sums = {block: MeanSums(0, *torch.zeros(2, dim, dtype=torch.float64)) for block, dim in dims.items()}
+    for batch in _batches(rows):
+        encoded = model.encode(batch, return_mean=True)
+        means = {"shared": encoded.z, **encoded.modalities_z}
+        present = {name: _present(batch, name) for name in model.config.modalities}
+        present["shared"] = torch.stack(list(present.values())).any(0)
+        for block, mean in means.items():
+            chosen = mean.cpu().double()[present[block]]
+            sums[block] += MeanSums(len(chosen), chosen.sum(0), chosen.square().sum(0))
+    return sums
+
+
+def _batches(rows: Batch | Iterable[Batch]) -> Iterator[Batch]:
+    # a batch is an iterable too, of single rows
+    yield from [rows] if isinstance(rows, Batch) else rows
+
+
+def _present(batch: Batch, name: str) -> Tensor:
+    mask = (batch.masks or {}).get(name)
+    return torch.full((len(batch),), name in batch.data) if mask is None else mask.cpu()
+
+
+def _labelled(batch: Batch, modality: str) -> Batch:
+    """Return the rows that have a modality and a label."""
+    if batch.labels is None:
+        raise ValueError("classes are compared with the rows' labels; got a batch without labels.")
+    return batch[_present(batch, modality) & (batch.labels.cpu() >= 0)]
+
+
+def _recognised(classifier: Classifier, values: Tensor, batch: Batch) -> Share:
+    return Share(int((classifier.predict(_flat(values)) == _labels(batch)).sum()), len(batch))
+
+
+def _flat(values: Tensor) -> Array:
+    flat: Array = values.detach().flatten(1).cpu().double().numpy()
+    return flat
+
+
+def _labels(batch: Batch) -> Array:
+    assert batch.labels is not None
+    labels: Array = batch.labels.cpu().numpy()
+    return labels

@@ -1,0 +1,54 @@
+"""Small datasets and configurations of real runs."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dmvae.config.data import PrepareConfig
+from dmvae.config.training import TrainConfig
+from dmvae.data.prepare import prepare
+
+
+def make_dataset(folder: Path, rows: int = 240, seed: int = 0) -> Path:
+    """Write a dataset of two float modalities that share a cause, a third of each missing."""
+    rng = np.random.default_rng(seed)
+    cause = rng.normal(size=(rows, 2))
+    arrays = {
+        "left": (cause @ rng.normal(size=(2, 5)) + 0.3 * rng.normal(size=(rows, 5))).astype(np.float32),
+        "right": (cause @ rng.normal(size=(2, 3)) + 0.3 * rng.normal(size=(rows, 3))).astype(np.float32),
+    }
+    lost = rng.integers(0, 3, size=rows)  # 0: left is missing, 1: right is, 2: neither
+    masks = {"mask.left": lost != 0, "mask.right": lost != 1}
+    source = folder / "rows.npz"
+    folder.mkdir(parents=True, exist_ok=True)
+    np.savez(source, id=np.arange(rows), **arrays, **masks)
+    prepare(
+        PrepareConfig.model_validate(
+            {"dataset": str(folder / "data"), "source": {"kind": "npz", "path": str(source)},
+             "splits": {"train": 0.7, "val": 0.15, "test": 0.15}}
+        ),
+        progress=lambda text: None,
+    )  # fmt: skip
+    return folder / "data"
+
+
+def make_config(folder: Path, dataset: Path, name: str = "run", **changes: Any) -> TrainConfig:
+    """Describe a short run in float64; `changes` are laid over, by section."""
+    tree: dict[str, Any] = {
+        "name": name,
+        "runs_dir": str(folder / "runs"),
+        "data": {"dataset": str(dataset), "streams": 8},
+        "model": {
+            "latent_dim": 2,
+            "modalities_specific_dim": 1,
+            "architectures": {"left": {"hidden_dims": [8]}, "right": {"hidden_dims": [8]}},
+        },
+        "optim": {"learning_rate": 0.01},
+        "training": {"epochs": 2, "batch_size": 32, "precision": "float64", "log_steps": 1},
+        "evaluation": {"num_draws": 20, "proposal": "encoder"},
+        "tracking": {"uri": f"sqlite:///{folder}/mlflow.db"},
+    }
+    for section, change in changes.items():
+        tree[section] = {**tree.get(section, {}), **change} if isinstance(change, dict) else change
+    return TrainConfig.model_validate(tree)

@@ -1,0 +1,212 @@
+"""The training loop: its result depends on neither micro-batches nor interruptions, and its settings do what they say."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from dmvae import checkpoint
+from dmvae.batch import Batch
+from dmvae.config.training import OptimConfig, TrainConfig
+from dmvae.data.dataset import open_dataset
+from dmvae.model import DMVAE
+from dmvae.platform.trainer import resolve
+from dmvae.platform.worker import WorkerData
+from dmvae.training import (
+    CheckpointDue,
+    EpochEnded,
+    Logged,
+    NonFiniteLossError,
+    Share,
+    TrainState,
+    Workers,
+    build_optimizer,
+    learning_rate,
+    train,
+    train_epoch,
+)
+from tests.runs import make_config, make_dataset
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_dataset(tmp_path_factory.mktemp("training"))
+
+
+def configure(dataset: Path, **changes: object) -> TrainConfig:
+    return resolve(make_config(dataset.parent, dataset, **changes), open_dataset(dataset))
+
+
+def build(config: TrainConfig) -> TrainState:
+    torch.manual_seed(config.seed)
+    model = DMVAE(config.model).to(torch.float64)
+    return TrainState(model, build_optimizer(model, config.optim))
+
+
+def read(config: TrainConfig, rank: int = 0, num: int = 1) -> WorkerData:
+    return WorkerData(config, rank, num, torch.float64)
+
+
+def run(config: TrainConfig) -> tuple[TrainState, list[Logged]]:
+    state = build(config)
+    events = list(train(state, read(config), config, Workers(state.model)))
+    return state, [event for event in events if isinstance(event, Logged)]
+
+
+def weights(state: TrainState) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in state.model.state_dict().items()}
+
+
+def test_training_lowers_the_loss_of_rows_not_trained_on(dataset: Path) -> None:
+    _, events = run(configure(dataset, training={"epochs": 15}, optim={"learning_rate": 0.03}))
+    figures = [event.metrics["val/loss"] for event in events if isinstance(event, EpochEnded)]
+    assert len(figures) == 15
+    assert figures[-1] < 0.8 * figures[0]
+
+
+def test_micro_batches_change_no_result(dataset: Path) -> None:
+    whole, parts = run(configure(dataset))[0], run(configure(dataset, training={"micro_batch_size": 5}))[0]
+    for name, tensor in weights(whole).items():
+        torch.testing.assert_close(weights(parts)[name], tensor, rtol=1e-9, atol=1e-11)
+
+
+def test_a_run_taken_up_from_any_checkpoint_ends_with_the_same_bits(dataset: Path, tmp_path: Path) -> None:
+    config = configure(dataset, training={"checkpoint_steps": 2, "log_steps": 3}, optim={"schedule": "plateau"})
+    straight, events = run(config)
+    state, folders = build(config), []
+    for event in train(state, read(config), config, Workers(state.model)):
+        if isinstance(event, CheckpointDue):
+            folders.append(tmp_path / str(event.global_step))
+            checkpoint.save(state, {}, folders[-1])
+    assert len(folders) > 4
+    for folder in folders:
+        resumed = build(config)
+        with torch.no_grad():  # nothing of the fresh state may survive
+            for parameter in resumed.model.parameters():
+                parameter.fill_(math.nan)
+        checkpoint.load(resumed, folder)
+        later = [e for e in train(resumed, read(config), config, Workers(resumed.model)) if isinstance(e, Logged)]
+        assert all(torch.equal(tensor, weights(straight)[name]) for name, tensor in weights(resumed).items())
+        mine = {(e.global_step, type(e)): e.metrics for e in events}
+        for event in later:
+            expected = {k: v for k, v in mine[event.global_step, type(event)].items() if "per_second" not in k}
+            assert {k: v for k, v in event.metrics.items() if "per_second" not in k} == expected
+
+
+def test_gradients_of_workers_add_up_to_the_global_batch_whatever_their_number(dataset: Path) -> None:
+    config = configure(dataset)
+
+    def gradient(num: int) -> dict[str, torch.Tensor]:
+        """The mean over workers that DDP would make, from the shares of `num` workers in turn."""
+        total: dict[str, torch.Tensor] = {}
+        for rank in range(num):
+            state = build(config)
+            state.optimizer = _Still(state.model)
+            workers = Workers(state.model, num)
+            next(train_epoch(state, read(config, rank, num).shares(0, 5), config, workers, 6))
+            for name, parameter in state.model.named_parameters():
+                if parameter.grad is not None:
+                    total[name] = total.get(name, 0) + parameter.grad / num
+        return total
+
+    alone = gradient(1)
+    for num in (2, 3, 40):  # the last batch has 8 rows: with 40 workers most have none
+        for name, expected in alone.items():
+            torch.testing.assert_close(gradient(num)[name], expected, rtol=1e-9, atol=1e-12)
+
+
+class _Still(torch.optim.SGD):
+    """An optimiser that keeps gradients to be looked at."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__(model.parameters(), lr=0.0)
+
+
+def test_clipping_bounds_the_update_and_reports_the_norm_before_it(dataset: Path) -> None:
+    config = configure(dataset, optim={"clip_norm": 0.01})
+    state = build(config)
+    state.optimizer = _Still(state.model)
+    shares = read(config).shares(0, 0)
+    report = next(train_epoch(state, shares, config, Workers(state.model), 6))
+    clipped = torch.sqrt(sum((p.grad**2).sum() for p in state.model.parameters() if p.grad is not None))
+    assert report.gradient_norm > 1
+    assert float(clipped) == pytest.approx(0.01, rel=1e-4)
+
+
+def test_learning_rate_warms_up_and_follows_its_schedule() -> None:
+    cosine = OptimConfig(learning_rate=1.0, warmup_steps=10, schedule="cosine")
+    assert learning_rate(cosine, 0, 100, 0) == pytest.approx(0.1)
+    assert learning_rate(cosine, 50, 100, 0) == pytest.approx(0.5)
+    assert learning_rate(cosine, 99, 100, 0) < 0.01
+    constant = OptimConfig(learning_rate=1.0, schedule="constant")
+    assert {learning_rate(constant, step, 100, 0) for step in range(100)} == {1.0}
+    plateau = OptimConfig(learning_rate=1.0, schedule="plateau")
+    assert learning_rate(plateau, 7, 100, 3) == 0.125
+
+
+def test_plateau_halves_after_epochs_without_a_better_figure(dataset: Path) -> None:
+    state = build(configure(dataset))
+    optim = OptimConfig(schedule="plateau", plateau_epochs=2)
+    assert [state.record_validation(figure, optim) for figure in (3.0, 4.0, 5.0, 2.0, 2.5, 2.4)] == [
+        True, False, False, True, False, False,
+    ]  # fmt: skip
+    assert (state.halvings, state.best) == (2, 2.0)
+
+
+def test_patience_ends_a_run_that_does_not_get_better(dataset: Path) -> None:
+    config = configure(dataset, training={"epochs": 30, "patience": 2}, optim={"learning_rate": 1e-30})
+    state, events = run(config)
+    ended = [event for event in events if isinstance(event, EpochEnded)]
+    assert len(ended) < 30
+    assert [event.improved for event in ended[-2:]] == [False, False]
+
+
+def test_divergences_warm_up(dataset: Path) -> None:
+    _, slow = run(configure(dataset, training={"divergence_warmup_steps": 10_000}))
+    _, plain = run(configure(dataset))
+    slow_kl = [e.metrics["val/kl_shared/joint"] for e in slow if isinstance(e, EpochEnded)][-1]
+    plain_kl = [e.metrics["val/kl_shared/joint"] for e in plain if isinstance(e, EpochEnded)][-1]
+    assert slow_kl > 1.2 * plain_kl
+
+
+def test_a_loss_that_is_not_finite_names_epoch_step_terms_and_rows_and_leaves_the_weights(dataset: Path) -> None:
+    config = configure(dataset)
+    state = build(config)
+    before = weights(state)
+
+    def spoil() -> Iterator[Share]:
+        for share in read(config).shares(0, 0):
+            left = share.batch.data["left"].clone()
+            left[share.batch.masks["left"].nonzero()[0]] = 1e300
+            yield replace(share, batch=replace(share.batch, data={**share.batch.data, "left": left}))
+
+    with pytest.raises(NonFiniteLossError, match=r"epoch 1, step 1: terms .*log_likelihood/joint/left.*1 rows, ids \["):
+        next(train_epoch(state, spoil(), config, Workers(state.model), 6))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(state).items())
+
+
+def test_bfloat16_trains(dataset: Path) -> None:
+    config = configure(dataset, training={"precision": "bfloat16"})
+    torch.manual_seed(0)
+    model = DMVAE(config.model)
+    state = TrainState(model, build_optimizer(model, config.optim))
+    events = list(train(state, WorkerData(config, 0, 1, torch.float32), config, Workers(model)))
+    assert all(math.isfinite(v) for event in events if isinstance(event, Logged) for v in event.metrics.values())
+    assert next(model.parameters()).dtype == torch.float32
+
+
+def test_a_modality_that_a_batch_lacks_gets_no_update(dataset: Path) -> None:
+    config = configure(dataset, optim={"schedule": "constant"})
+    state = build(config)
+    before = weights(state)
+
+    def only_left() -> Iterator[Share]:
+        for share in read(config).shares(0, 0):
+            yield replace(share, batch=Batch({"left": share.batch.data["left"]}, ids=share.batch.ids))
+
+    list(train_epoch(state, only_left(), config, Workers(state.model), 6))
+    for name, tensor in weights(state).items():
+        assert torch.equal(tensor, before[name]) == ("modality_right" in name), name
