@@ -21,8 +21,6 @@ Pattern = tuple[str, ...]
 Moments = Mapping[Pattern, Float[Tensor, "_ _"]]
 """Per pattern the sum over its rows of [x_A, 1] [x_A, 1]': second moments, sums, the number of rows in the corner."""
 
-_LEAST_NOISE = 1e-10  # of the features' mean square: float64 cannot tell less from nothing
-
 
 @dataclass(frozen=True, eq=False)
 class ProbabilisticPCA:
@@ -73,9 +71,7 @@ class ProbabilisticPCA:
         moments, columns = _gather([rows] if isinstance(rows, Batch) else rows)
         num_features = _index(columns, tuple(columns)).numel()
         if not 1 <= latent_dim < num_features:
-            raise ValueError(
-                f"latent_dim is at least 1 and below the number of observed features, {num_features}; got {latent_dim}."
-            )
+            raise ValueError(f"latent_dim is at least 1 and below the {num_features} features; got {latent_dim}.")
         # moments about the mean keep the digits of features whose mean is large
         origin, moments = _centre(moments, columns)
         model = cls._begin(moments, columns, latent_dim)
@@ -109,8 +105,8 @@ class ProbabilisticPCA:
                 raise ValueError(f"{list(pattern)} have {len(mean)} features in the fit; got {values.shape[1]}.")
             residual = values - mean
             explained = torch.linalg.solve_triangular(factor, weight.T @ residual.T, upper=False)
-            distance = (residual.square().sum(1) - explained.square().sum(0)) / self.noise_variance
-            log_p[chosen] = -0.5 * (distance + self._log_normaliser(factor, len(mean)))
+            distance = residual.square().sum(1) - explained.square().sum(0)
+            log_p[chosen] = -0.5 * (distance / self.noise_variance + self._log_normaliser(factor, len(mean)))
         return log_p
 
     @classmethod
@@ -124,46 +120,50 @@ class ProbabilisticPCA:
             products[index[:, None], index] += part[:-1, :-1]
             pairs[index[:, None], index] += part[-1, -1]
         eigenvalues, vectors = torch.linalg.eigh(products / pairs.clamp(min=1))
-        rest, largest = eigenvalues[:-latent_dim], eigenvalues[-latent_dim:]
         # covariances of different rows need not be positive definite together: the start stays inside
-        noise = max(float(rest.mean()), 1e-3 * float(eigenvalues.mean()))
-        weight = vectors[:, -latent_dim:] * torch.sqrt((largest - noise).clamp(min=0))
+        noise = max(float(eigenvalues[:-latent_dim].mean()), 1e-3 * float(eigenvalues.mean()))
+        weight = vectors[:, -latent_dim:] * torch.sqrt((eigenvalues[-latent_dim:] - noise).clamp(min=0))
         return cls(columns, weight, torch.zeros(num_features, dtype=torch.float64), noise)
 
     def _step(self, moments: Moments) -> "ProbabilisticPCA":
         """Return the model after one step of EM.
 
-        Expectation, with z~ = [z, 1] and G [x_A, 1] its posterior mean, whose first rows are M^-1 W_A' [I, -mu_A]:
+        Expectation, with z~ = [z, 1] and x~ = [x_A, 1]:
 
-            <z~ z~'> = G [x_A, 1] [x_A, 1]' G' + s2 [M^-1, 0; 0, 0]
+            <z> = M^-1 W_A' [I, -mu_A] x~,   <z~ z~'> = <z~><z~>' + s2 [M^-1, 0; 0, 0]
 
         Maximisation, for each modality m over the rows that have it:
 
             [W_m, mu_m] = (sum x_m <z~>') (sum <z~ z~'>)^-1
             s2          = sum_m sum <|x_m - [W_m, mu_m] z~|^2> / (number of observed values)
+
+        and z ~ N(m, S) is fitted too and taken into W and mu, without which EM is slow where s2 is small
+        (parameter expansion, Liu, Rubin & Wu 1998).
         """
         latent_dim = self.weight.shape[1]
         cross = torch.zeros(len(self.mean), latent_dim + 1, dtype=torch.float64)
-        latent = {name: torch.zeros(latent_dim + 1, latent_dim + 1, dtype=torch.float64) for name in self.columns}
+        total = torch.zeros(latent_dim + 1, latent_dim + 1, dtype=torch.float64)
+        latent = {name: torch.zeros_like(total) for name in self.columns}
         squares, num_values = 0.0, 0.0
         for pattern, part in moments.items():
             weight, mean, factor = self._observed(pattern)
-            project = torch.zeros(latent_dim + 1, len(mean) + 1, dtype=torch.float64)
-            project[:-1] = torch.cholesky_solve(_against(weight, mean), factor)
-            project[-1, -1] = 1.0
-            both = project @ part
-            cross[_index(self.columns, pattern)] += both[:, :-1].T
-            second = both @ project.T
+            z = torch.cat((torch.cholesky_solve(_against(weight, mean), factor) @ part, part[-1:]))
+            cross[_index(self.columns, pattern)] += z[:, :-1].T
+            second = torch.cat((z @ _against(weight, mean).T @ torch.cholesky_inverse(factor), z[:, -1:]), dim=1)
             second[:-1, :-1] += part[-1, -1] * self.noise_variance * torch.cholesky_inverse(factor)
+            total += second
             for name in pattern:
                 latent[name] += second
             squares += float(part[:-1, :-1].trace())
             num_values += float(part[-1, -1]) * len(mean)
         solution = torch.cat([torch.linalg.solve(latent[name], cross[span].T).T for name, span in self.columns.items()])
         noise = (squares - float((solution * cross).sum())) / num_values
-        if noise <= _LEAST_NOISE * squares / num_values:
+        if noise <= 1e-10 * squares / num_values:  # float64 cannot tell less from nothing
             raise ValueError(f"rows vary in more directions than latent_dim; got latent_dim={latent_dim}. Lower it.")
-        return replace(self, weight=solution[:, :-1], mean=solution[:, -1], noise_variance=noise)
+        weight, mean = solution[:, :-1], solution[:, -1]
+        z_mean, z_square = total[-1, :-1] / total[-1, -1], total[:-1, :-1] / total[-1, -1]
+        z_factor = torch.linalg.cholesky(z_square - torch.outer(z_mean, z_mean))
+        return replace(self, weight=weight @ z_factor, mean=mean + weight @ z_mean, noise_variance=noise)
 
     def _log_likelihood(self, moments: Moments) -> float:
         """Return the mean log-density in nats per row."""
@@ -177,9 +177,7 @@ class ProbabilisticPCA:
             total -= 0.5 * float((squares - explained) / self.noise_variance + normaliser)
         return total / sum(float(part[-1, -1]) for part in moments.values())
 
-    def _observed(
-        self, pattern: Pattern
-    ) -> tuple[Float[Tensor, "feature latent"], Float[Tensor, " feature"], Float[Tensor, "latent latent"]]:
+    def _observed(self, pattern: Pattern) -> tuple[Tensor, Tensor, Tensor]:
         """Return W_A, mu_A and the Cholesky factor of M = s2 I + W_A' W_A."""
         index = _index(self.columns, pattern)
         weight = self.weight[index]
@@ -216,10 +214,12 @@ def _gather(batches: Iterable[Batch]) -> tuple[Moments, dict[str, slice]]:
 
 def _centre(moments: Moments, columns: Mapping[str, slice]) -> tuple[Float[Tensor, " feature"], Moments]:
     """Return each feature's observed mean, and the moments about it."""
-    sums = torch.zeros(2, _index(columns, tuple(columns)).numel(), dtype=torch.float64)
+    sums = torch.zeros(_index(columns, tuple(columns)).numel(), dtype=torch.float64)
+    counts = torch.zeros_like(sums)
     for pattern, part in moments.items():
-        sums[:, _index(columns, pattern)] += torch.stack((part[-1, :-1], part[-1, -1].expand(len(part) - 1)))
-    origin = sums[0] / sums[1]
+        sums[_index(columns, pattern)] += part[-1, :-1]
+        counts[_index(columns, pattern)] += part[-1, -1]
+    origin = sums / counts
     centred = {}
     for pattern, part in moments.items():
         shift = torch.cat((origin[_index(columns, pattern)], origin.new_zeros(1)))
@@ -231,6 +231,9 @@ def _centre(moments: Moments, columns: Mapping[str, slice]) -> tuple[Float[Tenso
 def _by_pattern(rows: Batch) -> Iterator[tuple[Pattern, Int64[Tensor, " chosen"], Float[Tensor, "chosen _"]]]:
     """Yield each set of modalities, the numbers of the rows that have just these, and their values side by side."""
     names, masks, everywhere = sorted(rows.data), rows.masks or {}, torch.ones(len(rows), dtype=torch.bool)
+    for name in names:
+        if not rows.data[name].is_floating_point():
+            raise ValueError(f"a density is one of floating-point values; got {rows.data[name].dtype} for {name!r}.")
     if not names:
         return
     present = torch.stack([masks[name].cpu() if name in masks else everywhere for name in names], dim=1)
@@ -239,14 +242,8 @@ def _by_pattern(rows: Batch) -> Iterator[tuple[Pattern, Int64[Tensor, " chosen"]
         pattern = tuple(name for name, has in zip(names, here, strict=True) if has)
         if pattern:
             chosen = (place == number).nonzero().squeeze(1)
-            yield pattern, chosen, torch.cat([_values(rows, name, chosen) for name in pattern], dim=1)
-
-
-def _values(rows: Batch, name: str, chosen: Int64[Tensor, " chosen"]) -> Float[Tensor, "chosen _"]:
-    values = rows.data[name]
-    if not values.is_floating_point():
-        raise ValueError(f"probabilistic PCA is a density of floating-point values; got {values.dtype} for {name!r}.")
-    return values.index_select(0, chosen.to(values.device)).flatten(1).to("cpu", torch.float64)
+            values = [rows.data[name][chosen.to(rows.data[name].device)].flatten(1) for name in pattern]
+            yield pattern, chosen, torch.cat(values, dim=1).to("cpu", torch.float64)
 
 
 def _index(columns: Mapping[str, slice], pattern: Pattern) -> Int64[Tensor, " feature"]:

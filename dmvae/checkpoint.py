@@ -99,7 +99,7 @@ def _counters(state: TrainState) -> dict[str, Any]:
 
 def _moments(state: TrainState) -> dict[str, torch.Tensor]:
     """Name the optimiser's tensors after the parameters: `NAME/exp_avg`."""
-    names = {parameter: name for name, parameter in state.model.named_parameters()}
+    names: dict[torch.Tensor, str] = {parameter: name for name, parameter in state.model.named_parameters()}
     return {
         f"{names[parameter]}/{key}": value.detach().cpu().contiguous()
         for parameter, moments in state.optimizer.state.items()

@@ -86,7 +86,8 @@ def parse(config: type[S], prog: str, summary: str, argv: Sequence[str]) -> S:
     rest, messages = list(argv[file is not None :]), io.StringIO()
     try:
         with redirect_stderr(messages):
-            return tyro.cli(config, prog=prog, description=usage, args=rest, default=default)
+            parsed: Any = tyro.cli(config, prog=prog, description=usage, args=rest, default=default)
+            return config.model_validate(parsed)
     except SystemExit as stop:
         fault = stop.__context__
         while fault is not None and not isinstance(fault, ValidationError):
@@ -209,7 +210,7 @@ def _sync(config: Any) -> None:
         _say(f"{result.spool_dir}: {result.state}, {result.lines} lines brought in {result.message}".rstrip())
     if not results:
         _say(f"no spool under {config.folder}")
-    if any(result.state == "unreachable" for result in results):
+    if any(result.state == "undelivered" for result in results):
         raise CommandError(
             "MLflow could not be reached for every run; the same command goes on where this one stopped."
         )

@@ -58,7 +58,7 @@ def product_of_experts(
     log_precision = torch.where(here, -_at_least_float32(log_var), -math.inf)
     # the reference cancels in the result: no gradient through it
     reference = log_precision.detach().amax(0).clamp(min=0.0)
-    weight = torch.where(here, torch.exp(torch.where(here, log_precision - reference, 0.0)), 0.0)
+    weight = torch.exp(log_precision - reference)
     total = torch.exp(-reference) + weight.sum(0)
     return DiagGaussian(mean=(weight * mean).sum(0) / total, log_var=-(reference + torch.log(total)))
 

@@ -122,7 +122,7 @@ def negative_bounds(
     Source: Lee & Pavlovic 2021, with the shared divergence counted once per source.
     """
     shared, here = _sources(config, observed, noise.shared)
-    kl_shared = torch.where(here, shared.kl_from_prior(), 0.0)
+    kl_shared = shared.kl_from_prior()  # 0 where there is no source: the prior stands in its place
     z_shared = shared.sample(noise.shared)
     cost = config.beta * divergence_weight * kl_shared
     kl_private, log_p, pairs = [], [], []

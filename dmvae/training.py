@@ -111,7 +111,7 @@ class Workers:
 
 @dataclass(frozen=True)
 class StepReport:
-    """One optimiser step: its loss (of the worker's own rows: nats per global row) and its gradient's norm before clipping."""
+    """One optimiser step: the terms of this worker's rows, and the norm of the global gradient before clipping."""
 
     step: int
     terms: TermSums
@@ -122,13 +122,13 @@ class StepReport:
 
 def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
     """Build Adam or AdamW, fused: one kernel for all parameters."""
-    algorithm = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[optim.algorithm]
-    kwargs: dict[str, Any] = {"weight_decay": optim.weight_decay} if optim.algorithm == "adamw" else {}
-    return algorithm(model.parameters(), lr=optim.learning_rate, fused=True, **kwargs)
+    if optim.algorithm == "adam":
+        return torch.optim.Adam(model.parameters(), lr=optim.learning_rate, fused=True)
+    return torch.optim.AdamW(model.parameters(), lr=optim.learning_rate, weight_decay=optim.weight_decay, fused=True)
 
 
 def learning_rate(optim: OptimConfig, done: int, total: int, halvings: int) -> float:
-    """Return the rate of the step after `done` of `total` steps: warm-up times schedule, a function of the step alone."""
+    """Return the rate of the step after `done` of `total` steps: warm-up times schedule."""
     rate = optim.learning_rate * min(1.0, (done + 1) / optim.warmup_steps if optim.warmup_steps else 1.0)
     if optim.schedule == "cosine":
         rate *= 0.5 * (1 + math.cos(math.pi * min(done / total, 1.0)))

@@ -10,7 +10,7 @@ from dmvae.config.training import TrainConfig
 from dmvae.data.prepare import prepare
 
 
-def make_dataset(folder: Path, rows: int = 240, seed: int = 0) -> Path:
+def make_dataset(folder: Path, rows: int = 240, seed: int = 0, left_in_train: bool = True) -> Path:
     """Write a dataset of two float modalities that share a cause, a third of each missing."""
     rng = np.random.default_rng(seed)
     cause = rng.normal(size=(rows, 2))
@@ -19,14 +19,16 @@ def make_dataset(folder: Path, rows: int = 240, seed: int = 0) -> Path:
         "right": (cause @ rng.normal(size=(2, 3)) + 0.3 * rng.normal(size=(rows, 3))).astype(np.float32),
     }
     lost = rng.integers(0, 3, size=rows)  # 0: left is missing, 1: right is, 2: neither
+    splits = rng.choice(["train", "val", "test"], p=[0.7, 0.15, 0.15], size=rows)
+    if not left_in_train:
+        lost[splits == "train"] = 0
     masks = {"mask.left": lost != 0, "mask.right": lost != 1}
     source = folder / "rows.npz"
     folder.mkdir(parents=True, exist_ok=True)
-    np.savez(source, id=np.arange(rows), **arrays, **masks)
+    np.savez(source, id=np.arange(rows), split=splits, **arrays, **masks)
     prepare(
         PrepareConfig.model_validate(
-            {"dataset": str(folder / "data"), "source": {"kind": "npz", "path": str(source)},
-             "splits": {"train": 0.7, "val": 0.15, "test": 0.15}}
+            {"dataset": str(folder / "data"), "source": {"kind": "npz", "path": str(source)}}
         ),
         progress=lambda text: None,
     )  # fmt: skip

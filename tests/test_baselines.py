@@ -57,7 +57,6 @@ def test_complete_rows_have_the_eigenvectors_solution() -> None:
 def test_em_reaches_the_eigenvectors_solution_from_elsewhere() -> None:
     data = sample()
     solution = ProbabilisticPCA.fit(Batch(data), latent_dim=2)
-    # a modality that few rows lack moves the start off the complete rows' solution; EM then runs on rows without gaps
     generator = torch.Generator().manual_seed(3)
     start = ProbabilisticPCA(
         solution.columns, torch.randn(9, 2, generator=generator, dtype=torch.float64), torch.zeros(9).double(), 1.0
@@ -149,7 +148,7 @@ def test_values_far_from_float64_are_computed_in_it() -> None:
 
 @pytest.mark.parametrize("latent_dim", [0, 9])
 def test_latent_dim_out_of_range_is_refused(latent_dim: int) -> None:
-    with pytest.raises(ValueError, match=f"below the number of observed features, 9; got {latent_dim}"):
+    with pytest.raises(ValueError, match=f"below the 9 features; got {latent_dim}"):
         ProbabilisticPCA.fit(Batch(sample()), latent_dim)
 
 

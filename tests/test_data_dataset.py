@@ -7,9 +7,10 @@ import pyarrow as pa
 import pytest
 import torch
 
-from dmvae.data.dataset import Split, open_dataset
+from dmvae.data.dataset import open_dataset
 from dmvae.data.error import DatasetError
 from dmvae.data.rows import Rows
+from dmvae.data.split import Split
 from dmvae.data.writer import write_dataset
 from tests.test_data_rows import make_rows
 
@@ -27,7 +28,7 @@ def written(folder: Path, rows: Rows, **settings: Any) -> Split:
 
 
 def first_shard(split: Split) -> Path:
-    return split.dataset.path / split.manifest.splits["train"].shards[0].path
+    return split.folder / split.manifest.splits["train"].shards[0].path
 
 
 @pytest.mark.parametrize("complete", [True, False])

@@ -9,10 +9,11 @@ import torch
 
 from dmvae.batch import Batch
 from dmvae.data import loader
-from dmvae.data.dataset import Split, open_dataset
+from dmvae.data.dataset import open_dataset
 from dmvae.data.error import DatasetError
 from dmvae.data.loader import read_epoch, read_rows
 from dmvae.data.order import EpochOrder
+from dmvae.data.split import Split
 from dmvae.data.writer import write_dataset
 from tests.test_data_rows import make_rows
 
@@ -99,7 +100,7 @@ def test_little_is_read_ahead(split: Split, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_an_error_in_the_thread_is_raised_where_the_batch_is_wanted(split: Split) -> None:
-    shard = split.dataset.path / "train/part-00001.arrow"
+    shard = split.folder / "train/part-00001.arrow"
     content = bytearray(shard.read_bytes())
     content[2000] ^= 1
     shard.write_bytes(content)

@@ -6,10 +6,11 @@ import pyarrow as pa
 import pytest
 
 from dmvae.data import verify
-from dmvae.data.dataset import Dataset, Split, open_dataset
+from dmvae.data.dataset import Dataset, open_dataset
 from dmvae.data.error import DatasetError
 from dmvae.data.manifest import load_manifest, save_manifest
 from dmvae.data.rows import Rows
+from dmvae.data.split import Split
 from dmvae.data.survey import survey
 from dmvae.data.writer import write_dataset
 from tests.test_data_rows import make_rows

@@ -450,6 +450,17 @@ def test_the_conditional_nll_is_the_mean_over_rows_that_have_the_modality() -> N
         assert float(value) == pytest.approx(float(exact.mean()), abs=0.1)
 
 
+def test_a_row_without_an_id_has_the_draws_of_its_place_in_the_batch() -> None:
+    model, batch = small_model(), small_batch()
+    named = Batch(batch.data, batch.masks, ids=torch.arange(7))
+    results = [
+        model.compute_cond_nll(rows, "text", "image", K=8, generator=torch.Generator().manual_seed(0))["image"]
+        for rows in (batch, named)
+    ]
+    assert torch.equal(*results)
+    assert torch.equal(model.joint_nll(batch, K=8).nll, model.joint_nll(named, K=8).nll)
+
+
 def test_the_conditional_nll_without_rows_is_nan_and_refuses_overlap() -> None:
     model, batch = small_model(), small_batch()
     nowhere = Batch({"text": batch.data["text"], "image": batch.data["image"]}, {"image": torch.zeros(7)})
@@ -493,6 +504,15 @@ def test_extreme_variances_encode_to_finite_values_and_gradients(log_vars: tuple
     tensors += [p.grad for name, p in model.named_parameters() if name.startswith("_encoders")]
     assert len(tensors) == 3 + 8
     assert all(bool(tensor.isfinite().all()) for tensor in tensors)
+
+
+def test_reconstructions_are_single_precision_under_autocast() -> None:
+    model, batch = small_model().float(), small_batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = model.predict(batch)
+        raw = model.decoders["image"](torch.zeros(1, 6)).reconstruction
+    assert raw.dtype == torch.bfloat16
+    assert {output.dtype for output in outputs.values()} == {torch.float32}
 
 
 def test_decoding_keeps_whatever_leading_dimensions_there_are() -> None:

@@ -1,4 +1,4 @@
-"""The training loop: its result depends on neither micro-batches nor interruptions, and its settings do what they say."""
+"""The training loop: neither micro-batches nor interruptions change its result, and settings do what they say."""
 
 import math
 from collections.abc import Iterator
@@ -158,7 +158,7 @@ def test_plateau_halves_after_epochs_without_a_better_figure(dataset: Path) -> N
 
 def test_patience_ends_a_run_that_does_not_get_better(dataset: Path) -> None:
     config = configure(dataset, training={"epochs": 30, "patience": 2}, optim={"learning_rate": 1e-30})
-    state, events = run(config)
+    _, events = run(config)
     ended = [event for event in events if isinstance(event, EpochEnded)]
     assert len(ended) < 30
     assert [event.improved for event in ended[-2:]] == [False, False]

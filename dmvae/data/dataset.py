@@ -1,22 +1,15 @@
-"""A dataset opened for reading: memory-mapped shards, and batches of any rows."""
+"""A dataset opened for reading: its manifest compared with its files, and its splits."""
 
-import threading
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from jaxtyping import Int64
-from torch import Tensor
 
-from dmvae.batch import Batch
 from dmvae.data.error import DatasetError
-from dmvae.data.manifest import Manifest, ModalityInfo, ShardInfo, load_manifest
+from dmvae.data.manifest import Manifest, ShardInfo, load_manifest
 from dmvae.data.schema import Columns, read_columns
-from dmvae.data.shard import MappedShard, open_reader
-from dmvae.data.verify import row_blocks, verify_shard
+from dmvae.data.shard import open_reader
+from dmvae.data.split import Split as Split
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -29,7 +22,7 @@ class Dataset:
         self.manifest = manifest
         self._verify_on_use = verify_on_use
 
-    def split(self, name: str) -> "Split":
+    def split(self, name: str) -> Split:
         """Open a split for use.
 
         Raises:
@@ -41,7 +34,7 @@ class Dataset:
             raise DatasetError(f"{self.path}: no split {name!r}. The dataset has {known}: choose one of them.")
         if not info.rows:
             raise DatasetError(f"{self.path}: the split {name!r} has no rows. The dataset has {known}: choose another.")
-        return Split(self, name, self._verify_on_use)
+        return Split(self.path, self.manifest, name, self._verify_on_use)
 
     def verify(self) -> tuple[str, ...]:
         """Check everything anew, remembering nothing: what `Split.verify` does, ids, and rows with nothing observed.
@@ -62,176 +55,6 @@ class Dataset:
         pairs = [(first, other) for place, first in enumerate(names) for other in names[place + 1 :]]
         shared = {pair: len(np.intersect1d(ids[pair[0]], ids[pair[1]])) for pair in pairs}
         return tuple(f"{count} ids are in both {a} and {b}" for (a, b), count in shared.items() if count)
-
-
-class Split:
-    """The rows of one split; a row's position counts through the shards in the manifest's order.
-
-    A shard is mapped when a row of it is first read, and verified before that.
-    """
-
-    def __init__(self, dataset: Dataset, name: str, verify_on_use: bool) -> None:
-        self.dataset = dataset
-        self.name = name
-        self.manifest = dataset.manifest
-        self._infos = [info for info in self.manifest.splits[name].shards if info.rows]
-        self._starts = np.cumsum([0] + [info.rows for info in self._infos])
-        self._shards: dict[int, MappedShard] = {}
-        self._scales = {name: _Scale(info) for name, info in self.manifest.modalities.items()}
-        self._incomplete = [name for name, count in self.observed.items() if count < len(self)]
-        self._verify_on_use = verify_on_use
-        self._lock = threading.Lock()
-
-    def __len__(self) -> int:
-        return int(self._starts[-1])
-
-    @property
-    def observed(self) -> dict[str, int]:
-        """Rows that have each modality; 0 for one that training cannot learn from this split."""
-        return self.manifest.splits[self.name].observed
-
-    @property
-    def record_batch_rows(self) -> Int64[np.ndarray, " group"]:
-        """Rows of every record batch in order, as `EpochOrder` takes them."""
-        sizes = []
-        for info in self._infos:
-            full, rest = divmod(info.rows, info.record_batch_rows)
-            sizes += [info.record_batch_rows] * full + [rest] * (rest > 0)
-        return np.array(sizes, dtype=np.int64)
-
-    def read(self, positions: Int64[np.ndarray, " row"], dtype: torch.dtype = torch.float32) -> Batch:
-        """Read the rows at `positions`, in that order.
-
-        Floats and uint8 are scaled as the manifest says and given as `dtype`; int64 stays. Missing slots are zero.
-        A modality that this split has in every row has no mask, and without any other `masks` is None. Labels are -1
-        where there is none.
-
-        Raises:
-            DatasetError: if a position is out of range, or a shard fails its check on first use.
-        """
-        return self.read_batches(positions, [len(positions)], dtype)[0]
-
-    def read_batches(
-        self, positions: Int64[np.ndarray, " row"], lengths: Sequence[int], dtype: torch.dtype = torch.float32
-    ) -> list[Batch]:
-        """Read the rows at `positions` at once and return them in batches of the given lengths; see `read`.
-
-        Faster than a call per batch, and than cutting one large batch, whose tensors would not fit the cache.
-        """
-        self._check_positions(positions)
-        parts = self._parts(positions)
-        stored = {name: _join([part.shard.gather(name, part.rows) for part in parts], parts) for name in self._scales}
-        present = {
-            name: _join([part.shard.present(name, part.rows) for part in parts], parts) for name in self._incomplete
-        }
-        ids = _join([part.shard.ids(part.rows) for part in parts], parts)
-        labels = self._labels(parts)
-        stops = np.cumsum(lengths).tolist()
-        return [
-            self._convert(slice(stop - length, stop), stored, present, ids, labels, dtype)
-            for stop, length in zip(stops, lengths, strict=True)
-        ]
-
-    def _convert(
-        self,
-        rows: slice,
-        stored: Mapping[str, Array],
-        present: Mapping[str, Array],
-        ids: Array,
-        labels: Tensor | None,
-        dtype: torch.dtype,
-    ) -> Batch:
-        missing = {name: np.flatnonzero(~mask[rows]) for name, mask in present.items()}
-        return Batch(
-            data={name: scale(stored[name][rows], missing.get(name), dtype) for name, scale in self._scales.items()},
-            masks={name: torch.from_numpy(mask[rows]) for name, mask in present.items()} or None,
-            labels=None if labels is None else labels[rows],
-            ids=torch.from_numpy(ids[rows]) if ids.dtype == np.int64 else ids[rows],
-        )
-
-    def ids(self) -> Array:
-        """Return the names of all rows, int64 or strings."""
-        parts = self._parts(np.arange(len(self)))
-        return _join([part.shard.ids(part.rows) for part in parts], parts)
-
-    def labels(self) -> Tensor | None:
-        """Return the labels of all rows, -1 where there is none; None if the dataset has no labels."""
-        return self._labels(self._parts(np.arange(len(self))))
-
-    def verify(self, full: bool = False) -> None:
-        """Check the checksum and the observed values of every shard.
-
-        Args:
-            full: do so even if the unchanged file was checked before, and look for ids that occur twice and for rows
-                with nothing observed.
-
-        Raises:
-            DatasetError: if a check fails; it names the shard, the column and the first row.
-        """
-        for number in range(len(self._infos)):
-            self._verify(number, remember=not full)
-            if full:
-                _check_rows_have_something(self._map(number))
-        if full:
-            names, counts = np.unique(self.ids(), return_counts=True)
-            if (counts > 1).any():
-                raise DatasetError(
-                    f"{self._where}: an id occurs once in a split; got {names[counts > 1][0]} "
-                    f"{counts[counts > 1][0]} times, and {int((counts > 1).sum())} such ids. Make them unique in the "
-                    f"source, and prepare the dataset again."
-                )
-
-    @property
-    def _where(self) -> str:
-        return f"{self.dataset.path}, split {self.name!r}"
-
-    def _check_positions(self, positions: Array) -> None:
-        if len(positions) and not 0 <= positions.min() <= positions.max() < len(self):
-            raise DatasetError(
-                f"{self._where}: positions lie in 0..{len(self) - 1}; got {positions.min()} to {positions.max()}."
-            )
-
-    def _parts(self, positions: Array) -> "list[_Part]":
-        """Divide positions by shard; no position at all is a part of the first shard, which gives empty arrays."""
-        if len(self._infos) == 1 or not len(positions):
-            return [_Part(self._shard(0), positions, slice(None))]
-        number = np.searchsorted(self._starts, positions, side="right") - 1
-        picked = {int(shard): np.flatnonzero(number == shard) for shard in np.unique(number)}
-        return [
-            _Part(self._shard(shard), positions[places] - self._starts[shard], places)
-            for shard, places in picked.items()
-        ]
-
-    def _labels(self, parts: "list[_Part]") -> Tensor | None:
-        if not self.manifest.has_label:
-            return None
-        labels = [
-            np.where(part.shard.present("label", part.rows), part.shard.gather("label", part.rows), -1)
-            for part in parts
-        ]
-        return torch.from_numpy(_join(labels, parts))
-
-    def _shard(self, number: int) -> MappedShard:
-        with self._lock:
-            if number not in self._shards:
-                if self._verify_on_use:
-                    self._verify(number, remember=True)
-                self._shards[number] = self._map(number)
-            return self._shards[number]
-
-    def _verify(self, number: int, remember: bool) -> None:
-        info = self._infos[number]
-        verify_shard(self.dataset.path / info.path, info, self.manifest, remember)
-
-    def _map(self, number: int) -> MappedShard:
-        info = self._infos[number]
-        shard = MappedShard(self.dataset.path / info.path)
-        if (shard.rows, shard.record_batch_rows) != (info.rows, info.record_batch_rows):
-            raise DatasetError(
-                f"{shard.path}: the manifest says {info.rows} rows in record batches of {info.record_batch_rows}; got "
-                f"{shard.rows} in record batches of {shard.record_batch_rows}. Copy it again."
-            )
-        return shard
 
 
 def open_dataset(path: str | Path, *, verify_on_use: bool = True) -> Dataset:
@@ -277,62 +100,3 @@ def _check_shard(folder: Path, info: ShardInfo, columns: Columns) -> None:
         raise DatasetError(
             f"{path}: the manifest says {groups} record batches; got {reader.num_record_batches}. Copy it again."
         )
-
-
-def _check_rows_have_something(shard: MappedShard) -> None:
-    for rows in row_blocks(shard):
-        nothing = ~np.logical_or.reduce([shard.present(name, rows) for name in shard.columns.modalities])
-        if nothing.any():
-            first = rows[nothing]
-            raise DatasetError(
-                f"a row has at least one modality; got none in {shard.path}, row {first[0]} "
-                f"(id {shard.ids(first[:1])[0]}). Leave it out in the source, and prepare the dataset again."
-            )
-
-
-@dataclass(frozen=True)
-class _Part:
-    """The rows of one shard among those that are read, and their places there."""
-
-    shard: MappedShard
-    rows: Array
-    places: Array | slice
-
-
-def _join(arrays: list[Array], parts: list[_Part]) -> Array:
-    """Put what the parts gave in the order that was asked for."""
-    if len(parts) == 1:
-        return arrays[0]
-    # the widest type: strings of different shards differ in length
-    result = np.empty((sum(map(len, arrays)), *arrays[0].shape[1:]), dtype=np.result_type(*arrays))
-    for part, array in zip(parts, arrays, strict=True):
-        result[part.places] = array
-    return result
-
-
-class _Scale:
-    """From stored values to those that training reads."""
-
-    def __init__(self, info: ModalityInfo) -> None:
-        self._scaling = info.scaling
-        self._floats = info.dtype != "int64"
-        if info.scaling == "standardise":
-            self._mean = torch.tensor(info.mean, dtype=torch.float64).reshape(info.shape)
-            self._std = torch.tensor(info.std, dtype=torch.float64).reshape(info.shape)
-
-    def __call__(self, values: Array, missing: Array | None, dtype: torch.dtype) -> Tensor:
-        """Return the values with zeros in the rows `missing`; the array is changed."""
-        if missing is not None:
-            # by numpy and before the conversion: torch takes fifty times as long to fill the rows of a mask
-            values[missing] = 0
-        tensor = torch.from_numpy(values)
-        if not self._floats:
-            return tensor
-        if self._scaling == "unit":
-            return tensor.to(dtype).div_(255)
-        if self._scaling == "none":
-            return tensor.to(dtype)
-        # in the wider of both types: float64 measurements with a large mean would otherwise cancel
-        wide = torch.promote_types(tensor.dtype, dtype)
-        scaled = ((tensor.to(wide) - self._mean.to(wide)) / self._std.to(wide)).to(dtype)
-        return scaled if missing is None else scaled.index_fill_(0, torch.from_numpy(missing), 0)

@@ -1,26 +1,24 @@
 """Batches for training and evaluation, read ahead in a thread."""
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
-from itertools import islice
-from math import prod
 from typing import TypeVar
 
 import numpy as np
 import torch
 
 from dmvae.batch import Batch
-from dmvae.data.dataset import Split
 from dmvae.data.order import EpochOrder
+from dmvae.data.split import Split
 
 LOOKAHEAD_ROWS = 8192
 LOOKAHEAD_BYTES = 64 << 20
-"""Batches are read together up to these limits, and so many again while the last are in use."""
+"""Rows are gathered from the shards together, up to these limits; what is held is as stored, not yet converted."""
+LOOKAHEAD_BATCHES = 4
+"""Converted batches that wait for the consumer."""
 
 Item = TypeVar("Item")
-Result = TypeVar("Result")
 Slice = tuple[int, int, int]
 """Step of the epoch, and positions [start, stop) of its global batch."""
 
@@ -49,14 +47,16 @@ def read_epoch(
     if not 0 <= start_step <= order.num_batches:
         raise ValueError(f"an epoch has {order.num_batches} steps; got start_step={start_step}.")
     slices = ((step, *order.worker_slice(step, rank, world_size)) for step in range(start_step, order.num_batches))
-    chunks = _group(slices, _lookahead(split, dtype))
+    return _ahead(_read_chunks(split, order, epoch, _group(slices, _lookahead(split)), dtype))
 
-    def read(chunk: list[Slice]) -> list[tuple[int, int, Batch]]:
-        lengths = [stop - start for _, start, stop in chunk]
-        batches = split.read_batches(order.rows_of(epoch, chunk), lengths, dtype)
-        return [(step, start, batch) for (step, start, _), batch in zip(chunk, batches, strict=True)]
 
-    return _chain(_ahead(read, chunks))
+def _read_chunks(
+    split: Split, order: EpochOrder, epoch: int, chunks: Iterable[list[Slice]], dtype: torch.dtype
+) -> Iterator[tuple[int, int, Batch]]:
+    for chunk in chunks:
+        batches = split.read_batches(order.rows_of(epoch, chunk), [stop - start for _, start, stop in chunk], dtype)
+        for (step, start, _), batch in zip(chunk, batches, strict=True):
+            yield step, start, batch
 
 
 def read_rows(
@@ -82,16 +82,14 @@ def read_rows(
     if not 0 <= rank < world_size:
         raise ValueError(f"a rank is at least 0 and less than the number of workers; got {rank} of {world_size}.")
 
-    def read(block: int) -> tuple[int, Batch]:
-        start = block * block_rows
-        return block, split.read(np.arange(start, min(start + block_rows, len(split))), dtype)
-
-    return _ahead(read, range(rank, -(-len(split) // block_rows), world_size))
+    blocks = range(rank, -(-len(split) // block_rows), world_size)
+    bounds = ((block, block * block_rows, min((block + 1) * block_rows, len(split))) for block in blocks)
+    return _ahead((block, split.read(np.arange(start, stop), dtype)) for block, start, stop in bounds)
 
 
-def _lookahead(split: Split, dtype: torch.dtype) -> int:
-    elements = sum(prod(info.shape) for info in split.manifest.modalities.values())
-    return max(1, min(LOOKAHEAD_ROWS, LOOKAHEAD_BYTES // (elements * dtype.itemsize)))
+def _lookahead(split: Split) -> int:
+    row_bytes = sum(info.column.row_bytes for info in split.manifest.modalities.values())
+    return max(1, min(LOOKAHEAD_ROWS, LOOKAHEAD_BYTES // row_bytes))
 
 
 def _group(slices: Iterable[Slice], rows: int) -> Iterator[list[Slice]]:
@@ -108,25 +106,16 @@ def _group(slices: Iterable[Slice], rows: int) -> Iterator[list[Slice]]:
         yield group
 
 
-def _chain(chunks: Generator[list[Item], None, None]) -> Iterator[Item]:
-    """Yield the items of lists, and close the generator of lists when the consumer stops."""
-    with closing(chunks):
-        for chunk in chunks:
-            yield from chunk
-
-
-def _ahead(read: Callable[[Item], Result], items: Iterable[Item]) -> Generator[Result, None, None]:
-    """Yield `read(item)` in order, one item being read while the last is in use.
+def _ahead(items: Iterator[Item]) -> Generator[Item, None, None]:
+    """Yield `items`, made in a thread a few ahead of the consumer.
 
     An exception in the thread is raised here. When the consumer stops, the thread ends after the item it is at.
     """
-    remaining = iter(items)
     reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="dmvae-read")
     try:
-        pending: deque[Future[Result]] = deque(reader.submit(read, item) for item in islice(remaining, 1))
-        while pending:
-            result = pending.popleft().result()
-            pending.extend(reader.submit(read, item) for item in islice(remaining, 1))
-            yield result
+        pending: deque[Future[Item | None]] = deque(reader.submit(next, items, None) for _ in range(LOOKAHEAD_BATCHES))
+        while (item := pending.popleft().result()) is not None:
+            pending.append(reader.submit(next, items, None))
+            yield item
     finally:
         reader.shutdown(cancel_futures=True)

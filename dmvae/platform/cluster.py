@@ -1,5 +1,6 @@
 """The Ray cluster that a job runs on, and what its processes tell the person in front of it."""
 
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -18,8 +19,13 @@ def local_cluster(num_cpus: int) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    own = {} if os.environ.get("RAY_ADDRESS") else {"address": "local", "num_cpus": max(os.cpu_count() or 1, num_cpus)}
-    ray.init(**own, logging_level="error", log_to_driver=False)
+    is_submitted = bool(os.environ.get("RAY_ADDRESS"))
+    ray.init(
+        address=None if is_submitted else "local",
+        num_cpus=None if is_submitted else max(os.cpu_count() or 1, num_cpus),
+        logging_level=logging.ERROR,
+        log_to_driver=False,
+    )
     try:
         yield
     finally:
@@ -46,3 +52,9 @@ def messages(say: Callable[[str], None]) -> Iterator[Queue]:
         done.set()
         listener.join(timeout=10)
         queue.shutdown()
+
+
+def resources() -> dict[str, float]:
+    """Return what the connected cluster has: `CPU`, `GPU` and so on."""
+    found: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return found

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ class NLLTable:
         return "nll" if self.is_density else "bce"
 
     def summary(self) -> dict[str, float]:
-        """Return the mean per row, its standard errors (of the rows; of the Monte Carlo alone), and how good the draws are."""
+        """Return the mean per row in nats, its errors (over rows; Monte Carlo alone), and the draws' quality."""
         nll, se = self.columns["nll"], self.columns["se"]
         rows = len(nll)
         return {
@@ -122,13 +123,15 @@ def _remote(
         yield from _local(model_dir, dataset, config, first, workers)
 
     remote = ray.remote(num_cpus=1, num_gpus=0)(share).options(num_returns="streaming")
-    streams = [remote.remote(first) for first in range(min(workers, total))]
+    streams: list[Any] = [remote.remote(first) for first in range(min(workers, total))]
     while streams:
-        ready, _ = ray.wait(streams, num_returns=1)
+        ready: list[Any] = ray.wait(streams, num_returns=1)[0]
         for stream in ready:
-            try:
-                yield ray.get(next(stream))
-            except StopIteration:
+            for reference in islice(stream, 1):
+                found: Any = ray.get(reference)
+                yield found
+                break
+            else:
                 streams.remove(stream)
 
 

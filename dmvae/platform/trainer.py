@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ray
 import torch
 from ray.train import CheckpointConfig, FailureConfig, Result, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer
@@ -19,7 +18,7 @@ from dmvae.data.dataset import Dataset, open_dataset
 from dmvae.data.manifest import Manifest
 from dmvae.model import DMVAE
 from dmvae.objective import term_names
-from dmvae.platform.cluster import local_cluster, messages
+from dmvae.platform.cluster import local_cluster, messages, resources
 from dmvae.platform.evaluation import Progress, evaluate_nll
 from dmvae.platform.lane import write_atomically
 from dmvae.platform.spool import TrackedRun, scrub
@@ -91,7 +90,7 @@ def train_run(config: TrainConfig, progress: Callable[[str], None]) -> TrainSumm
 
 
 def resolve(config: TrainConfig, dataset: Dataset) -> TrainConfig:
-    """Fill in what the dataset knows (shapes, likelihoods nobody named) and check that the model can be built and trained.
+    """Fill in what the dataset knows (shapes, likelihoods nobody named); check that the model can be built and trained.
 
     Raises:
         ValueError: if the config names a modality that the dataset has not, a shape that differs, a modality that
@@ -204,14 +203,14 @@ def _announce(config: TrainConfig, progress: Callable[[str], None]) -> None:
     workers = config.workers
     device = "GPU" if _use_gpu(config) else "CPU"
     progress(f"run {config.name}: {workers.num} {device} worker{'s' if workers.num > 1 else ''} starting")
-    wanted, there = workers.num * workers.cpus, ray.cluster_resources().get("CPU", 0)
+    wanted, there = workers.num * workers.cpus, resources().get("CPU", 0)
     if there < wanted:
         progress(f"warning: the cluster has {there:g} CPUs of the {wanted:g} that this run waits for")
 
 
 def _fit(config: TrainConfig, run_dir: Path, task: WorkerTask) -> Result:
     trainer = TorchTrainer(
-        work,
+        work,  # type: ignore[arg-type]  # Ray returns what it returns, its annotation says None
         train_loop_config={"task": task},
         scaling_config=ScalingConfig(
             num_workers=config.workers.num,
@@ -234,17 +233,17 @@ def _fit(config: TrainConfig, run_dir: Path, task: WorkerTask) -> Result:
         raise RunError(
             f"training stopped for good: {reason} The same command goes on from the last checkpoint."
         ) from error
-    ending = result.return_value or {}
+    ending: dict[str, Any] = getattr(result, "return_value", None) or {}
     if "failure" in ending:
         raise RunError(ending["failure"])
     return result
 
 
 def _use_gpu(config: TrainConfig) -> bool:
-    gpus = ray.cluster_resources().get("GPU", 0)
+    gpus = resources().get("GPU", 0)
     if config.workers.device == "gpu" and gpus < config.workers.num:
         raise RunError(
-            f'workers.device="gpu" needs a GPU per worker; the cluster has {gpus:.0f} for {config.workers.num} workers. '
+            f'workers.device="gpu" needs a GPU per worker; got {gpus:.0f} for {config.workers.num} workers. '
             'Use fewer workers, or workers.device="auto".'
         )
     return config.workers.device != "cpu" and gpus >= config.workers.num

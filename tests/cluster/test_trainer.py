@@ -1,0 +1,190 @@
+"""Real runs on a real Ray cluster, recorded in a real MLflow database."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from mlflow import MlflowClient
+from safetensors.torch import load_file
+
+from dmvae.config.training import TrainConfig
+from dmvae.model import DMVAE
+from dmvae.platform.evaluation import evaluate_nll
+from dmvae.platform.trainer import RunError, TrainSummary, train_run
+from tests.runs import make_config
+
+
+class Screen(list[str]):
+    """What a person sees."""
+
+    def __call__(self, text: str) -> None:
+        self.append(text)
+
+
+def run(config: TrainConfig) -> tuple[TrainSummary, Screen]:
+    screen = Screen()
+    return train_run(config, screen), screen
+
+
+def curve(summary: TrainSummary, name: str) -> list[float]:
+    history = MlflowClient(summary.tracking_uri).get_metric_history(summary.run_id, name)
+    assert len({metric.step for metric in history}) == len(history), "a step was recorded twice"
+    return [metric.value for metric in sorted(history, key=lambda metric: metric.step)]
+
+
+def last_weights(summary: TrainSummary) -> dict[str, torch.Tensor]:
+    return load_file(summary.run_dir / "last" / "model.safetensors")
+
+
+def same_bits(one: TrainSummary, other: TrainSummary) -> bool:
+    mine, theirs = last_weights(one), last_weights(other)
+    return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> tuple[TrainSummary, Screen]:
+    folder = tmp_path_factory.mktemp("two")
+    return run(make_config(folder, dataset, workers={"num": 2}, training={"epochs": 3}))
+
+
+def test_two_workers_and_one_have_the_same_loss_curve(
+    two: tuple[TrainSummary, Screen], dataset: Path, tmp_path: Path
+) -> None:
+    one, _ = run(make_config(tmp_path, dataset, training={"epochs": 3}))
+    for name in ("train/loss", "val/loss", "train/gradient_norm"):
+        ours, theirs = curve(one, name), curve(two[0], name)
+        assert len(ours) >= 3
+        np.testing.assert_allclose(ours, theirs, rtol=1e-9)
+
+
+def test_a_run_is_recorded_as_a_person_would_look_for_it(two: tuple[TrainSummary, Screen], dataset: Path) -> None:
+    summary, screen = two
+    client = MlflowClient(summary.tracking_uri)
+    recorded = client.get_run(summary.run_id)
+    assert recorded.info.status == "FINISHED"
+    assert recorded.info.run_name == "run"
+    assert recorded.data.params["optim.learning_rate"] == "0.01"
+    assert recorded.data.params["model.input_dims.left"] == "[5]"
+    manifest = json.loads((dataset / "dataset.json").read_text())
+    assert manifest
+    (data,) = recorded.inputs.dataset_inputs
+    assert data.dataset.digest
+    names = set(recorded.data.metrics)
+    for name in (
+        "train/joint", "train/left", "train/kl_shared/joint", "train/kl_private/left", "train/observed/left",
+        "train/log_likelihood/joint/right", "train/rows_per_second", "train/gradient_norm", "train/learning_rate",
+        "val/loss", "val/active_units/shared", "test/nll", "test/nll_se", "test/nll_mc_se", "test/nll_ess",
+        "test/nll_untrusted",
+    ):  # fmt: skip
+        assert name in names
+    for kept in ("best", "last"):
+        files = {Path(file.path).name for file in client.list_artifacts(summary.run_id, f"checkpoints/{kept}")}
+        assert {"model.json", "model.safetensors", "checksums.json", "run.json"} <= files
+    assert any("epoch 3/3" in line and "rows/s" in line and "left" in line for line in screen)
+
+
+def test_the_test_figure_is_that_of_the_best_checkpoint_however_many_compute_it(
+    two: tuple[TrainSummary, Screen], dataset: Path, tmp_path: Path
+) -> None:
+    summary, _ = two
+    config = make_config(tmp_path, dataset).evaluation
+    alone = evaluate_nll(summary.run_dir / "best", str(dataset), config)
+    assert alone.summary()["nll"] == summary.metrics["test/nll"]
+    together = evaluate_nll(summary.run_dir / "best", str(dataset), config, workers=2)
+    for name, column in alone.columns.items():
+        np.testing.assert_array_equal(column, together.columns[name])
+
+
+def test_a_finished_run_says_so_and_goes_on_only_with_more_epochs(
+    two: tuple[TrainSummary, Screen], dataset: Path
+) -> None:
+    summary, _ = two
+    folder = summary.run_dir.parents[1]
+    again, screen = run(make_config(folder, dataset, workers={"num": 2}, training={"epochs": 3}))
+    assert again.was_finished
+    assert not screen
+    changed = {"training": {"epochs": 2, "batch_size": 16}, "model": {"latent_dim": 3}}
+    with pytest.raises(RunError) as refusal:
+        train_run(make_config(folder, dataset, **changed), Screen())
+    for words in ("latent_dim: 2 in the run, 3 asked for", "batch_size: 32 in the run, 16", "epochs: 3 in the run, 2"):
+        assert words in str(refusal.value)
+
+
+class Killer(threading.Thread):
+    """Kill one training worker with SIGKILL once the run has written a checkpoint."""
+
+    def __init__(self, run_dir: Path) -> None:
+        super().__init__(daemon=True)
+        self.checkpoints, self.killed = run_dir / "checkpoints", False
+
+    def run(self) -> None:
+        while not list(self.checkpoints.glob("checkpoint_*")):
+            time.sleep(0.05)
+        pids = subprocess.run(["pgrep", "-f", "ray::RayTrainWorker"], capture_output=True, text=True, check=True)
+        os.kill(int(pids.stdout.split()[-1]), signal.SIGKILL)
+        self.killed = True
+
+
+def test_a_killed_worker_changes_no_bit_of_the_result(dataset: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"workers": {"num": 2}, "training": {"epochs": 12, "checkpoint_steps": 2}}
+    straight, _ = run(make_config(tmp_path, dataset, "straight", **changes))
+    killer = Killer(tmp_path / "runs" / "killed")
+    killer.start()
+    killed, screen = run(make_config(tmp_path, dataset, "killed", **changes))
+    assert killer.killed
+    assert any(line.startswith("resuming after") for line in screen)
+    assert same_bits(straight, killed)
+    for name in ("train/loss", "val/loss"):
+        assert curve(straight, name) == curve(killed, name)
+
+
+def test_a_killed_driver_s_run_goes_on_by_the_same_command(dataset: Path, tmp_path: Path) -> None:
+    config = make_config(tmp_path, dataset, training={"epochs": 40, "checkpoint_steps": 2})
+    file = tmp_path / "run.json"
+    file.write_text(config.model_dump_json())
+    program = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from dmvae.config.training import TrainConfig\n"
+        "from dmvae.platform.trainer import train_run\n"
+        f"train_run(TrainConfig.model_validate_json(Path({str(file)!r}).read_text()), print)\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    driver = subprocess.Popen([sys.executable, "-c", program], env=environment, cwd=Path(__file__).parents[2])
+    checkpoints = tmp_path / "runs" / "run" / "checkpoints"
+    while len(list(checkpoints.glob("checkpoint_*"))) < 2:
+        assert driver.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.05)
+    driver.kill()
+    driver.wait()
+    resumed, screen = run(config)
+    assert any(line.startswith("resuming after") for line in screen)
+    straight, _ = run(make_config(tmp_path, dataset, "straight", training={"epochs": 40, "checkpoint_steps": 2}))
+    assert same_bits(straight, resumed)
+    assert curve(straight, "train/loss") == curve(resumed, "train/loss")
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_at_once_with_its_place(dataset: Path, tmp_path: Path) -> None:
+    config = make_config(tmp_path, dataset, workers={"num": 2}, optim={"learning_rate": 1e200, "schedule": "constant"})
+    with pytest.raises(RunError, match=r"epoch 1, step \d: terms .*rows, ids \["):
+        train_run(config, Screen())
+    client = MlflowClient(config.tracking.uri)
+    (recorded,) = client.search_runs([client.get_experiment_by_name("dmvae").experiment_id])
+    assert recorded.info.status == "FAILED"
+
+
+def test_a_new_run_may_start_from_weights(two: tuple[TrainSummary, Screen], dataset: Path, tmp_path: Path) -> None:
+    best = two[0].run_dir / "best"
+    config = make_config(tmp_path, dataset, init_from=str(best), optim={"learning_rate": 1e-30})
+    summary, _ = run(config)
+    start = DMVAE.load(best).state_dict()
+    assert all(torch.equal(tensor, start[name]) for name, tensor in last_weights(summary).items())

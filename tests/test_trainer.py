@@ -1,0 +1,77 @@
+"""What is refused before any worker starts, each with one message."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+
+from dmvae.cli import run_verb
+from dmvae.data.dataset import open_dataset
+from dmvae.platform.trainer import resolve, train_run
+from tests.runs import make_config, make_dataset
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_dataset(tmp_path_factory.mktemp("trainer"))
+
+
+def test_the_dataset_fills_in_shapes_and_likelihoods(dataset: Path, tmp_path: Path) -> None:
+    model = resolve(make_config(tmp_path, dataset), open_dataset(dataset)).model
+    assert model.shapes == {"left": (5,), "right": (3,)}
+    assert model.distributions == {"left": "normal", "right": "normal"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model": {"decoders_dist": {"middle": "normal"}}}, ["middle", "left"]),
+        ({"model": {"input_dims": {"left": [4], "right": [3]}}}, ["(5,)", "Leave input_dims out"]),
+        ({"model": {"decoders_dist": {"left": "cauchy"}}}, ["cauchy", "Known: normal"]),
+        ({"model": {"architectures": {"left": {"name": "conv"}}}}, ["conv", "(5,)"]),
+        ({"training": {"monitor": "accuracy"}}, ["accuracy", "Known: loss, joint"]),
+        ({"evaluation": {"split": "holdout"}}, ["holdout", "test"]),
+        ({"data": {"dataset": "/nowhere"}}, ["/nowhere"]),
+        ({"init_from": "/nowhere"}, ["/nowhere", "model.json"]),
+        ({"tracking": {"uri": "http://127.0.0.1:9"}}, ["127.0.0.1:9"]),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_written(
+    changes: dict[str, Any], words: list[str], dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = make_config(tmp_path, dataset).model_dump(mode="json", exclude_defaults=True)
+    for section, change in changes.items():
+        tree[section] = {**tree.get(section, {}), **change} if isinstance(change, dict) else change
+    file = tmp_path / "run.toml"
+    file.write_text(tomli_w.dumps(tree))
+    assert run_verb("train", [str(file)]) == 1
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert "Traceback" not in message
+    for word in words:
+        assert word in message
+    assert not (tmp_path / "runs" / "run" / "run.json").exists()
+
+
+def test_a_modality_that_no_training_row_has_is_refused(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path, left_in_train=False)
+    with pytest.raises(ValueError, match=r"\['left'\] are in none of split 'train'"):
+        resolve(make_config(tmp_path, dataset), open_dataset(dataset))
+
+
+@pytest.mark.parametrize("fault", ["cut", "flipped", "absent"])
+def test_a_broken_shard_stops_a_run_before_it_starts(fault: str, dataset: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(dataset, copy)
+    shard = next((copy / "train").glob("*.arrow"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 255
+    if fault == "absent":
+        shard.unlink()
+    else:
+        shard.write_bytes(content if fault == "flipped" else content[: len(content) // 2])
+    with pytest.raises(ValueError, match=shard.name):
+        train_run(make_config(tmp_path, copy), print)
+    assert not (tmp_path / "runs").exists()
