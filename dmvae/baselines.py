@@ -214,8 +214,7 @@ def _gather(batches: Iterable[Batch]) -> tuple[Moments, dict[str, slice]]:
 
 def _centre(moments: Moments, columns: Mapping[str, slice]) -> tuple[Float[Tensor, " feature"], Moments]:
     """Return each feature's observed mean, and the moments about it."""
-    sums = torch.zeros(_index(columns, tuple(columns)).numel(), dtype=torch.float64)
-    counts = torch.zeros_like(sums)
+    sums, counts = torch.zeros(2, _index(columns, tuple(columns)).numel(), dtype=torch.float64)
     for pattern, part in moments.items():
         sums[_index(columns, pattern)] += part[-1, :-1]
         counts[_index(columns, pattern)] += part[-1, -1]

@@ -2,13 +2,16 @@
 
 Encoders are trained for the bound, so their posteriors are narrow: importance sampling from them misses most of
 p(x_A). The refined proposal is a Gaussian at the row's posterior mode, its covariance from the decoders' Jacobians
-(Gauss-Newton), mixed with wider Gaussians and the encoders' own.
+(Gauss-Newton), in a mixture with a wider Gaussian and the encoders' posteriors.
 
-    u = (z_s, z_i for i in A),   H = I + sum_i S_i' J_i' F_i J_i S_i     (S_i u = (z_s, z_i), y_i = f_i(S_i u))
-    q_s(z_s)     = .8 N(m_s, 1.15 S_ss) + .1 N(m_s, 2.5 S_ss) + .1 q(z_s | x_A),   S = H^-1
-    q_i(z_i|z_s) = .85 N(m_i + S_is S_ss^-1 (z_s - m_s), 1.15 H_ii^-1) + .15 q(z_i | x_i)
+    u = (z_s, z_i for i in A),   H = I + sum_i S_i' J_i' F_i J_i S_i,   S_i u = (z_s, z_i),   C = H^-1
+    r_i(z_i|z_s) = .85 N(m_i + C_is C_ss^-1 (z_s - m_s), 1.15 H_ii^-1) + .15 q(z_i | x_i)
+    q(u) = (.8 N(z_s; m_s, 1.15 C_ss) + .1 N(z_s; m_s, 2.5 C_ss)) prod_i r_i + .1 q(z_s | x_A) prod_i q(z_i | x_i)
 
-Given z_s the private latents are independent in the model and hence under H, so q is a fit to the full covariance.
+Given z_s the private latents are independent in the model and hence under H, so this is a fit to the full covariance.
+The last component bounds the weights by ten times those of draws from the encoders alone (a defensive mixture).
+
+Source: Hesterberg 1995 for the mixture.
 """
 
 import math

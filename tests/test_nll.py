@@ -176,7 +176,7 @@ def curved_model(kind: str, num_modalities: int = 2) -> DMVAE:
     with torch.no_grad():
         for decoder in model.decoders.values():
             decoder.body[0].weight *= 2
-            decoder.body[-1].weight *= 4
+            decoder.body[-1].weight *= 2
     return model
 
 
