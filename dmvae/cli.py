@@ -86,7 +86,8 @@ def parse(config: type[S], prog: str, summary: str, argv: Sequence[str]) -> S:
     rest, messages = list(argv[file is not None :]), io.StringIO()
     try:
         with redirect_stderr(messages):
-            parsed: Any = tyro.cli(config, prog=prog, description=usage, args=rest, default=default)
+            flat = tyro.conf.AvoidSubcommands[config] if default is not None else config  # type: ignore[valid-type, misc]
+            parsed: Any = tyro.cli(flat, prog=prog, description=usage, args=rest, default=default)
             return config.model_validate(parsed)
     except SystemExit as stop:
         fault = stop.__context__

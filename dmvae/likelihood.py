@@ -39,6 +39,10 @@ class Likelihood(nn.Module):
         """Tell whether `log_prob` of these values is a log-density or log-probability."""
         return True
 
+    def in_support(self, value: Tensor) -> bool:
+        """Tell whether every value is one that the distribution can give, or at least judge."""
+        return True
+
     def score(self, output: Float[Tensor, "row ..."], value: Tensor) -> Float[Tensor, "row ..."]:
         """Return d log p(value | output) / d output, smoothed where the density has a kink.
 
@@ -157,6 +161,10 @@ class Bernoulli(Likelihood):
         """Return the probabilities of 1."""
         return torch.sigmoid(output)
 
+    def in_support(self, value: Tensor) -> bool:
+        """Tell whether every value lies in [0, 1]."""
+        return bool(((value >= 0) & (value <= 1)).all())
+
     def is_density(self, value: Tensor) -> bool:
         """Tell whether every value is 0 or 1."""
         return bool(((value == 0) | (value == 1)).all())
@@ -186,6 +194,10 @@ class Categorical(Likelihood):
         log_p = torch.log_softmax(output, dim=-1)
         place = value.unsqueeze(-1) + torch.zeros_like(log_p[..., :1], dtype=torch.int64)
         return self._sum(log_p.expand(*place.shape[:-1], self.classes).gather(-1, place).squeeze(-1))
+
+    def in_support(self, value: Tensor) -> bool:
+        """Tell whether every value is one of the classes."""
+        return bool(((value >= 0) & (value < self.classes)).all())
 
     def mean(self, output: Tensor) -> Tensor:
         """Return the probabilities of the classes, in the last dimension."""

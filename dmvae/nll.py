@@ -22,7 +22,16 @@ from dmvae.joint import Rows, Term, has_forward_mode
 from dmvae.likelihood import Likelihood
 from dmvae.noise import chain, row_keys
 from dmvae.objective import Decode, Observed
-from dmvae.refinement import EncoderProposal, Proposal, RefinedProposal, gauss_newton, refit, setup_cost
+from dmvae.refinement import (
+    EncoderProposal,
+    Proposal,
+    RefinedProposal,
+    encoder_means,
+    gauss_newton,
+    likely_start,
+    refit,
+    setup_cost,
+)
 
 KHAT_LIMIT = 0.7
 """Above this Pareto shape a mean of weights has no usable error (Vehtari et al. 2024)."""
@@ -35,7 +44,8 @@ _STEPS = (4, 2)  # and where they are fewer
 _MANY_DRAWS = 1000
 _ESCALATION = 4  # times K, for a row whose first estimate is not to be trusted
 _MAX_PILOT = 2048  # kept in memory, hence bounded
-_FIRST, _PILOT, _SECOND = range(3)  # names of independent noise
+_STARTS = 16  # points that the second fit chooses its start from
+_FIRST, _START, _PILOT, _SECOND = range(4)  # names of independent noise
 _CHUNK_ELEMENTS = 2**22  # decoder outputs held at once
 _MIN_WIDTH = 1024  # hidden layers are about as wide where the output is narrow
 
@@ -230,7 +240,7 @@ def _estimate(rows: Rows, budget: _Budget) -> NLLEstimate:
     if not budget.steps:
         return _average(rows, EncoderProposal(rows, budget.total), _FIRST, budget, "encoder")
     num_draws = budget.total - setup_cost(rows.probes, budget.steps)
-    proposal = RefinedProposal(rows, gauss_newton(rows, budget.steps), num_draws)
+    proposal = RefinedProposal(rows, gauss_newton(rows, encoder_means(rows), budget.steps), num_draws)
     first = _average(rows, proposal, _FIRST, budget, "refined")
     flagged = ((first.khat > KHAT_LIMIT) | (first.se > SE_LIMIT)).nonzero().squeeze(1)
     if num_draws < MIN_TRUSTED_DRAWS or len(flagged) == 0:
@@ -239,17 +249,19 @@ def _estimate(rows: Rows, budget: _Budget) -> NLLEstimate:
 
 
 def _escalate(rows: Rows, first: _Budget) -> NLLEstimate:
-    """Estimate rows afresh with four times the budget, from a proposal refitted to pilot draws.
+    """Estimate rows afresh with four times the budget, from a likelier start and a proposal refitted to pilot draws.
 
     The pilot's weights are not used: the proposal is fixed before the draws that count, which keeps the estimate of
     p(x_A) unbiased.
     """
     total = _ESCALATION * first.total
-    budget = _Budget(total, _affordable_steps(total, rows.probes), first.chunk)
+    steps = _affordable_steps(total, rows.probes)
     num_pilot = min(first.total, _MAX_PILOT)
-    fit = refit(rows, gauss_newton(rows, budget.steps), chain(rows.keys, _PILOT), num_pilot, budget.chunk)
-    num_draws = total - setup_cost(rows.probes, budget.steps) - num_pilot
-    spent = _Budget(total + first.total, budget.steps, budget.chunk)
+    start = likely_start(rows, chain(rows.keys, _START), _STARTS - 1)
+    fit = gauss_newton(rows, start, steps)
+    fit = refit(rows, fit, chain(rows.keys, _PILOT), num_pilot, first.chunk)
+    num_draws = total - setup_cost(rows.probes, steps) - _STARTS - num_pilot
+    spent = _Budget(total + first.total, steps, first.chunk)
     return _average(rows, RefinedProposal(rows, fit, num_draws), _SECOND, spent, "refined")
 
 

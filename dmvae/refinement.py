@@ -92,13 +92,25 @@ def setup_cost(probes: int, iterations: int) -> int:
     return (iterations + 1) * probes + iterations
 
 
-def gauss_newton(rows: Rows, iterations: int) -> Fit:
-    """Fit a Gaussian to each row's posterior: its mode by damped Gauss-Newton steps, its covariance H^-1.
+def encoder_means(rows: Rows) -> Float[Tensor, "row latent"]:
+    """Return the means of q(z_s | x_A) and of each q(z_i | x_i)."""
+    return torch.cat([rows.shared.mean, *(term.private.mean for term in rows.terms)], dim=1)
+
+
+def likely_start(rows: Rows, keys: Int64[Tensor, " row"], num: int) -> Float[Tensor, "row latent"]:
+    """Return the likeliest of the encoders' means and `num` draws from the encoders; takes num + 1 decoder rows."""
+    draws, _ = EncoderProposal(rows, num).draw(keys, 0, num)
+    candidates = torch.cat((encoder_means(rows).unsqueeze(1), draws), dim=1)
+    best = rows.log_joint(candidates).argmax(1)
+    return candidates[torch.arange(len(rows), device=best.device), best]
+
+
+def gauss_newton(rows: Rows, mode: Float[Tensor, "row latent"], iterations: int) -> Fit:
+    """Fit a Gaussian to each row's posterior: from `mode` on damped Gauss-Newton steps, and the covariance H^-1.
 
     A step that does not raise log p(x_A, u) is taken back and the damping raised (Levenberg-Marquardt), row by row.
     A row whose H is not finite gets H = I, the prior's.
     """
-    mode = torch.cat([rows.shared.mean, *(term.private.mean for term in rows.terms)], dim=1)
     damping = torch.zeros_like(mode[:, 0])
     for _ in range(iterations):
         energy, gradient, hessian = rows.linearise(mode)
@@ -143,7 +155,8 @@ class RefinedProposal:
         from_encoders = (stratum == _ENCODERS).unsqueeze(-1)
         shared = self._draw_shared(keys, start, stratum)
         offset = shared - self._shared.mean.unsqueeze(1)
-        latents, log_fitted, log_encoders = [shared], 0.0, self._encoder_shared.log_density(shared)
+        latents, log_encoders = [shared], self._encoder_shared.log_density(shared)
+        log_fitted = torch.zeros_like(log_encoders)
         for (place, encoder), gain, gaussian in zip(self._terms, self._gains, self._privates, strict=True):
             shift = offset @ gain
             noise = normals(keys, place, start, num, gaussian.mean.shape[1] + 1)

@@ -1,5 +1,7 @@
 """What every test starts from."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -8,3 +10,11 @@ import torch
 def _same_random_numbers() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)  # threads that wait for one another on a busy machine cost more than they give
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What was verified is remembered in a user's cache: not the one of whoever runs the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield

@@ -2,9 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,8 @@ import torch
 
 from dmvae.config.evaluation import EvaluateConfig, EvaluationConfig
 from dmvae.data.dataset import Dataset, open_dataset
-from dmvae.data.loader import read_rows
 from dmvae.model import DMVAE
-from dmvae.nll import NLLEstimate
-from dmvae.platform.cluster import local_cluster
+from dmvae.platform.cluster import local_cluster, resources
 
 BLOCK_ROWS = 64
 """Rows of the unit of work: a row's figures come from the same arithmetic whoever computes its block."""
@@ -70,18 +67,17 @@ def evaluate_nll(
         model_dir: a model's or a checkpoint's folder.
         dataset: a dataset's folder.
         config: split, draws, proposal, seed.
-        workers: with more than one, Ray tasks on the cluster that is already connected.
+        workers: with more than one, Ray actors on the cluster that is already connected.
         progress: called with (blocks done, blocks in all).
     """
     total = -(-len(open_dataset(dataset).split(config.split)) // BLOCK_ROWS)
-    args = (str(model_dir), dataset, config)
-    parts: dict[int, _Block] = {}
-    for number, block in _local(*args) if workers == 1 else _remote(*args, workers, total):
-        parts[number] = block
-        progress(len(parts), total)
-    blocks = [parts[number] for number in range(total)]
-    columns = {name: np.concatenate([block.columns[name] for block in blocks]) for name in ("id", *_COLUMNS)}
-    return NLLTable(columns, all(block.is_density for block in blocks), blocks[0].proposal)
+    blocks: dict[int, _Block] = {}
+    for number, block in _estimates((str(model_dir), str(Path(dataset).absolute()), config), workers, total):
+        blocks[number] = block
+        progress(len(blocks), total)
+    parts = [blocks[number] for number in range(total)]
+    columns = {name: np.concatenate([part.columns[name] for part in parts]) for name in ("id", *_COLUMNS)}
+    return NLLTable(columns, all(part.is_density for part in parts), parts[0].proposal)
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,48 +87,40 @@ class _Block:
     proposal: str
 
 
-def _local(
-    model_dir: str, dataset: str, config: EvaluationConfig, first: int = 0, stride: int = 1
-) -> Iterator[tuple[int, _Block]]:
-    model = DMVAE.load(model_dir)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    split = open_dataset(dataset).split(config.split)
-    for number, batch in read_rows(split, BLOCK_ROWS, first, stride, dtype=model.dtype):
-        estimate = model.joint_nll(
-            batch, K=config.num_draws, batch_size_K=config.chunk, seed=config.seed, proposal=config.proposal
-        )
+class _Evaluator:
+    """A process's model and rows; the unit of work is a block of rows."""
+
+    def __init__(self, model_dir: str, dataset: str, config: EvaluationConfig) -> None:
+        self._model = DMVAE.load(model_dir)
+        self._model.to("cuda" if torch.cuda.is_available() else "cpu")
+        self._split, self._config = open_dataset(dataset).split(config.split), config
+
+    def estimate(self, number: int) -> tuple[int, _Block]:
+        """Return the figures of block `number`."""
+        model, config = self._model, self._config
+        rows = np.arange(number * BLOCK_ROWS, min((number + 1) * BLOCK_ROWS, len(self._split)))
+        batch = self._split.read(rows, model.dtype)
+        estimate = model.joint_nll(batch, config.num_draws, config.chunk, config.seed, proposal=config.proposal)
+        masks = batch.masks or {}
         density = all(
-            model.likelihoods[name].is_density(values if mask is None else values[mask])
+            model.likelihoods[name].is_density(values[masks[name]] if name in masks else values)
             for name, values in batch.data.items()
-            for mask in [(batch.masks or {}).get(name)]
         )
-        yield number, _Block(_columns(estimate, batch.ids), density, estimate.proposal)
+        columns = {name: getattr(estimate, name).cpu().numpy() for name in _COLUMNS}
+        return number, _Block({"id": np.asarray(batch.ids), **columns}, density, str(estimate.proposal))
 
 
-def _columns(estimate: NLLEstimate, ids: Any) -> dict[str, np.ndarray]:
-    return {"id": np.asarray(ids), **{name: getattr(estimate, name).cpu().numpy() for name in _COLUMNS}}
-
-
-def _remote(
-    model_dir: str, dataset: str, config: EvaluationConfig, workers: int, total: int
-) -> Iterator[tuple[int, _Block]]:
+def _estimates(args: tuple[str, str, EvaluationConfig], workers: int, total: int) -> Iterator[tuple[int, _Block]]:
+    if workers == 1:
+        yield from map(_Evaluator(*args).estimate, range(total))
+        return
     import ray
+    from ray.util import ActorPool
 
-    def share(first: int) -> Iterable[tuple[int, _Block]]:
-        torch.set_num_threads(1)
-        yield from _local(model_dir, dataset, config, first, workers)
-
-    remote = ray.remote(num_cpus=1, num_gpus=0)(share).options(num_returns="streaming")
-    streams: list[Any] = [remote.remote(first) for first in range(min(workers, total))]
-    while streams:
-        ready: list[Any] = ray.wait(streams, num_returns=1)[0]
-        for stream in ready:
-            for reference in islice(stream, 1):
-                found: Any = ray.get(reference)
-                yield found
-                break
-            else:
-                streams.remove(stream)
+    has_gpus = resources().get("GPU", 0) >= workers
+    actor: Any = ray.remote(num_cpus=1, num_gpus=int(has_gpus))(_Evaluator)
+    pool = ActorPool([actor.remote(*args) for _ in range(min(workers, total))])
+    yield from pool.map_unordered(lambda evaluator, number: evaluator.estimate.remote(number), list(range(total)))
 
 
 def evaluate(config: EvaluateConfig, progress: Callable[[str], None]) -> dict[str, float]:
@@ -145,6 +133,9 @@ def evaluate(config: EvaluateConfig, progress: Callable[[str], None]) -> dict[st
     check_fit(model, dataset)
     split = dataset.split(config.evaluation.split)
     progress(f"{len(split):,} rows of {config.evaluation.split}, {config.evaluation.num_draws} draws each")
+    for name, info in dataset.manifest.modalities.items():
+        if info.log_jacobian:
+            progress(f"{name}: add {info.log_jacobian:.3f} nats a row that has it for the NLL of the stored values")
     show = Progress(progress, "evaluating")
     if config.workers == 1:
         table = evaluate_nll(Path(config.model), config.dataset, config.evaluation, progress=show)

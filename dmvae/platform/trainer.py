@@ -12,10 +12,13 @@ import torch
 from ray.train import CheckpointConfig, FailureConfig, Result, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer
 
-from dmvae import checkpoint
+from dmvae import checkpoint, likelihood
+from dmvae.config.model import DMVAEConfig
 from dmvae.config.training import TrainConfig
 from dmvae.data.dataset import Dataset, open_dataset
+from dmvae.data.loader import read_rows
 from dmvae.data.manifest import Manifest
+from dmvae.data.split import Split
 from dmvae.model import DMVAE
 from dmvae.objective import term_names
 from dmvae.platform.cluster import local_cluster, messages, resources
@@ -70,8 +73,10 @@ def train_run(config: TrainConfig, progress: Callable[[str], None]) -> TrainSumm
     finished = _read_result(run_dir, resolved)
     if finished is not None:
         return finished
-    for split in (resolved.data.train_split, resolved.data.val_split, resolved.evaluation.split):
-        dataset.split(split).verify()
+    for name in (resolved.data.train_split, resolved.data.val_split, resolved.evaluation.split):
+        split = dataset.split(name)
+        split.verify()
+        check_support(resolved.model, split)
     run_dir.mkdir(parents=True, exist_ok=True)
     params = {key: value for key, value in record.items() if key != "dataset"}
     with open_run(
@@ -129,6 +134,31 @@ def resolve(config: TrainConfig, dataset: Dataset) -> TrainConfig:
     if config.init_from is not None:
         _check_weights(built, config.init_from)
     return resolved
+
+
+def check_support(config: DMVAEConfig, split: Split) -> None:
+    """Check that observed values are such as the likelihoods can judge, where reading does not promise it.
+
+    Raises:
+        ValueError: naming the modality, its likelihood and the first row.
+    """
+    likelihoods = {name: likelihood.build(config, name) for name in config.modalities}
+    # what may be any float or any class; uint8 is in [0, 1] when read
+    doubtful = [name for name, info in split.manifest.modalities.items() if info.dtype != "uint8"]
+    doubtful = [name for name in doubtful if config.distributions[name] in ("bernoulli", "categorical")]
+    for _, batch in read_rows(split, 8192) if doubtful else ():
+        for name in doubtful:
+            mask = (batch.masks or {}).get(name, torch.ones(len(batch), dtype=torch.bool))
+            if likelihoods[name].in_support(batch.data[name][mask]):
+                continue
+            row = next(i for i in mask.nonzero().flatten().tolist()
+                       if not likelihoods[name].in_support(batch.data[name][i]))  # fmt: skip
+            assert batch.ids is not None
+            raise ValueError(
+                f"split {split.name!r}, column {name!r}, id {batch.ids[row]}: a value is out of the range of the "
+                f"{config.distributions[name]} likelihood (bernoulli: [0, 1]; categorical: 0 to classes - 1). "
+                f"Choose another likelihood for it, or correct the data."
+            )
 
 
 def _absolute(config: TrainConfig) -> TrainConfig:
@@ -275,4 +305,4 @@ def _record(tracked: TrackedRun, run_dir: Path, metrics: Mapping[str, float], st
     with tracked.spool() as spool:
         spool.log(metrics, step)
         for name in ("best", "last"):
-            spool.artifact(run_dir / name, f"checkpoints/{name}")
+            spool.artifact(run_dir / name, "checkpoints")

@@ -20,9 +20,10 @@ from torch.nn.parallel import DistributedDataParallel
 from dmvae import checkpoint
 from dmvae.batch import Batch
 from dmvae.config.training import TrainConfig
-from dmvae.data.dataset import Split, open_dataset
+from dmvae.data.dataset import open_dataset
 from dmvae.data.loader import read_epoch, read_rows
 from dmvae.data.order import EpochOrder
+from dmvae.data.split import Split
 from dmvae.model import DMVAE
 from dmvae.platform.spool import MetricSpool, TrackedRun
 from dmvae.training import (
