@@ -31,5 +31,9 @@ class EvaluateConfig(Section):
     """A dataset's folder."""
     workers: PositiveInt = 1
     """Processes; with more than one, Ray tasks of one CPU each. The figures do not depend on it."""
+    compare: bool = False
+    """Print rivals too: probabilistic PCA on the same rows and, with labels, the coherence of predictions."""
+    train_split: Name = "train"
+    """What rivals and classifiers are fitted to."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """The estimate."""

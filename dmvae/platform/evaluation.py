@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dmvae.comparison import coherence, compare_with_pca
 from dmvae.config.evaluation import EvaluateConfig, EvaluationConfig
 from dmvae.data.dataset import Dataset, open_dataset
 from dmvae.model import DMVAE
@@ -142,7 +143,13 @@ def evaluate(config: EvaluateConfig, progress: Callable[[str], None]) -> dict[st
     else:
         with local_cluster(config.workers):
             table = evaluate_nll(Path(config.model), config.dataset, config.evaluation, config.workers, show)
-    return {f"{config.evaluation.split}/{name}": value for name, value in table.summary().items()}
+    figures = {f"{config.evaluation.split}/{name}": value for name, value in table.summary().items()}
+    if config.compare:
+        train = dataset.split(config.train_split)
+        progress("fitting rivals and classifiers")
+        figures |= compare_with_pca(model, train, split, table.columns["nll"]) if table.is_density else {}
+        figures |= coherence(model, train, split)
+    return figures
 
 
 def check_fit(model: DMVAE, dataset: Dataset) -> None:

@@ -1,6 +1,7 @@
 """What one Ray Train worker does, from its first line to its last report."""
 
 import math
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -40,6 +41,8 @@ from dmvae.training import (
 
 SCORE = "score"
 """The reported figure by which Ray keeps checkpoints: smaller is better."""
+_NEVER_BEST = sys.float_info.max
+"""The score of a checkpoint within an epoch, kept as the newest only; Ray's snapshot turns an infinity into null."""
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.float32}
 _BLOCK_ROWS = 256
 
@@ -96,11 +99,11 @@ def _train(
     steps = data.steps_per_epoch
     done = state.position.epoch * steps + state.position.step
     recorder = None if spool is None else Recorder(task, spool, task.config.training.epochs * steps, done)
-    score = math.inf  # of a checkpoint within an epoch: kept as the newest, never as the best
+    score = _NEVER_BEST
     for event in train(state, data, task.config, workers):
         if isinstance(event, CheckpointDue):
             _report(state, task, event.global_step, score)
-            score = math.inf
+            score = _NEVER_BEST
             continue
         if isinstance(event, EpochEnded):
             score = event.metrics[f"val/{task.config.training.monitor}"]
@@ -140,10 +143,9 @@ class WorkerData:
 
 def _build_state(config: TrainConfig, device: torch.device) -> TrainState:
     torch.manual_seed(config.seed)  # every worker starts from the same weights
-    model = DMVAE(config.model)
+    model = DMVAE(config.model).to(device, _DTYPES[config.training.precision])
     if config.init_from is not None:
         model.load_state_dict(DMVAE.load(config.init_from).state_dict())
-    model = model.to(device, _DTYPES[config.training.precision])
     return TrainState(model, build_optimizer(model, config.optim))
 
 

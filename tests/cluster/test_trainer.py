@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from mlflow import MlflowClient
+from ray.util.state import list_actors
 from safetensors.torch import load_file
 
 from dmvae.config.training import TrainConfig
@@ -120,22 +121,22 @@ def test_a_finished_run_says_so_and_goes_on_only_with_more_epochs(
 
 
 class Killer(threading.Thread):
-    """Kill one training worker with SIGKILL once the run has written a checkpoint."""
+    """Kill one training worker of this cluster with SIGKILL once the run has written two checkpoints."""
 
     def __init__(self, run_dir: Path) -> None:
         super().__init__(daemon=True)
         self.checkpoints, self.killed = run_dir / "checkpoints", False
 
     def run(self) -> None:
-        while not list(self.checkpoints.glob("checkpoint_*")):
-            time.sleep(0.05)
-        pids = subprocess.run(["pgrep", "-f", "ray::RayTrainWorker"], capture_output=True, text=True, check=True)
-        os.kill(int(pids.stdout.split()[-1]), signal.SIGKILL)
+        while len(list(self.checkpoints.glob("checkpoint_*"))) < 2:
+            time.sleep(0.02)
+        workers = list_actors(filters=[("class_name", "=", "RayTrainWorker"), ("state", "=", "ALIVE")])
+        os.kill(workers[-1].pid, signal.SIGKILL)
         self.killed = True
 
 
 def test_a_killed_worker_changes_no_bit_of_the_result(dataset: Path, tmp_path: Path) -> None:
-    changes: dict[str, Any] = {"workers": {"num": 2}, "training": {"epochs": 12, "checkpoint_steps": 2}}
+    changes: dict[str, Any] = {"workers": {"num": 2}, "training": {"epochs": 30, "checkpoint_steps": 4}}
     straight, _ = run(make_config(tmp_path, dataset, "straight", **changes))
     killer = Killer(tmp_path / "runs" / "killed")
     killer.start()
