@@ -254,7 +254,7 @@ def validate(
                 moments[name] += _moments(part.private.mean)
     model.train()
     means = {name: float(value) for name, value in _add_up(sums, workers).means().items()}
-    loss = sum(means[source] for source in ("joint", *model.config.modalities))
+    loss = sum(means[source] for source in model.config.source_names)
     return {"loss": loss, **means}, {name: _variance(workers.add(table)) for name, table in moments.items()}
 
 
@@ -269,7 +269,7 @@ def _variance(moments: Float[Tensor, "3 dim"]) -> Float[Tensor, " dim"]:
 
 
 def _zero_terms(model: DMVAE) -> TermSums:
-    names = term_names(model.config.modalities)
+    names = term_names(model.config)
     zeros = torch.zeros(len(names), dtype=torch.float64, device=model.device)
     return TermSums(names, zeros, zeros)
 
@@ -367,7 +367,7 @@ def _training_metrics(state: TrainState, report: StepReport) -> dict[str, float]
     means = {name: float(value) for name, value in state.window.means().items()}
     counts = dict(zip(state.window.names, state.window.count.tolist(), strict=True))
     modalities = state.model.config.modalities
-    means["loss"] = sum(means[source] for source in ("joint", *modalities))
+    means["loss"] = sum(means[source] for source in state.model.config.source_names)
     means |= {f"observed/{name}": counts[f"kl_private/{name}"] / max(counts["joint"], 1) for name in modalities}
     means |= {"gradient_norm": report.gradient_norm, "learning_rate": report.learning_rate}
     return {f"train/{name}": value for name, value in means.items()}
