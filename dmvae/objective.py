@@ -212,7 +212,8 @@ def choose_subsets(
     largest = (present.sum(0) - 1).clamp(min=1)
     # in float32 the largest normals have the distribution function 1
     size = 1 + (number * largest).floor().long().clamp(max=largest - 1)
-    return (ranks < size.unsqueeze(1)) & present
+    chosen: Tensor = (ranks < size.unsqueeze(1)) & present
+    return chosen
 
 
 def _log_likelihood(
