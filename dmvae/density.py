@@ -97,9 +97,10 @@ class GaussianMixture:
     def _log_components(self, points: Float[Tensor, "row dim"]) -> Float[Tensor, "row component"]:
         factor = torch.linalg.cholesky(self.covariances)
         residual = (points.unsqueeze(1) - self.means).unsqueeze(-1)
-        distance = torch.linalg.solve_triangular(factor, residual, upper=False).squeeze(-1).square().sum(-1)
+        distance: Tensor = torch.linalg.solve_triangular(factor, residual, upper=False).squeeze(-1).square().sum(-1)
         log_det = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        return -0.5 * (distance + points.shape[1] * math.log(2 * math.pi)) - log_det
+        log_p: Tensor = -0.5 * (distance + points.shape[1] * math.log(2 * math.pi)) - log_det
+        return log_p
 
 
 @dataclass(frozen=True, eq=False)

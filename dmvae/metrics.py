@@ -5,7 +5,7 @@ Every function takes one batch or several; results of different workers are adde
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -154,15 +154,35 @@ def conditional_coherence(
     """
     counted = Share()
     for batch in batches(rows):
-        chosen = _labelled(batch, *_as_names(model, cond_mod))
+        names = _as_names(model, cond_mod)
+        chosen = _labelled(batch, *names)
         if len(chosen) == 0:
             continue
-        generator = generator_of(model, chosen, seed)
-        output = model.predict(
-            chosen, cond_mod, gen_mod, return_mean=return_mean, generator=generator, density=density
-        )[gen_mod]
-        counted += _recognised(classifier, model.likelihoods[gen_mod].mean(output), chosen)
+        given = replace(chosen, data={name: chosen.data[name] for name in names if name in chosen.data},
+                        masks={name: mask for name, mask in (chosen.masks or {}).items() if name in names})  # fmt: skip
+        counted += predicted_class_share(model, chosen, given, classifier, gen_mod, density, return_mean, seed)
     return counted
+
+
+def predicted_class_share(
+    model: DMVAE,
+    rows: Batch,
+    given: Batch,
+    classifier: Classifier,
+    gen_mod: str,
+    density: LatentDensity | None = None,
+    return_mean: bool = False,
+    seed: int = 0,
+) -> Share:
+    """Count labelled rows of which the prediction of `gen_mod` from `given`, the same rows, shows the row's class."""
+    assert rows.labels is not None
+    chosen = rows.labels.cpu() >= 0
+    rows, given = rows[chosen], given[chosen]
+    if len(rows) == 0:
+        return Share()
+    generator = generator_of(model, rows, seed)
+    predicted = model.predict(given, "all", gen_mod, return_mean=return_mean, generator=generator, density=density)
+    return _recognised(classifier, model.likelihoods[gen_mod].mean(predicted[gen_mod]), rows)
 
 
 def joint_coherence(

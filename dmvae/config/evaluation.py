@@ -2,9 +2,12 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from dmvae.config.section import Name, Section
+from dmvae.config.section import ModalityName, Name, Section
+
+Measure = Literal["rivals", "coherence", "probes", "imputation", "robustness"]
+Rate = Annotated[float, Field(ge=0, le=1)]
 
 
 class EvaluationConfig(Section):
@@ -20,6 +23,11 @@ class EvaluationConfig(Section):
     """Where latents are drawn from: a Gaussian fitted to each row's posterior, or the encoders' posterior."""
     seed: NonNegativeInt = 0
     """Of the draws; a row's draws depend on it and the row's id alone."""
+    modalities: tuple[ModalityName, ...] | None = None
+    """Whose joint NLL is estimated; None: all that a row has."""
+    each_modality: bool = False
+    """Also the marginal NLL of each modality, and its conditional NLL given what else the row has; about three times
+    the work with two modalities, 2 M + 1 times with M."""
 
 
 class EvaluateConfig(Section):
@@ -31,9 +39,26 @@ class EvaluateConfig(Section):
     """A dataset's folder."""
     workers: PositiveInt = 1
     """Processes; with more than one, Ray tasks of one CPU each. The figures do not depend on it."""
-    compare: bool = False
-    """Print rivals too: probabilistic PCA on the same rows and, with labels, the coherence of predictions."""
+    output: str | None = None
+    """The folder of `rows.parquet` and `summary.json`; the same command goes on with what is there. None: a folder
+    `evaluation-SPLIT` in the model's."""
+    measures: tuple[Measure, ...] = ()
+    """What else to judge: `rivals` (the NLL of PCA), `coherence`, `probes` (of labels), `imputation` (beside
+    the training mean, ridge regression and PCA), `robustness` (imputation and coherence as modalities are removed)."""
+    density_components: NonNegativeInt = 0
+    """Gaussians of a density fitted to the training rows' latents; measures are then taken with it too. 0: none."""
+    missing_rates: tuple[Rate, ...] = (0.0, 0.25, 0.5, 0.75)
+    """Of robustness: shares of the modalities that are removed."""
     train_split: Name = "train"
-    """What rivals and classifiers are fitted to."""
+    """What rivals, classifiers and densities are fitted to."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """The estimate."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "EvaluateConfig":
+        if self.density_components and not self.measures:
+            raise ValueError(
+                f"density_components takes effect with measures; got {self.density_components} without any. "
+                "Name some, or remove it."
+            )
+        return self
