@@ -132,7 +132,7 @@ class Quality:
         """
         figures = {}
         ridge = rivals(self.fit_rows, self._latent_dim)["ridge"]
-        mechanisms: tuple[Mechanism, ...] = ("random", "label") if self._has_labels else ("random",)
+        mechanisms: tuple[Mechanism, ...] = ("random", "label") if self.has_labels else ("random",)
         for mechanism in mechanisms:
             for rate in rates:
 
@@ -144,7 +144,7 @@ class Quality:
                     errors = held_out_errors(self.model, self._rows(), name, 20, self.density, hide=hide)
                     figures[f"{key}/rmse/{name}"] = errors.rmse
                     figures[f"{key}/rmse_ridge/{name}"] = rival_errors(ridge, self._rows(), name, hide).rmse
-                for name, classifier in self.classifiers.items() if self._has_labels else ():
+                for name, classifier in self.classifiers.items() if self.has_labels else ():
                     shares = (
                         predicted_class_share(
                             self.model, batch, without(hide(batch), name), classifier, name, self.density
@@ -175,14 +175,15 @@ class Quality:
         Raises:
             ValueError: if one has none.
         """
-        if not self._has_labels:
+        if not self.has_labels:
             raise ValueError(
                 f"coherence and probes compare classes, so both splits have labels; got {self.train.name!r} and "
                 f"{self.split.name!r} of {self.split.folder}, of which one has none. Leave these measures out."
             )
 
     @cached_property
-    def _has_labels(self) -> bool:
+    def has_labels(self) -> bool:
+        """Whether both splits have labels."""
         found = [split.labels() for split in (self.train, self.split)]
         return all(labels is not None and bool((labels >= 0).any()) for labels in found)
 
