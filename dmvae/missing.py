@@ -21,6 +21,8 @@ def without(batch: Batch, *names: str) -> Batch:
         batch,
         data={name: values for name, values in batch.data.items() if name not in names},
         masks={name: mask for name, mask in (batch.masks or {}).items() if name not in names},
+        # without any data they say how many rows there are
+        ids=torch.arange(len(batch)) if batch.ids is None else batch.ids,
     )
 
 

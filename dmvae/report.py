@@ -164,8 +164,8 @@ def traversals(model: DMVAE, rows: Batch) -> list[Picture]:
                 lines.append(_show(model, name, model.decode({"z": z, "modalities_z": {name: z_p}}, name)[name]))
                 titles.append(f"{'z_s' if kind == 'shared' else 'z_p'}[{place}]")
             text = (
-                f"Each line changes one {kind} dimension from {float(_STEPS[0])} to {float(_STEPS[-1])} (prior standard "
-                "deviations), left to right; the other latents are one row's."
+                f"Each line changes one {kind} dimension from {float(_STEPS[0])} to {float(_STEPS[-1])} (standard "
+                "deviations of the prior), left to right; the other latents are one row's."
             )
             figure = _grid(lines, titles, [f"{float(step):g}" for step in _STEPS])
             pictures.append(Picture(f"traversal-{kind}-{name}", f"{name}: {kind} latents moved", text, figure))
@@ -193,7 +193,7 @@ def latent_map(latents: Latents, max_rows: int = 1000) -> Picture:
             name = "no label" if label < 0 or latents.labels is None else f"{label:.0f}"
             axes.scatter(flat[mine, 0], flat[mine, 1], s=9, color=colour, label=name)
         axes.set(title=title, xlabel="first coordinate (no unit)", ylabel="second coordinate (no unit)")
-    axes.legend(title="label", fontsize=8, markerscale=2)
+    axes.legend(title="label", fontsize=8, markerscale=2, loc="upper right")
     text = "Each point is a row's mean of z_s. Where labels are what modalities share, their colours should lie apart."
     return Picture("map", "The shared latent by label", text, figure)
 
@@ -215,7 +215,7 @@ def weight_diagnostics(estimate: NLLEstimate) -> Picture:
     for mine, colour, label in ((trusted, "C0", "trusted"), (~trusted, "C3", "not trusted")):
         third.scatter(estimate.nll.cpu().numpy()[mine], estimate.se.cpu().numpy()[mine], s=9, color=colour, label=label)
     third.set(title="error of each row", xlabel="NLL, nats", ylabel="Monte Carlo standard error, nats")
-    third.legend(fontsize=8)
+    third.legend(fontsize=8, loc="upper right")
     text = f"{len(trusted)} rows, {int((~trusted).sum())} of them with an error that is not to be trusted."
     return Picture("weights", "How good the NLL estimate is", text, figure)
 
@@ -290,7 +290,7 @@ def imputed_scatter(model: DMVAE, rows: Batch, density: LatentDensity | None) ->
         ends = [float(observed.min()), float(observed.max())]
         axes.plot(ends, ends, color="C3", lw=1, label="perfect")
         axes.set(title=name, xlabel="observed value", ylabel="imputed from the other modalities")
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, loc="upper left")
         error = float(np.sqrt(np.square(imputed - observed).mean()))
         text = f"Root mean square error {error:.3f}, in the values' unit as read; a flat cloud is a guess of the mean."
         pictures.append(Picture(f"imputed-{name}", f"{name} imputed from the others", text, figure))
@@ -314,9 +314,8 @@ def _different_labels(rows: Batch) -> Batch:
     """Take eight rows, of as many labels as there are."""
     if rows.labels is None:
         return rows[:_COLUMNS]
-    order = sorted(
-        range(len(rows)), key=lambda row: (int((rows.labels[:row] == rows.labels[row]).sum()), int(rows.labels[row]))
-    )  # type: ignore[index]
+    labels = rows.labels.tolist()
+    order = sorted(range(len(rows)), key=lambda row: (labels[:row].count(labels[row]), labels[row]))
     return rows[torch.tensor(order[:_COLUMNS], dtype=torch.int64)]
 
 

@@ -113,7 +113,9 @@ def test_an_interrupted_evaluation_goes_on_and_ends_with_the_same_rows(
     monkeypatch.setattr(evaluation._Evaluator, "estimate", count)
     evaluate(configure(model, dataset, tmp_path / "cut"), quiet)
     whole, cut = (pq.read_table(tmp_path / name / "rows.parquet") for name in ("whole", "cut"))
-    assert cut.equals(whole)
+    assert cut.column_names == whole.column_names
+    for name in whole.column_names:
+        np.testing.assert_array_equal(cut[name].to_numpy(), whole[name].to_numpy())
     assert computed == list(range(-(-whole.num_rows // BLOCK_ROWS)))
     assert {file.name for file in (tmp_path / "cut").iterdir()} == {"rows.parquet", "summary.json"}
     evaluate(configure(model, dataset, tmp_path / "cut"), quiet)
@@ -153,7 +155,7 @@ def test_measures_are_judged_with_the_prior_and_the_density(labelled: Path, tmp_
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--evaluation.num-draws", "1"], ["evaluation.num_draws", "2"]),
+        (["--evaluation.num-draws", "1"], ["num_draws", "2", "got 1"]),
         (["--evaluation.split", "tset"], ["no split 'tset'", "train"]),
         (["--evaluation.modalities", "middle"], ["evaluation.modalities", "['middle']", "'left'"]),
         (["--measures", "coherence"], ["labels", "has none"]),

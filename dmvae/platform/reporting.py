@@ -79,6 +79,6 @@ def _record(spool_dir: Path, folder: Path, progress: Callable[[str], None]) -> N
     with TrackedRun(recorded["uri"], recorded["run_id"], spool_dir).spool() as spool:
         ending = spool.status
         spool.artifact(folder, "report")
-        if ending != "RUNNING":
-            spool.end(ending)
+        if ending == "FINISHED":
+            spool.end("FINISHED")
     progress(f"recorded in MLflow run {recorded['run_id']}")
