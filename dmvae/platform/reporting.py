@@ -78,7 +78,7 @@ def _record(spool_dir: Path, folder: Path, progress: Callable[[str], None]) -> N
     recorded = json.loads((spool_dir / RUN_FILE).read_text())
     with TrackedRun(recorded["uri"], recorded["run_id"], spool_dir).spool() as spool:
         ending = spool.status
-        spool.artifact(folder, "report")
+        spool.artifact(folder)
         if ending == "FINISHED":
             spool.end("FINISHED")
     progress(f"recorded in MLflow run {recorded['run_id']}")
