@@ -20,6 +20,8 @@ class EvaluationConfig(Section):
     """Where latents are drawn from: a Gaussian fitted to each row's posterior, or the encoders' posterior."""
     seed: NonNegativeInt = 0
     """Of the draws; a row's draws depend on it and the row's id alone."""
+    compare: bool = False
+    """Judge rivals too: probabilistic PCA on the same rows and, with labels, the coherence of predictions."""
 
 
 class EvaluateConfig(Section):
@@ -31,8 +33,6 @@ class EvaluateConfig(Section):
     """A dataset's folder."""
     workers: PositiveInt = 1
     """Processes; with more than one, Ray tasks of one CPU each. The figures do not depend on it."""
-    compare: bool = False
-    """Print rivals too: probabilistic PCA on the same rows and, with labels, the coherence of predictions."""
     train_split: Name = "train"
     """What rivals and classifiers are fitted to."""
     evaluation: EvaluationConfig = EvaluationConfig()

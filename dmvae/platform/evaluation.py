@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,32 +125,49 @@ def _estimates(args: tuple[str, str, EvaluationConfig], workers: int, total: int
     yield from pool.map_unordered(lambda evaluator, number: evaluator.estimate.remote(number), list(range(total)))
 
 
+def judge(
+    model_dir: Path,
+    dataset: Dataset,
+    config: EvaluationConfig,
+    train_split: str,
+    workers: int,
+    progress: Callable[[str], None],
+) -> dict[str, float]:
+    """Return the NLL of a split and, if asked for, rivals and coherence; every name begins with the split's.
+
+    Args:
+        model_dir: a model's or a checkpoint's folder.
+        dataset: with the model's modalities.
+        config: split, draws, proposal, seed, rivals.
+        train_split: what rivals are fitted to.
+        workers: as in `evaluate_nll`.
+        progress: gets lines for a person.
+    """
+    split = dataset.split(config.split)
+    progress(f"NLL of {config.split}: {len(split):,} rows, {config.num_draws} draws each")
+    table = evaluate_nll(model_dir, str(dataset.path), config, workers, Progress(progress, f"NLL of {config.split}"))
+    figures = table.summary()
+    if config.compare:
+        progress("fitting rivals and classifiers")
+        model, train = DMVAE.load(model_dir), dataset.split(train_split)
+        figures |= compare_with_pca(model, train, split, table.columns["nll"]) if table.is_density else {}
+        figures |= coherence(model, train, split)
+    return {f"{config.split}/{name}": value for name, value in figures.items()}
+
+
 def evaluate(config: EvaluateConfig, progress: Callable[[str], None]) -> dict[str, float]:
-    """Run `jobs.evaluate`: the summary of the split's NLL under a model.
+    """Run `jobs.evaluate`.
 
     Raises:
         ValueError: if model and dataset do not fit, or the split does not exist.
     """
-    model, dataset = DMVAE.load(config.model), open_dataset(config.dataset)
-    check_fit(model, dataset)
-    split = dataset.split(config.evaluation.split)
-    progress(f"{len(split):,} rows of {config.evaluation.split}, {config.evaluation.num_draws} draws each")
+    dataset = open_dataset(config.dataset)
+    check_fit(DMVAE.load(config.model), dataset)
     for name, info in dataset.manifest.modalities.items():
         if info.log_jacobian:
             progress(f"{name}: add {info.log_jacobian:.3f} nats a row that has it for the NLL of the stored values")
-    show = Progress(progress, "evaluating")
-    if config.workers == 1:
-        table = evaluate_nll(Path(config.model), config.dataset, config.evaluation, progress=show)
-    else:
-        with local_cluster(config.workers):
-            table = evaluate_nll(Path(config.model), config.dataset, config.evaluation, config.workers, show)
-    figures = {f"{config.evaluation.split}/{name}": value for name, value in table.summary().items()}
-    if config.compare:
-        train = dataset.split(config.train_split)
-        progress("fitting rivals and classifiers")
-        figures |= compare_with_pca(model, train, split, table.columns["nll"]) if table.is_density else {}
-        figures |= coherence(model, train, split)
-    return figures
+    with local_cluster(config.workers) if config.workers > 1 else nullcontext():
+        return judge(Path(config.model), dataset, config.evaluation, config.train_split, config.workers, progress)
 
 
 def check_fit(model: DMVAE, dataset: Dataset) -> None:

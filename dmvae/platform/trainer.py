@@ -22,7 +22,7 @@ from dmvae.data.split import Split
 from dmvae.model import DMVAE
 from dmvae.objective import term_names
 from dmvae.platform.cluster import local_cluster, messages, resources
-from dmvae.platform.evaluation import Progress, evaluate_nll
+from dmvae.platform.evaluation import judge
 from dmvae.platform.lane import write_atomically
 from dmvae.platform.spool import TrackedRun, scrub
 from dmvae.platform.tracking import DatasetRecord, open_run, tracking_uri
@@ -88,7 +88,15 @@ def train_run(config: TrainConfig, progress: Callable[[str], None]) -> TrainSumm
             with messages(progress) as queue:
                 result = _fit(resolved, run_dir, WorkerTask(_absolute(resolved), record, tracked, queue))
             best = _keep_checkpoints(result, run_dir)
-            metrics = _judge(resolved, run_dir / "best", best, progress)
+            figures = judge(
+                run_dir / "best",
+                dataset,
+                resolved.evaluation,
+                resolved.data.train_split,
+                resolved.workers.num,
+                progress,
+            )
+        metrics = {f"best/val/{resolved.training.monitor}": best[SCORE], **figures}
         _record(tracked, run_dir, metrics, step=int(best["step"]))
         write_atomically(run_dir / _RESULT, json.dumps(_result(resolved, metrics, tracked), indent=2) + "\n")
     return TrainSummary(run_dir, metrics, tracked.run_id, scrub(tracked.uri), was_finished=False)
@@ -290,15 +298,6 @@ def _keep_checkpoints(result: Result, run_dir: Path) -> dict[str, Any]:
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
     return figures
-
-
-def _judge(
-    config: TrainConfig, best: Path, figures: Mapping[str, Any], progress: Callable[[str], None]
-) -> dict[str, float]:
-    show = Progress(progress, f"NLL of {config.evaluation.split}")
-    table = evaluate_nll(best, config.data.dataset, config.evaluation, config.workers.num, show)
-    test = {f"{config.evaluation.split}/{name}": value for name, value in table.summary().items()}
-    return {f"best/val/{config.training.monitor}": figures[SCORE], **test}
 
 
 def _record(tracked: TrackedRun, run_dir: Path, metrics: Mapping[str, float], step: int) -> None:

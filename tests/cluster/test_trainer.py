@@ -126,13 +126,19 @@ class Killer(threading.Thread):
     def __init__(self, run_dir: Path) -> None:
         super().__init__(daemon=True)
         self.checkpoints, self.killed = run_dir / "checkpoints", False
+        self.others = workers()  # of earlier runs, not gone yet
 
     def run(self) -> None:
         while len(list(self.checkpoints.glob("checkpoint_*"))) < 2:
             time.sleep(0.02)
-        workers = list_actors(filters=[("class_name", "=", "RayTrainWorker"), ("state", "=", "ALIVE")])
-        os.kill(workers[-1].pid, signal.SIGKILL)
+        os.kill((workers() - self.others).pop(), signal.SIGKILL)
         self.killed = True
+
+
+def workers() -> set[int]:
+    """Process ids of this cluster's training workers."""
+    alive = list_actors(filters=[("class_name", "=", "RayTrainWorker"), ("state", "=", "ALIVE")])
+    return {actor.pid for actor in alive}
 
 
 def test_a_killed_worker_changes_no_bit_of_the_result(dataset: Path, tmp_path: Path) -> None:
