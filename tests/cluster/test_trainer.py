@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ray
 import torch
 from mlflow import MlflowClient
 from ray.util.state import list_actors
@@ -137,7 +138,8 @@ class Killer(threading.Thread):
 
 def workers() -> set[int]:
     """Process ids of this cluster's training workers."""
-    alive = list_actors(filters=[("class_name", "=", "RayTrainWorker"), ("state", "=", "ALIVE")])
+    here = ray.get_runtime_context().gcs_address  # there may be other clusters on this machine
+    alive = list_actors(here, filters=[("class_name", "=", "RayTrainWorker"), ("state", "=", "ALIVE")])
     return {actor.pid for actor in alive}
 
 
