@@ -132,3 +132,8 @@ def test_the_lock_pins_what_the_project_asks_for() -> None:
         name = requirement.split("[")[0].split(">")[0].split("=")[0].strip().replace("_", "-").lower()
         assert name in names | {"dmvae"}, requirement
     assert lock["torch"] == "2.13.0"
+
+
+def test_sync_takes_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_verb("sync", [str(tmp_path)]) == 0
+    assert f"no spool under {tmp_path}" in capsys.readouterr().out

@@ -266,6 +266,8 @@ def _fit(config: TrainConfig, run_dir: Path, task: WorkerTask) -> Result:
     )
     try:
         result = trainer.fit()
+    except SystemExit:  # how Ray ends a driver that was interrupted
+        raise KeyboardInterrupt from None
     except TrainingFailedError as error:
         reason = str(error).strip().splitlines()[-1]
         raise RunError(
