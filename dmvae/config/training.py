@@ -62,6 +62,10 @@ class TrainingConfig(Section):
     """Epochs without a better figure after which training stops."""
     checkpoint_steps: PositiveInt | None = None
     """Checkpoint also every so many steps within an epoch."""
+    checkpoint_seconds: PositiveFloat | None = None
+    """Checkpoint also about so many seconds after the last checkpoint, within an epoch."""
+    skip_nonfinite: NonNegativeInt = 0
+    """Steps of a run that may be left out because their loss or gradient is not finite; one more ends the run."""
     log_steps: PositiveInt = 50
     """Record the training terms every so many steps."""
 
@@ -71,12 +75,26 @@ class WorkersConfig(Section):
 
     num: PositiveInt = 1
     """How many; the result does not depend on it but for rounding."""
+    min_num: PositiveInt | None = None
+    """Elastic training: start, and go on after a loss, with as few as this, and with up to `num` when there is room."""
+    resize_seconds: PositiveFloat = 60.0
+    """How often an elastic run looks whether there is room for other numbers of workers."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """`auto` takes GPUs when the cluster has one per worker."""
     cpus: PositiveFloat = 1.0
     """CPUs of each worker."""
     max_failures: NonNegativeInt = 3
     """Times that training starts again from its last checkpoint when a worker or a node is lost."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "WorkersConfig":
+        if self.min_num is not None and self.min_num > self.num:
+            raise ValueError(f"min_num is at most num; got min_num={self.min_num} and num={self.num}. Raise num.")
+        if "resize_seconds" in self.model_fields_set and self.min_num is None and self.resize_seconds != 60.0:
+            raise ValueError(
+                f"resize_seconds takes effect with min_num; got {self.resize_seconds} alone. Set min_num, or remove it."
+            )
+        return self
 
 
 class TrainConfig(Section):

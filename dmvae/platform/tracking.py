@@ -123,13 +123,13 @@ def open_run(
 def end_run(run: TrackedRun, status: Ending, reason: str = "", timeout_seconds: float | int = 10.0) -> bool:
     """End `run` unless its spool says that it has ended; return whether MLflow has everything, and warn if not."""
     try:
-        spool = run.spool()
-    except TrackingError as error:
+        with run.spool() as spool:
+            if spool.status == "RUNNING":
+                spool.end(status, reason)
+            delivered = spool.close(timeout_seconds)
+    except (TrackingError, OSError) as error:
         _log.warning("the end of run %s (%s) is not recorded: %s", run.run_id, status, error)
         return False
-    if spool.status == "RUNNING":
-        spool.end(status, reason)
-    delivered = spool.close(timeout_seconds)
     if not delivered:
         _log.warning("MLflow does not have all of this run yet; later: python -m jobs.sync %s", run.spool_dir)
     return delivered

@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from dmvae.data.manifest import Manifest
 from dmvae.data.split import Split
 from dmvae.model import DMVAE
 from dmvae.objective import term_names
+from dmvae.platform import shelf
 from dmvae.platform.cluster import local_cluster, messages, resources
 from dmvae.platform.evaluation import judge
 from dmvae.platform.lane import write_atomically
@@ -29,8 +29,18 @@ from dmvae.platform.tracking import DatasetRecord, open_run, tracking_uri
 from dmvae.platform.worker import SCORE, WorkerTask, work
 
 _RESULT = "result.json"
+_CHECKPOINTS = "checkpoints"
 # a dataset is known by its fingerprint, wherever it lies
-_MAY_CHANGE = ("training.patience", "training.log_steps", "workers.", "tracking.", "runs_dir", "data.dataset")
+_MAY_CHANGE = (
+    "training.patience",
+    "training.log_steps",
+    "training.checkpoint_",
+    "training.skip_nonfinite",
+    "workers.",
+    "tracking.",
+    "runs_dir",
+    "data.dataset",
+)
 
 
 class RunError(RuntimeError):
@@ -85,9 +95,10 @@ def train_run(config: TrainConfig, progress: Callable[[str], None]) -> TrainSumm
         write_atomically(run_dir / checkpoint.RUN_CONFIG, json.dumps(record, indent=2) + "\n")
         with local_cluster(math.ceil(resolved.workers.num * resolved.workers.cpus)):
             _announce(resolved, progress)
+            shelf.mend(run_dir / _CHECKPOINTS, progress)
             with messages(progress) as queue:
                 result = _fit(resolved, run_dir, WorkerTask(_absolute(resolved), record, tracked, queue))
-            best = _keep_checkpoints(result, run_dir)
+            best = _keep_checkpoints(result, run_dir, progress)
             figures = judge(
                 run_dir / "best",
                 dataset,
@@ -201,8 +212,9 @@ def _check_same_run(run_dir: Path, record: Mapping[str, Any]) -> None:
     if refused:
         lines = "\n".join(f"  {key}: {before.get(key)!r} in the run, {now.get(key)!r} asked for" for key in refused)
         raise RunError(
-            f"a run goes on with the settings that it began with (epochs may grow; workers, tracking, log_steps and "
-            f"patience may change); {run_dir} differs:\n{lines}\nChange them back, or choose another name."
+            f"a run goes on with the settings that it began with (epochs may grow; workers, tracking, patience, "
+            f"log_steps, checkpoint_* and skip_nonfinite may change); {run_dir} differs:\n{lines}\nChange them back, "
+            f"or choose another name."
         )
 
 
@@ -240,8 +252,9 @@ def _dataset_record(config: TrainConfig, dataset: Dataset) -> DatasetRecord:
 def _announce(config: TrainConfig, progress: Callable[[str], None]) -> None:
     workers = config.workers
     device = "GPU" if _use_gpu(config) else "CPU"
-    progress(f"run {config.name}: {workers.num} {device} worker{'s' if workers.num > 1 else ''} starting")
-    wanted, there = workers.num * workers.cpus, resources().get("CPU", 0)
+    number = f"{workers.num}" if workers.min_num is None else f"{workers.min_num} to {workers.num}"
+    progress(f"run {config.name}: {number} {device} worker{'s' if workers.num > 1 else ''} starting")
+    wanted, there = (workers.min_num or workers.num) * workers.cpus, resources().get("CPU", 0)
     if there < wanted:
         progress(f"warning: the cluster has {there:g} CPUs of the {wanted:g} that this run waits for")
 
@@ -250,18 +263,12 @@ def _fit(config: TrainConfig, run_dir: Path, task: WorkerTask) -> Result:
     trainer = TorchTrainer(
         work,  # type: ignore[arg-type]  # Ray returns what it returns, its annotation says None
         train_loop_config={"task": task},
-        scaling_config=ScalingConfig(
-            num_workers=config.workers.num,
-            use_gpu=_use_gpu(config),
-            resources_per_worker={"CPU": config.workers.cpus},
-        ),
+        scaling_config=_scaling(config),
         run_config=RunConfig(
-            name="checkpoints",
+            name=_CHECKPOINTS,
             storage_path=str(run_dir),
             failure_config=FailureConfig(max_failures=config.workers.max_failures),
-            checkpoint_config=CheckpointConfig(
-                num_to_keep=2, checkpoint_score_attribute=SCORE, checkpoint_score_order="min"
-            ),
+            checkpoint_config=CheckpointConfig(num_to_keep=shelf.NUM_KEPT),
         ),
     )
     try:
@@ -279,27 +286,48 @@ def _fit(config: TrainConfig, run_dir: Path, task: WorkerTask) -> Result:
     return result
 
 
+def _scaling(config: TrainConfig) -> ScalingConfig:
+    workers = config.workers
+    return ScalingConfig(  # type: ignore[call-arg]  # typed as Ray's former class
+        num_workers=workers.num if workers.min_num is None else (workers.min_num, workers.num),  # type: ignore[arg-type]
+        use_gpu=_use_gpu(config),
+        resources_per_worker={"CPU": workers.cpus},
+        elastic_resize_monitor_interval_s=workers.resize_seconds,
+    )
+
+
 def _use_gpu(config: TrainConfig) -> bool:
-    gpus = resources().get("GPU", 0)
-    if config.workers.device == "gpu" and gpus < config.workers.num:
+    gpus, wanted = resources().get("GPU", 0), config.workers.min_num or config.workers.num
+    if config.workers.device == "gpu" and gpus < wanted:
         raise RunError(
-            f'workers.device="gpu" needs a GPU per worker; got {gpus:.0f} for {config.workers.num} workers. '
+            f'workers.device="gpu" needs a GPU per worker; got {gpus:.0f} for {wanted} workers. '
             'Use fewer workers, or workers.device="auto".'
         )
-    return config.workers.device != "cpu" and gpus >= config.workers.num
+    return config.workers.device != "cpu" and gpus >= wanted
 
 
-def _keep_checkpoints(result: Result, run_dir: Path) -> dict[str, Any]:
+def _keep_checkpoints(result: Result, run_dir: Path, progress: Callable[[str], None]) -> dict[str, Any]:
     """Copy the best and the last checkpoint to `best/` and `last/`; return the best one's figures."""
-    best, figures = min(result.best_checkpoints or [], key=lambda entry: entry[1][SCORE])
-    for name, entry in (("best", best), ("last", result.checkpoint)):
-        assert entry is not None
-        partial, target = run_dir / f".{name}.partial", run_dir / name
-        shutil.rmtree(partial, ignore_errors=True)
-        entry.to_directory(str(partial))
-        shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
-    return figures
+    reported = [Path(entry.path) for entry, _ in result.best_checkpoints or []]
+    whole = [path for path in reported if _is_whole(path, progress)]
+    best = run_dir / _CHECKPOINTS / shelf.BEST
+    if not _is_whole(best, progress):
+        judged = [path for path in whole if checkpoint.read_report(path)[SCORE] is not None]
+        best = min(judged, key=lambda path: float(checkpoint.read_report(path)[SCORE]), default=best)
+    if not whole or not best.exists():
+        raise RunError(f"a finished run has a whole checkpoint; {run_dir / _CHECKPOINTS} has none. Train it again.")
+    shelf.replace(best, run_dir / "best")
+    shelf.replace(max(whole), run_dir / "last")
+    return checkpoint.read_report(best)
+
+
+def _is_whole(folder: Path, progress: Callable[[str], None]) -> bool:
+    try:
+        checkpoint.verify(folder)
+    except checkpoint.CheckpointError as error:
+        progress(f"warning: a checkpoint is not kept: {error}")
+        return False
+    return True
 
 
 def _record(tracked: TrackedRun, run_dir: Path, metrics: Mapping[str, float], step: int) -> None:
