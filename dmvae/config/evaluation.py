@@ -2,9 +2,9 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field
 
-from dmvae.config.section import Name, Section
+from dmvae.config.section import Name, Section, Seed, Size
 
 
 class EvaluationConfig(Section):
@@ -14,11 +14,11 @@ class EvaluationConfig(Section):
     """The rows to judge on."""
     num_draws: Annotated[int, Field(ge=2)] = 1000
     """Decoder rows spent per modality and row: the field's K."""
-    chunk: PositiveInt = 100
+    chunk: Size = 100
     """Draws decoded at once; bounds memory."""
     proposal: Literal["refined", "encoder"] = "refined"
     """Where latents are drawn from: a Gaussian fitted to each row's posterior, or the encoders' posterior."""
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     """Of the draws; a row's draws depend on it and the row's id alone."""
     compare: bool = False
     """Judge rivals too: probabilistic PCA on the same rows and, with labels, the coherence of predictions."""
@@ -31,7 +31,7 @@ class EvaluateConfig(Section):
     """A model's or a checkpoint's folder."""
     dataset: str
     """A dataset's folder."""
-    workers: PositiveInt = 1
+    workers: Size = 1
     """Processes; with more than one, Ray tasks of one CPU each. The figures do not depend on it."""
     train_split: Name = "train"
     """What rivals and classifiers are fitted to."""

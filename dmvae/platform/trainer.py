@@ -83,10 +83,7 @@ def train_run(config: TrainConfig, progress: Callable[[str], None]) -> TrainSumm
     finished = _read_result(run_dir, resolved)
     if finished is not None:
         return finished
-    for name in (resolved.data.train_split, resolved.data.val_split, resolved.evaluation.split):
-        split = dataset.split(name)
-        split.verify()
-        check_support(resolved.model, split)
+    check_data(resolved, dataset)
     run_dir.mkdir(parents=True, exist_ok=True)
     params = {key: value for key, value in record.items() if key != "dataset"}
     with open_run(
@@ -148,11 +145,33 @@ def resolve(config: TrainConfig, dataset: Dataset) -> TrainConfig:
         raise ValueError(
             f"training.monitor names a validation figure; got {config.training.monitor!r}. Known: {', '.join(figures)}."
         )
-    with torch.device("meta"):
-        built = DMVAE(resolved.model)
+    try:
+        with torch.device("meta"):
+            built = DMVAE(resolved.model)
+    except (TypeError, RuntimeError) as error:  # torch's words for sizes beyond 64 bits
+        raise ValueError(
+            f"a model's sizes can be had; got {str(error).splitlines()[0]}. Lower its dimensions."
+        ) from None
     if config.init_from is not None:
         _check_weights(built, config.init_from)
     return resolved
+
+
+def check_data(config: TrainConfig, dataset: Dataset) -> None:
+    """Check the rows that a run reads: what `Split.verify` does, that ids occur once, and `check_support`.
+
+    Args:
+        config: resolved.
+        dataset: its.
+
+    Raises:
+        ValueError: naming the split or shard, the column and the first such row.
+    """
+    for name in (config.data.train_split, config.data.val_split, config.evaluation.split):
+        split = dataset.split(name)
+        split.verify()
+        split.check_ids()
+        check_support(config.model, split)
 
 
 def check_support(config: DMVAEConfig, split: Split) -> None:
