@@ -21,6 +21,7 @@ BEST = "best"
 NUM_KEPT = 3
 """Checkpoints that stay, the newest; the best one has a copy of its own."""
 _PREFIX, _BROKEN = "checkpoint_", "broken_"
+_NAMES = f"{_PREFIX}[0-9]*"  # not Ray's list, which begins alike
 
 
 def put(state: TrainState, run: dict[str, Any], report: dict[str, Any], folder: Path, is_best: bool) -> Path:
@@ -74,7 +75,7 @@ def mend(folder: Path, say: Callable[[str], None]) -> list[Path]:
         else:
             shutil.rmtree(left)
     whole = []
-    for found in sorted(folder.glob(f"{_PREFIX}*")):
+    for found in sorted(folder.glob(_NAMES)):
         try:
             checkpoint.verify(found)
             whole.append(found)

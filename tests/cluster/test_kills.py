@@ -40,7 +40,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def newest(run_dir: Path) -> Path:
-    return max((run_dir / "checkpoints").glob("checkpoint_*"))
+    return max((run_dir / "checkpoints").glob("checkpoint_[0-9]*"))
 
 
 def stop_at(config: TrainConfig, step: int) -> None:
@@ -62,7 +62,7 @@ def test_a_broken_checkpoint_and_ray_s_torn_list_are_left_behind(large: Path, tm
     (broken / "model.safetensors").write_bytes(content)
     (ray_list,) = (run_dir / "checkpoints").glob("*snapshot.json")
     ray_list.write_bytes(ray_list.read_bytes()[:100])
-    before = checkpoint.read_report(max(p for p in broken.parent.glob("checkpoint_*") if p != broken))["step"]
+    before = checkpoint.read_report(max(p for p in broken.parent.glob("checkpoint_[0-9]*") if p != broken))["step"]
     (run_dir / "checkpoints" / ".checkpoint_9.partial").mkdir()
 
     screen: list[str] = []

@@ -130,7 +130,7 @@ class Killer(threading.Thread):
         self.others = workers()  # of earlier runs, not gone yet
 
     def run(self) -> None:
-        while len(list(self.checkpoints.glob("checkpoint_*"))) < 2:
+        while len(list(self.checkpoints.glob("checkpoint_[0-9]*"))) < 2:
             time.sleep(0.02)
         os.kill((workers() - self.others).pop(), signal.SIGKILL)
         self.killed = True
@@ -170,7 +170,7 @@ def test_a_killed_driver_s_run_goes_on_by_the_same_command(dataset: Path, tmp_pa
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     driver = subprocess.Popen([sys.executable, "-c", program], env=environment, cwd=Path(__file__).parents[2])
     checkpoints = tmp_path / "runs" / "run" / "checkpoints"
-    while len(list(checkpoints.glob("checkpoint_*"))) < 2:
+    while len(list(checkpoints.glob("checkpoint_[0-9]*"))) < 2:
         assert driver.poll() is None, "the run ended before it could be killed"
         time.sleep(0.05)
     driver.kill()
