@@ -117,6 +117,8 @@ def read_toml(config: type[S], file: Path) -> S:
         return config.model_validate(tomllib.loads(file.read_text()))
     except FileNotFoundError:
         raise CommandError(f"{file}: there is no such file.") from None
+    except IsADirectoryError:
+        raise CommandError(f"{file}: a configuration is a file; this is a folder.") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise CommandError(f"{file}: not TOML: {error}.") from None
     except ValidationError as error:

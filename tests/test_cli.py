@@ -99,6 +99,13 @@ def test_a_bad_flag_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "learning-rate" in capsys.readouterr().err
 
 
+def test_sync_takes_a_folder_as_its_only_argument(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_verb("sync", [str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"no spool under {tmp_path}\n"
+    assert run_verb("train", [str(tmp_path)]) == 2
+    assert "a configuration is a file" in capsys.readouterr().err
+
+
 def test_an_absent_file_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_verb("train", ["absent.toml"]) == 2
     assert "absent.toml: there is no such file" in capsys.readouterr().err
