@@ -232,20 +232,34 @@ def test_steps_without_a_finite_loss_are_left_out_and_counted_up_to_the_limit(da
     assert resumed.skipped == 1, "the limit is of the run, not of the process"
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("shift", [-120.0, 120.0])
-def test_extreme_log_variances_train_without_overflow(shift: float, precision: str, dataset: Path) -> None:
-    config = configure(dataset, training={"precision": precision, "epochs": 1}, optim={"clip_norm": 1.0})
+def with_log_variances(config: TrainConfig, value: float) -> TrainState:
+    """A model in float32 whose encoders begin with one log-variance, shared and private."""
     torch.manual_seed(0)
     model = DMVAE(config.model)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "encoder" in name and "log" in name and name.endswith("bias"):
-                parameter.fill_(shift)
-    state = TrainState(model, build_optimizer(model, config.optim))
-    events = list(train(state, WorkerData(config, 0, 1, torch.float32), config, Workers(model)))
-    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+        for name, encoder in model.encoders.items():
+            shared, private = config.model.latent_dim, config.model.private_dims[name]
+            for part in encoder.heads.bias.split([shared, shared, private, private])[1::2]:
+                part.fill_(value)
+    return TrainState(model, build_optimizer(model, config.optim))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("log_var", [-120.0, 30.0])
+def test_extreme_log_variances_train(log_var: float, precision: str, dataset: Path) -> None:
+    config = configure(dataset, training={"precision": precision, "epochs": 1}, optim={"clip_norm": 1.0})
+    state = with_log_variances(config, log_var)
+    events = list(train(state, WorkerData(config, 0, 1, torch.float32), config, Workers(state.model)))
+    assert all(torch.isfinite(parameter).all() for parameter in state.model.parameters())
     assert all(math.isfinite(e.metrics["train/gradient_norm"]) for e in events if type(e) is Logged)
+
+
+def test_a_divergence_beyond_the_numbers_is_named_as_the_culprit(dataset: Path) -> None:
+    """exp(120), a variance and a term of the divergence, is more than float32 holds."""
+    config = configure(dataset, training={"precision": "float32"})
+    state = with_log_variances(config, 120.0)
+    with pytest.raises(NonFiniteLossError, match=r"terms .*kl_shared/left.*kl_private/left.* rows, ids \["):
+        list(train(state, WorkerData(config, 0, 1, torch.float32), config, Workers(state.model)))
 
 
 def test_bfloat16_trains(dataset: Path) -> None:

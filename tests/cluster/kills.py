@@ -19,7 +19,8 @@ from dmvae.config.training import TrainConfig
 
 def workers() -> set[int]:
     """Process ids of this cluster's training workers."""
-    alive = list_actors(filters=[("class_name", "=", "RayTrainWorker"), ("state", "=", "ALIVE")])
+    here = ray.get_runtime_context().gcs_address  # there may be other clusters on this machine
+    alive = list_actors(here, filters=[("class_name", "=", "RayTrainWorker"), ("state", "=", "ALIVE")])
     return {actor.pid for actor in alive}
 
 
