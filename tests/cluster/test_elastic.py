@@ -12,6 +12,7 @@ import pytest
 import ray
 
 from dmvae.config.training import TrainConfig
+from dmvae.platform.cluster import resources
 from dmvae.platform.trainer import RunError, train_run
 from tests.cluster.kills import KillAt, first_worker, logged, metrics_of, start_driver, wait_for, workers
 from tests.runs import make_config, make_dataset, train_here
@@ -112,4 +113,9 @@ def add_node() -> subprocess.Popen[bytes]:
     address = ray.get_runtime_context().gcs_address
     command = [ray_command, "start", f"--address={address}", "--num-cpus=4", "--block"]
     quiet = subprocess.DEVNULL
-    return subprocess.Popen(command, start_new_session=True, stdout=quiet, stderr=quiet)
+    for _ in range(3):  # on a busy machine a node may give itself up while it starts
+        node = subprocess.Popen(command, start_new_session=True, stdout=quiet, stderr=quiet)
+        wait_for(lambda node=node: node.poll() is not None or resources()["CPU"] >= 8)
+        if node.poll() is None:
+            return node
+    pytest.fail("no second node starts on this machine")

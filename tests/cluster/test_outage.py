@@ -48,6 +48,7 @@ def seconds_per_step(run_dir: Path, first: float, last: float) -> float:
     return statistics.median(b - a for a, b in itertools.pairwise(times) if first < a and b < last)
 
 
+@pytest.mark.acceptance
 def test_a_run_ends_well_without_its_database_and_sync_brings_it_in(large: Path, tmp_path: Path) -> None:
     config = make_config(tmp_path, large, training={"epochs": 3})
     database, away, run_dir = tmp_path / "mlflow.db", tmp_path / "away.db", tmp_path / "runs" / "run"
