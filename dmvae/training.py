@@ -161,7 +161,7 @@ def train_epoch(
         for group in state.optimizer.param_groups:
             group["lr"] = rate
         state.optimizer.zero_grad(set_to_none=True)
-        _seed_dropout(state, config, share.step)
+        _seed_dropout(state, config, share)
         terms, culprits = _accumulate(state, share, config, workers, done)
         norm = float(nn.utils.clip_grad_norm_(state.model.parameters(), config.optim.clip_norm or math.inf))
         fault = "" if math.isfinite(norm) else _fault(state, share.step, culprits)
@@ -211,9 +211,10 @@ def _accumulate(
     return terms, culprits
 
 
-def _seed_dropout(state: TrainState, config: TrainConfig, step: int) -> None:
-    """Dropout is the only user of torch's global generators; torch.manual_seed would cost more than a small step."""
-    seed = int(chain(config.seed, _TRAIN, state.position.epoch, step)) % 2**63
+def _seed_dropout(state: TrainState, config: TrainConfig, share: Share) -> None:
+    """Seed torch's global generators, which dropout alone uses; workers differ, and a resumed step does not."""
+    seed = int(chain(config.seed, _TRAIN, state.position.epoch, share.step, share.first)) % 2**63
+    # torch.manual_seed would cost more than a small step
     torch.default_generator.manual_seed(seed)
     if state.model.device.type == "cuda":
         torch.cuda.manual_seed(seed)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from ray.train import CheckpointConfig, FailureConfig, Result, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer
+from torch import nn
 
 from dmvae import checkpoint, likelihood
 from dmvae.config.model import DMVAEConfig
@@ -276,6 +277,10 @@ def _announce(config: TrainConfig, progress: Callable[[str], None]) -> None:
     wanted, there = (workers.min_num or workers.num) * workers.cpus, resources().get("CPU", 0)
     if there < wanted:
         progress(f"warning: the cluster has {there:g} CPUs of the {wanted:g} that this run waits for")
+    with torch.device("meta"):
+        layers = DMVAE(config.model).modules()
+    if any(isinstance(layer, nn.Dropout | nn.modules.batchnorm._BatchNorm) for layer in layers):
+        progress("note: with dropout or batch normalisation the result depends on the number of workers")
 
 
 def _fit(config: TrainConfig, run_dir: Path, task: WorkerTask) -> Result:
