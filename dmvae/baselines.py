@@ -109,6 +109,28 @@ class ProbabilisticPCA:
             log_p[chosen] = -0.5 * (distance / self.noise_variance + self._log_normaliser(factor, len(mean)))
         return log_p
 
+    def predict(self, rows: Batch, modality: str) -> Float[Tensor, "row ..."]:
+        """Return the conditional mean of a modality given the others that each row has, in the modality's shape.
+
+            E[x_m | x_A] = mu_m + W_m M^-1 W_A' (x_A - mu_A)
+
+        A row with nothing else has the mean.
+
+        Raises:
+            ValueError: for a modality that the fit did not have.
+        """
+        if modality not in self.columns:
+            raise ValueError(f"modalities of the fit are {sorted(self.columns)}; got {modality!r}.")
+        span = self.columns[modality]
+        predicted = self.mean[span].expand(len(rows), -1).clone()
+        others = {name: values for name, values in rows.data.items() if name != modality}
+        masks = {name: mask for name, mask in (rows.masks or {}).items() if name != modality}
+        for pattern, chosen, values in _by_pattern(Batch(others, masks)):
+            weight, mean, factor = self._observed(pattern)
+            latent = torch.cholesky_solve(weight.T @ (values - mean).T, factor)
+            predicted[chosen] += (self.weight[span] @ latent).T
+        return predicted
+
     @classmethod
     def _begin(cls, moments: Moments, columns: Mapping[str, slice], latent_dim: int) -> "ProbabilisticPCA":
         """Solve for the leading eigenvectors of covariances over the rows that have both features."""

@@ -169,6 +169,12 @@ def _evaluate_config() -> type[Section]:
     return EvaluateConfig
 
 
+def _report_config() -> type[Section]:
+    from dmvae.config.report import ReportConfig
+
+    return ReportConfig
+
+
 def _sync_config() -> type[Section]:
     from dmvae.config.tracking import SyncConfig
 
@@ -213,6 +219,16 @@ def _evaluate(config: Any) -> None:
         _say(f"{name:<24} {value:.4f}")
 
 
+def _report(config: Any) -> None:
+    try:
+        from dmvae.platform.reporting import report
+
+        file = report(config, progress=_say)
+    except ImportError as error:
+        raise CommandError(str(error)) from None
+    _say(f"report    {file}")
+
+
 def _sync(config: Any) -> None:
     from dmvae.platform.tracking import sync
 
@@ -235,5 +251,6 @@ VERBS: dict[str, Verb] = {
     "prepare": Verb("Convert incomplete multimodal data into a dataset of Arrow shards.", _prepare_config, _prepare),
     "train": Verb("Train a DMVAE with Ray Train workers; the same command resumes.", _train_config, _train),
     "evaluate": Verb("Estimate the negative log-likelihood of a split under a model.", _evaluate_config, _evaluate),
+    "report": Verb("Show a trained model in pictures: PNG files and one HTML page.", _report_config, _report),
     "sync": Verb("Bring records into MLflow that it missed while it was away.", _sync_config, _sync, "folder"),
 }

@@ -1,69 +1,226 @@
-"""What a model's figures are worth: rivals judged on the same rows, and what predictions keep of the labels."""
+"""What a model is worth: how well it predicts, what its latents hold, and rivals judged on the same rows."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain, combinations
 
 import numpy as np
-import torch
 
 from dmvae.baselines import ProbabilisticPCA
 from dmvae.batch import Batch
 from dmvae.data.loader import read_rows
 from dmvae.data.split import Split
-from dmvae.metrics import classifier_accuracy, conditional_coherence, fit_classifier
+from dmvae.density import LatentDensity
+from dmvae.imputation import INTERVALS, held_out_errors, join, rival_errors, rivals
+from dmvae.latents import collect, probe_labels
+from dmvae.metrics import (
+    Classifier,
+    Share,
+    classifier_accuracy,
+    conditional_coherence,
+    fit_classifier,
+    joint_coherence,
+    predicted_class_share,
+)
+from dmvae.missing import Mechanism, remove, without
 from dmvae.model import DMVAE
 
+MAX_FIT_ROWS = 8192
+"""Training rows that rivals, classifiers, probes and densities are fitted to, at most; the first ones, which
+`jobs.prepare` has mixed."""
 _BLOCK_ROWS = 1024
+_ALL_SUBSETS = 4  # modalities, above which coherence is from single ones and from all others
 
 
-def compare_with_pca(model: DMVAE, train: Split, split: Split, nll: np.ndarray) -> dict[str, float]:
-    """Fit probabilistic PCA with as many latent dimensions to the same training rows and pair it with `nll` by row.
+@dataclass(frozen=True, eq=False)
+class Quality:
+    """Judges one model on one split.
 
-    Args:
-        model: whose latent dimensions, shared and private, PCA has.
-        train: the rows that the model was trained on.
-        split: the rows that `nll` is of, in their order.
-        nll: per row, in nats.
-
-    Returns:
-        PCA's mean exact NLL in nats per row, how much higher it is than the model's, and that difference's standard
-        error over rows; nothing where a modality is no float with a density under PCA.
+    Attributes:
+        model: in eval mode.
+        train: the rows that rivals and classifiers are fitted to.
+        split: the rows that are judged.
+        density: of the latents; figures with it stand beside those with the prior, under `density/`.
+        num_draws: per row, of imputations.
     """
-    if any(info.dtype == "int64" for info in train.manifest.modalities.values()):
-        return {}
-    latent_dim = model.config.latent_dim + sum(model.config.private_dims.values())
-    pca = ProbabilisticPCA.fit(_blocks(train), latent_dim)
-    theirs = -torch.cat([pca.log_prob(batch) for batch in _blocks(split)]).numpy()
-    difference = theirs - nll
-    return {
-        "pca/nll": float(theirs.mean()),
-        "pca/nll_minus_ours": float(difference.mean()),
-        "pca/nll_minus_ours_se": float(difference.std(ddof=1) / math.sqrt(len(difference))),
-    }
+
+    model: DMVAE
+    train: Split
+    split: Split
+    density: LatentDensity | None = None
+    num_draws: int = 100
+
+    def rivals(self, nll: np.ndarray) -> dict[str, float]:
+        """Fit probabilistic PCA with as many latent dimensions to the training rows and pair it with `nll` by row.
+
+        Returns:
+            PCA's mean exact NLL in nats per row, how much higher it is than the model's, and that difference's
+            standard error over rows; nothing where a modality is no float with a density under PCA.
+        """
+        if not self._is_float:
+            return {}
+        pca = ProbabilisticPCA.fit(_blocks(self.train), self._latent_dim)
+        theirs = -np.concatenate([pca.log_prob(batch).numpy() for batch in _blocks(self.split)])
+        difference = theirs - nll
+        return {
+            "pca/nll": float(theirs.mean()),
+            "pca/nll_minus_ours": float(difference.mean()),
+            "pca/nll_minus_ours_se": float(difference.std(ddof=1) / math.sqrt(len(difference))),
+        }
+
+    def coherence(self) -> dict[str, float]:
+        """Count how often predictions show the row's label, and samples from the prior one label in all modalities.
+
+        Returns:
+            `coherence/FROM/TO` for a draw and `coherence_mean/FROM/TO` for the posteriors' means, FROM being a
+            modality or several (`a.b`); `joint_coherence`; each classifier's accuracy on real rows, the ceiling, as
+            `classifier/M`, and their product, about the ceiling of the joint, as `classifier/all`.
+
+        Raises:
+            ValueError: if the rows have no labels.
+        """
+        figures = {
+            f"classifier/{name}": classifier_accuracy(classifier, self._rows(), name).rate
+            for name, classifier in self.classifiers.items()
+        }
+        figures["classifier/all"] = math.prod(figures.values())
+        for prefix, density in self._densities:
+            for target, classifier in self.classifiers.items():
+                for source in self._sources(target):
+                    for key, means in (("coherence", False), ("coherence_mean", True)):
+                        share = conditional_coherence(
+                            self.model, self._rows(), classifier, source, target, means, density=density
+                        )
+                        figures[f"{prefix}{key}/{'.'.join(source)}/{target}"] = share.rate
+            figures[f"{prefix}joint_coherence"] = joint_coherence(self.model, self.classifiers, density=density).rate
+        return figures
+
+    def probes(self) -> dict[str, float]:
+        """Return the share of rows whose label a linear classifier reads off each block of latents, `probe/BLOCK`.
+
+        Raises:
+            ValueError: if the rows have no labels.
+        """
+        self.check_labels()
+        train, test = collect(self.model, [self.fit_rows], True), collect(self.model, self._rows(), True)
+        return {f"probe/{name}": share.rate for name, share in probe_labels(train, test).items()}
+
+    def imputation(self) -> dict[str, float]:
+        """Return `imputation/M/rmse` of held-out values from the others, its coverage, and the rivals'."""
+        figures = {}
+        competitors = rivals(self.fit_rows, self._latent_dim)
+        for name in self._float_modalities:
+            for prefix, density in self._densities:
+                errors = held_out_errors(self.model, self._rows(), name, self.num_draws, density)
+                figures[f"{prefix}imputation/{name}/rmse"] = errors.rmse
+                for share, inside in zip(INTERVALS, errors.coverage, strict=True):
+                    if not math.isnan(inside):
+                        figures[f"{prefix}imputation/{name}/coverage{share:.0%}".removesuffix("%")] = inside
+            for rival, imputer in competitors.items():
+                figures[f"imputation/{name}/{rival}"] = rival_errors(imputer, self._rows(), name).rmse
+        return figures
+
+    def robustness(self, rates: Iterable[float]) -> dict[str, float]:
+        """Judge imputation and coherence from what is left when modalities are removed, at several rates.
+
+        Returns:
+            `missing/HOW/RATE/rmse/M`, `.../rmse_ridge/M` and, with labels, `.../coherence/M`; HOW is `random` or
+            `label` (the larger the label, the more is removed), RATE is in percent. A row that has lost everything
+            counts: it is predicted without any knowledge of it.
+        """
+        figures = {}
+        ridge = rivals(self.fit_rows, self._latent_dim)["ridge"]
+        mechanisms: tuple[Mechanism, ...] = ("random", "label") if self.has_labels else ("random",)
+        for mechanism in mechanisms:
+            for rate in rates:
+
+                def hide(batch: Batch, rate: float = rate, mechanism: Mechanism = mechanism) -> Batch:
+                    return remove(batch, rate, mechanism, self._num_labels)
+
+                key = f"missing/{mechanism}/{rate:.0%}".removesuffix("%")
+                for name in self._float_modalities:
+                    errors = held_out_errors(self.model, self._rows(), name, 20, self.density, hide=hide)
+                    figures[f"{key}/rmse/{name}"] = errors.rmse
+                    figures[f"{key}/rmse_ridge/{name}"] = rival_errors(ridge, self._rows(), name, hide).rmse
+                for name, classifier in self.classifiers.items() if self.has_labels else ():
+                    shares = (
+                        predicted_class_share(
+                            self.model, batch, without(hide(batch), name), classifier, name, self.density
+                        )
+                        for batch in self._rows()
+                    )
+                    figures[f"{key}/coherence/{name}"] = sum(shares, Share()).rate
+        return figures
+
+    @cached_property
+    def fit_rows(self) -> Batch:
+        """The training rows that things are fitted to."""
+        return first_rows(self.train)
+
+    @cached_property
+    def classifiers(self) -> dict[str, Classifier]:
+        """One per modality, fitted to real training rows.
+
+        Raises:
+            ValueError: if the rows have no labels.
+        """
+        self.check_labels()
+        return {name: fit_classifier(self.fit_rows, name) for name in self.model.config.modalities}
+
+    def check_labels(self) -> None:
+        """Check that both splits have labels.
+
+        Raises:
+            ValueError: if one has none.
+        """
+        if not self.has_labels:
+            raise ValueError(
+                f"coherence and probes compare classes, so both splits have labels; got {self.train.name!r} and "
+                f"{self.split.name!r} of {self.split.folder}, of which one has none. Leave these measures out."
+            )
+
+    @cached_property
+    def has_labels(self) -> bool:
+        """Whether both splits have labels."""
+        found = [split.labels() for split in (self.train, self.split)]
+        return all(labels is not None and bool((labels >= 0).any()) for labels in found)
+
+    @cached_property
+    def _num_labels(self) -> int:
+        labels = self.train.labels()
+        return 0 if labels is None else int(labels.max()) + 1
+
+    @property
+    def _densities(self) -> tuple[tuple[str, LatentDensity | None], ...]:
+        return (("", None),) if self.density is None else (("", None), ("density/", self.density))
+
+    @property
+    def _latent_dim(self) -> int:
+        return self.model.config.latent_dim + sum(self.model.config.private_dims.values())
+
+    @property
+    def _float_modalities(self) -> tuple[str, ...]:
+        infos = self.train.manifest.modalities
+        return tuple(name for name in self.model.config.modalities if infos[name].dtype != "int64")
+
+    @property
+    def _is_float(self) -> bool:
+        return self._float_modalities == self.model.config.modalities
+
+    def _sources(self, target: str) -> Iterator[tuple[str, ...]]:
+        others = [name for name in self.model.config.modalities if name != target]
+        sizes = range(1, len(others) + 1) if len(others) < _ALL_SUBSETS else sorted({1, len(others)})
+        return chain.from_iterable(combinations(others, size) for size in sizes)
+
+    def _rows(self) -> Iterator[Batch]:
+        return _blocks(self.split)
 
 
-def coherence(model: DMVAE, train: Split, split: Split) -> dict[str, float]:
-    """Count how often the prediction of one modality from another shows the row's label.
-
-    A classifier per modality is fitted to the labelled training rows.
-
-    Returns:
-        `coherence/FROM/TO` for a draw, `coherence_mean/FROM/TO` for the posteriors' means, and each classifier's
-        accuracy on real rows, the ceiling, as `classifier/M`; nothing for data without labels.
-    """
-    if train.labels() is None:
-        return {}
-    figures = {}
-    classifiers = {name: fit_classifier(_blocks(train), name) for name in model.config.modalities}
-    for target, classifier in classifiers.items():
-        figures[f"classifier/{target}"] = classifier_accuracy(classifier, _blocks(split), target).rate
-        for source in model.config.modalities:
-            if source == target:
-                continue
-            for name, means in (("coherence", False), ("coherence_mean", True)):
-                share = conditional_coherence(model, _blocks(split), classifier, source, target, return_mean=means)
-                figures[f"{name}/{source}/{target}"] = share.rate
-    return figures
+def first_rows(split: Split, num: int = MAX_FIT_ROWS) -> Batch:
+    """Read a split's first rows, `num` at most, as one batch."""
+    return join([split.read(np.arange(min(num, len(split))))])
 
 
 def _blocks(split: Split) -> Iterator[Batch]:

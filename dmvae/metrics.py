@@ -4,17 +4,18 @@ Every function takes one batch or several; results of different workers are adde
 """
 
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dmvae.batch import Batch
-from dmvae.model import DMVAE
+from dmvae.density import LatentDensity
+from dmvae.model import DMVAE, Modalities
 from dmvae.noise import chain, row_keys
 
 ACTIVE_VARIANCE = 0.01
@@ -100,7 +101,7 @@ def fit_classifier(rows: Batch | Iterable[Batch], modality: str) -> Classifier:
             "a classifier is a support vector machine of scikit-learn, which is not installed. "
             "Run pip install 'dmvae[demo]'."
         ) from error
-    parts = [_labelled(batch, modality) for batch in _batches(rows)]
+    parts = [_labelled(batch, modality) for batch in batches(rows)]
     # pairs repeat a modality's rows
     known = np.unique(np.concatenate([np.column_stack((_flat(b.data[modality]), _labels(b))) for b in parts]), axis=0)
     classes = np.unique(known[:, -1])
@@ -117,7 +118,7 @@ def classifier_accuracy(classifier: Classifier, rows: Batch | Iterable[Batch], m
 
     Rows without the modality or a label do not count.
     """
-    parts = (_labelled(batch, modality) for batch in _batches(rows))
+    parts = (_labelled(batch, modality) for batch in batches(rows))
     return sum((_recognised(classifier, batch.data[modality], batch) for batch in parts if len(batch)), Share())
 
 
@@ -125,24 +126,26 @@ def conditional_coherence(
     model: DMVAE,
     rows: Batch | Iterable[Batch],
     classifier: Classifier,
-    cond_mod: str,
+    cond_mod: Modalities,
     gen_mod: str,
     return_mean: bool = False,
     seed: int = 0,
+    density: LatentDensity | None = None,
 ) -> Share:
     """Count rows of which `predict(rows, cond_mod, gen_mod)` shows the row's own class to a classifier.
 
-    What is shown is the likelihood's mean. Only `cond_mod` is given to the model; rows without it or without a label
-    do not count, and rows without `gen_mod` do. A batch's draws depend on the seed and the rows' ids alone.
+    What is shown is the likelihood's mean. Only `cond_mod` is given to the model; rows without all of it or without a
+    label do not count, and rows without `gen_mod` do. A batch's draws depend on the seed and the rows' ids alone.
 
     Args:
         model: in any mode.
         rows: with labels.
         classifier: of `gen_mod`.
-        cond_mod: the modality that is given.
+        cond_mod: the modality that is given, or several.
         gen_mod: the modality that is predicted.
         return_mean: decode the posteriors' means in place of one draw per row.
         seed: of the draws.
+        density: of the latents, in place of the prior.
 
     Raises:
         ValueError: if a batch has no labels, or a modality is unknown.
@@ -150,15 +153,55 @@ def conditional_coherence(
     Source: Shi et al. 2019, cross coherence.
     """
     counted = Share()
-    for batch in _batches(rows):
-        chosen = _labelled(batch, cond_mod)
+    for batch in batches(rows):
+        names = _as_names(model, cond_mod)
+        chosen = _labelled(batch, *names)
         if len(chosen) == 0:
             continue
-        ids = torch.arange(len(chosen)) if chosen.ids is None else chosen.ids
-        generator = torch.Generator(model.device).manual_seed(int(chain(seed, row_keys(ids)).sum()))
-        output = model.predict(chosen, cond_mod, gen_mod, return_mean=return_mean, generator=generator)[gen_mod]
-        counted += _recognised(classifier, model.likelihoods[gen_mod].mean(output), chosen)
+        given = replace(chosen, data={name: chosen.data[name] for name in names if name in chosen.data},
+                        masks={name: mask for name, mask in (chosen.masks or {}).items() if name in names})  # fmt: skip
+        counted += predicted_class_share(model, chosen, given, classifier, gen_mod, density, return_mean, seed)
     return counted
+
+
+def predicted_class_share(
+    model: DMVAE,
+    rows: Batch,
+    given: Batch,
+    classifier: Classifier,
+    gen_mod: str,
+    density: LatentDensity | None = None,
+    return_mean: bool = False,
+    seed: int = 0,
+) -> Share:
+    """Count labelled rows of which the prediction of `gen_mod` from `given`, the same rows, shows the row's class."""
+    assert rows.labels is not None
+    chosen = rows.labels.cpu() >= 0
+    rows, given = rows[chosen], given[chosen]
+    if len(rows) == 0:
+        return Share()
+    generator = generator_of(model, rows, seed)
+    predicted = model.predict(given, "all", gen_mod, return_mean=return_mean, generator=generator, density=density)
+    return _recognised(classifier, model.likelihoods[gen_mod].mean(predicted[gen_mod]), rows)
+
+
+def joint_coherence(
+    model: DMVAE,
+    classifiers: Mapping[str, Classifier],
+    num_samples: int = 2000,
+    seed: int = 0,
+    density: LatentDensity | None = None,
+) -> Share:
+    """Count samples from the prior, or a density in its place, in all modalities of which classifiers see one class.
+
+    Source: Shi et al. 2019, joint coherence.
+    """
+    generator = torch.Generator(model.device).manual_seed(seed)
+    drawn = model.decode(model.generate_from_prior(num_samples, generator, density))
+    seen = [
+        classifier.predict(_flat(model.likelihoods[name].mean(drawn[name]))) for name, classifier in classifiers.items()
+    ]
+    return Share(int(np.all([classes == seen[0] for classes in seen], axis=0).sum()), num_samples)
 
 
 def posterior_mean_sums(model: DMVAE, rows: Batch | Iterable[Batch]) -> dict[str, MeanSums]:
@@ -168,10 +211,10 @@ def posterior_mean_sums(model: DMVAE, rows: Batch | Iterable[Batch]) -> dict[str
     """
     dims = {"shared": model.config.latent_dim, **model.config.private_dims}
     sums = {block: MeanSums(0, *torch.zeros(2, dim, dtype=torch.float64)) for block, dim in dims.items()}
-    for batch in _batches(rows):
+    for batch in batches(rows):
         encoded = model.encode(batch, return_mean=True)
         means = {"shared": encoded.z, **encoded.modalities_z}
-        present = {name: _present(batch, name) for name in model.config.modalities}
+        present = {name: has(batch, name) for name in model.config.modalities}
         present["shared"] = torch.stack(list(present.values())).any(0)
         for block, mean in means.items():
             chosen = mean.cpu().double()[present[block]]
@@ -179,21 +222,36 @@ def posterior_mean_sums(model: DMVAE, rows: Batch | Iterable[Batch]) -> dict[str
     return sums
 
 
-def _batches(rows: Batch | Iterable[Batch]) -> Iterator[Batch]:
+def generator_of(model: DMVAE, batch: Batch, seed: int) -> torch.Generator:
+    """Return a generator that depends on the seed and the rows' ids alone."""
+    ids = torch.arange(len(batch)) if batch.ids is None else batch.ids
+    return torch.Generator(model.device).manual_seed(int(chain(seed, row_keys(ids)).sum()))
+
+
+def batches(rows: Batch | Iterable[Batch]) -> Iterator[Batch]:
+    """Yield one batch, or several."""
     # a batch is an iterable too, of single rows
     yield from [rows] if isinstance(rows, Batch) else rows
 
 
-def _present(batch: Batch, name: str) -> Tensor:
+def has(batch: Batch, name: str) -> Bool[Tensor, " row"]:
+    """Tell which rows have a modality."""
     mask = (batch.masks or {}).get(name)
     return torch.full((len(batch),), name in batch.data) if mask is None else mask.cpu()
 
 
-def _labelled(batch: Batch, modality: str) -> Batch:
-    """Return the rows that have a modality and a label."""
+def _as_names(model: DMVAE, modalities: Modalities) -> tuple[str, ...]:
+    if isinstance(modalities, str):
+        return model.config.modalities if modalities == "all" else (modalities,)
+    return tuple(modalities)
+
+
+def _labelled(batch: Batch, *modalities: str) -> Batch:
+    """Return the rows that have all of some modalities and a label."""
     if batch.labels is None:
         raise ValueError("classes are compared with the rows' labels; got a batch without labels.")
-    return batch[_present(batch, modality) & (batch.labels.cpu() >= 0)]
+    present = [has(batch, name) for name in modalities]
+    return batch[torch.stack([*present, batch.labels.cpu() >= 0]).all(0)]
 
 
 def _recognised(classifier: Classifier, values: Tensor, batch: Batch) -> Share:

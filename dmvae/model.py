@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from dmvae import likelihood, networks
 from dmvae.batch import Batch, MultimodalRows
 from dmvae.config.model import DMVAEConfig
+from dmvae.density import LatentDensity
 from dmvae.gaussian import DiagGaussian, product_of_experts
 from dmvae.nll import NLLEstimate, joint_nll
 from dmvae.objective import Decode, Noise, Observed, TermSums, negative_bounds
@@ -207,10 +208,12 @@ class DMVAE(nn.Module):
         return_mean: bool = False,
         flatten: bool = False,
         generator: torch.Generator | None = None,
+        density: LatentDensity | None = None,
     ) -> ModelOutput:
         """Sample latents given the modalities in `cond_mod` that each row has, or return the posteriors' means.
 
-        Private latents of modalities outside it come from the prior, row by row.
+        Private latents of modalities outside it come from the prior, row by row; with `density`, a fitted one, from
+        p(z_p | z_s), and the shared latent of a row with nothing from p(z_s).
 
         Returns:
             `.z` and `.modalities_z[m]`: `(rows, dim)` for N=1, `(N, rows, dim)` for N>1, `(N * rows, dim)` with
@@ -221,17 +224,27 @@ class DMVAE(nn.Module):
         """
         if N < 1:
             raise ValueError(f"N is the number of samples per row, at least 1; got N={N}.")
+        batch = self._batch(inputs)
         with _inference(self):
-            shared, private = self.posteriors(inputs, cond_mod)
+            observed = self.observe(batch, self._names(cond_mod, "cond_mod"))
+            shared, private = self.combine(observed, len(batch))
 
         def draw(gaussian: DiagGaussian) -> Tensor:
             many = gaussian.mean.expand(N, *gaussian.mean.shape)
             if not return_mean:
                 many = gaussian.sample(_randn_like(many, generator))
+            return many
+
+        z, modalities_z = draw(shared), {name: draw(gaussian) for name, gaussian in private.items()}
+        if density is not None:
+            present = {name: part.present for name, part in observed.items()}
+            z, modalities_z = _fill_in(density, z, modalities_z, present, return_mean, _on_cpu(generator))
+
+        def shape(many: Tensor) -> Tensor:
             return many.flatten(0, 1) if flatten else many.squeeze(0) if N == 1 else many
 
-        modalities_z = {name: draw(gaussian) for name, gaussian in private.items()}
-        return ModelOutput(z=draw(shared), modalities_z=modalities_z, one_latent_space=False)
+        private_z = {name: shape(many) for name, many in modalities_z.items()}
+        return ModelOutput(z=shape(z), modalities_z=private_z, one_latent_space=False)
 
     def decode(self, embedding: Mapping[str, Any], modalities: Modalities = "all") -> ModelOutput:
         """Decode latents as `encode` and `generate_from_prior` return them.
@@ -258,16 +271,23 @@ class DMVAE(nn.Module):
         flatten: bool = False,
         return_mean: bool = False,
         generator: torch.Generator | None = None,
+        density: LatentDensity | None = None,
     ) -> ModelOutput:
         """Generate `gen_mod` from the modalities in `cond_mod` that each row has: `encode`, then `decode`."""
         wanted = self._names(gen_mod, "gen_mod")
-        embedding = self.encode(inputs, cond_mod, N, return_mean, flatten, generator)
+        embedding = self.encode(inputs, cond_mod, N, return_mean, flatten, generator, density)
         return self.decode(embedding, wanted)
 
-    def generate_from_prior(self, n_samples: int, generator: torch.Generator | None = None) -> ModelOutput:
-        """Sample all latents from the prior, `(n_samples, dim)`; `decode` takes the result."""
+    def generate_from_prior(
+        self, n_samples: int, generator: torch.Generator | None = None, density: LatentDensity | None = None
+    ) -> ModelOutput:
+        """Sample all latents from the prior, or a density in its place, `(n_samples, dim)`; `decode` takes them."""
         if n_samples < 1:
             raise ValueError(f"n_samples is at least 1; got {n_samples}.")
+        if density is not None:
+            shared, drawn = density.sample(n_samples, _on_cpu(generator))
+            latents = {name: latent.to(self.device, self.dtype) for name, latent in drawn.items()}
+            return ModelOutput(z=shared.to(self.device, self.dtype), modalities_z=latents, one_latent_space=False)
         z = torch.empty(n_samples, self.config.latent_dim, dtype=self.dtype, device=self.device)
         private = {name: z.new_empty(n_samples, dim) for name, dim in self.config.private_dims.items()}
         modalities_z = {name: _randn_like(latent, generator) for name, latent in private.items()}
@@ -482,8 +502,44 @@ def _present(batch: Batch, name: str) -> Tensor:
     return torch.ones(len(batch), dtype=torch.bool, device=batch.data[name].device) if mask is None else mask
 
 
+def _fill_in(
+    density: LatentDensity,
+    z: Float[Tensor, "draw row shared"],
+    private: Mapping[str, Float[Tensor, "draw row _"]],
+    present: Mapping[str, Bool[Tensor, " row"]],
+    return_mean: bool,
+    generator: torch.Generator | None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Put a density's latents in the place of the prior's: of a row with nothing z_s, of a modality not given z_p."""
+    nowhere = torch.zeros(z.shape[1], dtype=torch.bool, device=z.device)
+    anything = torch.stack([nowhere, *present.values()]).any(0)
+    if not bool(anything.all()):
+        shape = z[:, ~anything].shape
+        drawn = (
+            density.shared.mean.expand(shape)
+            if return_mean
+            else density.shared.sample(shape[0] * shape[1], generator).reshape(shape)
+        )
+        z = z.clone()
+        z[:, ~anything] = drawn.to(z)
+    filled = {}
+    for name, values in private.items():
+        absent = ~present.get(name, nowhere)
+        filled[name] = values
+        if bool(absent.any()):
+            filled[name] = values.clone()
+            filled[name][:, absent] = density.private(name, z[:, absent], return_mean, generator)
+    return z, filled
+
+
 def _randn_like(tensor: Tensor, generator: torch.Generator | None) -> Tensor:
     return torch.randn(tensor.shape, dtype=tensor.dtype, device=tensor.device, generator=generator)
+
+
+def _on_cpu(generator: torch.Generator | None) -> torch.Generator | None:
+    if generator is None or generator.device.type == "cpu":
+        return generator
+    return torch.Generator().manual_seed(_draw_seed(generator))
 
 
 def _draw_seed(generator: torch.Generator | None) -> int:

@@ -1,8 +1,11 @@
 """The training objective: one evidence lower bound per source of the shared latent, and its named terms.
 
+Sources are the joint posterior and, as the configuration says, each modality's or random subsets' of what a row has.
+
 A pure function of posteriors, decoders, rows and noise. What a row does not have is neither decoded nor read.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -46,31 +49,43 @@ class Observed:
 
 @dataclass(frozen=True, eq=False)
 class Noise:
-    """Standard-normal noise of one batch, drawn afresh for every source (the joint posterior, then each modality)."""
+    """Standard-normal noise of one batch, drawn afresh for every source (the joint posterior, then the others).
+
+    Attributes:
+        shared: of the shared latent.
+        private: of each private latent.
+        subsets: what chooses the random subsets: a score per modality, then the size; None if there are none.
+    """
 
     shared: Float[Tensor, "source row shared"]
     private: Mapping[str, Float[Tensor, "source row _"]]
+    subsets: Float[Tensor, "subset row choice"] | None = None
 
     @staticmethod
     def width(config: DMVAEConfig) -> int:
         """Number of normals that one row needs."""
-        return (1 + len(config.modalities)) * (config.latent_dim + sum(config.private_dims.values()))
+        choices = config.num_subsets * (1 + len(config.modalities)) if config.sources == "subsets" else 0
+        return len(config.source_names) * (config.latent_dim + sum(config.private_dims.values())) + choices
 
     @classmethod
     def from_normals(cls, normals: Float[Tensor, "row width"], config: DMVAEConfig) -> "Noise":
         """Cut each row's normals into the noise of every source and latent."""
-        dims = {"": config.latent_dim, **config.private_dims}
-        sources = normals.reshape(len(normals), 1 + len(config.modalities), sum(dims.values())).transpose(0, 1)
+        dims, num = {"": config.latent_dim, **config.private_dims}, len(config.source_names)
+        latents, choices = normals.tensor_split([num * sum(dims.values())], dim=1)
+        sources = latents.reshape(len(normals), num, sum(dims.values())).transpose(0, 1)
         shared, *private = torch.split(sources, list(dims.values()), dim=-1)
-        return cls(shared=shared, private=dict(zip(config.modalities, private, strict=True)))
+        subsets = None
+        if config.sources == "subsets":
+            subsets = choices.reshape(len(normals), config.num_subsets, 1 + len(config.modalities)).transpose(0, 1)
+        return cls(shared=shared, private=dict(zip(config.modalities, private, strict=True)), subsets=subsets)
 
 
 @dataclass(frozen=True, eq=False)
 class TermSums:
     """Named terms as sums over rows and the number of rows that have the term: they add over batches and workers.
 
-    `joint` and each modality's name count every row, so that they add up to the loss; a divergence or a
-    log-likelihood counts the rows in which it exists.
+    The sources' names (`joint` and each modality's, or `subset_1` and so on) count every row, so that they add up to
+    the loss; a divergence or a log-likelihood counts the rows in which it exists.
     """
 
     names: tuple[str, ...]
@@ -106,10 +121,11 @@ def negative_bounds(
     """Compute the objective of every row.
 
         ELBO_s   = sum_{i in A} lambda_i log p(x_i | z_s, z_pi) - beta KL(q_s || p) - sum_{i in A} beta_i KL(q_pi || p)
-        row loss = -(ELBO_joint + sum_{j in A} ELBO_j)
+        row loss = -(ELBO_joint + sum_{j in A} ELBO_j)   or   -(ELBO_joint + sum_k ELBO_{S_k})
 
     A is what the row has; the joint source is the product of the experts in A and the prior, source j is the raw
-    q(z_s | x_j). Private latents are drawn afresh for each source. A row with nothing costs 0.
+    q(z_s | x_j), source S_k the product of the experts in a random subset of A and the prior. Private latents are
+    drawn afresh for each source. A row with nothing costs 0.
 
     Args:
         config: weights and dimensions.
@@ -121,7 +137,7 @@ def negative_bounds(
 
     Source: Lee & Pavlovic 2021, with the shared divergence counted once per source.
     """
-    shared, here = _sources(config, observed, noise.shared)
+    shared, here = _sources(config, observed, noise)
     kl_shared = shared.kl_from_prior()  # 0 where there is no source: the prior stands in its place
     z_shared = shared.sample(noise.shared)
     cost = config.beta * divergence_weight * kl_shared
@@ -141,16 +157,16 @@ def negative_bounds(
     return Bound(
         row_loss=cost.sum(0),
         terms=_sum_over_rows(
-            term_names(config.modalities),
+            term_names(config),
             totals=(cost, kl_shared, torch.stack(kl_private), torch.stack(log_p, dim=1)),
             counts=(torch.ones_like(here), here, torch.stack(pairs)[:, 0], torch.stack(pairs, dim=1)),
         ),
     )
 
 
-def term_names(modalities: tuple[str, ...]) -> tuple[str, ...]:
+def term_names(config: DMVAEConfig) -> tuple[str, ...]:
     """Return the names of the objective's terms, in their fixed order."""
-    sources = ("joint", *modalities)
+    sources, modalities = config.source_names, config.modalities
     return (
         *sources,
         *(f"kl_shared/{source}" for source in sources),
@@ -160,20 +176,44 @@ def term_names(modalities: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _sources(
-    config: DMVAEConfig, observed: Mapping[str, Observed], like: Float[Tensor, "source row shared"]
+    config: DMVAEConfig, observed: Mapping[str, Observed], noise: Noise
 ) -> tuple[DiagGaussian, Bool[Tensor, "source row"]]:
     """Return the shared posterior of every source `(source, row, dim)` and the rows in which the source exists."""
-    zeros = torch.zeros_like(like[0])
+    zeros = torch.zeros_like(noise.shared[0])
     nowhere = torch.zeros(zeros.shape[0], dtype=torch.bool, device=zeros.device)
     parts = [observed.get(name) for name in config.modalities]
     means = torch.stack([zeros if part is None else part.scatter(part.shared.mean) for part in parts])
     log_vars = torch.stack([zeros if part is None else part.scatter(part.shared.log_var) for part in parts])
     present = torch.stack([nowhere if part is None else part.present for part in parts])
     joint = product_of_experts(means, log_vars, present)
+    if config.sources == "subsets":
+        assert noise.subsets is not None
+        members = [present, *choose_subsets(noise.subsets, present)]
+        products = [joint, *(product_of_experts(means, log_vars, subset) for subset in members[1:])]
+        means, log_vars = torch.stack([p.mean for p in products]), torch.stack([p.log_var for p in products])
+        return DiagGaussian(means, log_vars), torch.stack([subset.any(0) for subset in members])
     return (
         DiagGaussian(torch.cat((joint.mean[None], means)), torch.cat((joint.log_var[None], log_vars))),
         torch.cat((present.any(0, keepdim=True), present)),
     )
+
+
+def choose_subsets(
+    normals: Float[Tensor, "subset row choice"], present: Bool[Tensor, "modality row"]
+) -> Bool[Tensor, "subset modality row"]:
+    """Return random subsets of the modalities that each row has.
+
+    A subset's size is uniform in 1, ..., max(1, |A| - 1), its members are uniform given the size: prediction from one
+    modality and from all but one are trained alike. A row with one modality has just that, and a row with nothing has
+    the empty set. It depends on the row's own normals alone.
+    """
+    scores, number = normals[..., :-1].permute(0, 2, 1), torch.special.ndtr(normals[..., -1])
+    ranks = scores.masked_fill(~present, -math.inf).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    largest = (present.sum(0) - 1).clamp(min=1)
+    # in float32 the largest normals have the distribution function 1
+    size = 1 + (number * largest).floor().long().clamp(max=largest - 1)
+    chosen: Tensor = (ranks < size.unsqueeze(1)) & present
+    return chosen
 
 
 def _log_likelihood(

@@ -229,7 +229,7 @@ def _name_culprits(batch: Batch, output: DMVAEOutput) -> str:
 
 
 def _zero_terms(model: DMVAE) -> TermSums:
-    names = term_names(model.config.modalities)
+    names = term_names(model.config)
     zeros = torch.zeros(len(names), dtype=torch.float64, device=model.device)
     return TermSums(names, zeros, zeros)
 
@@ -339,7 +339,7 @@ def _training_metrics(state: TrainState, report: StepReport) -> dict[str, float]
     means = {name: float(value) for name, value in state.window.means().items()}
     counts = dict(zip(state.window.names, state.window.count.tolist(), strict=True))
     modalities = state.model.config.modalities
-    means["loss"] = sum(means[source] for source in ("joint", *modalities))
+    means["loss"] = sum(means[source] for source in state.model.config.source_names)
     means |= {f"observed/{name}": counts[f"kl_private/{name}"] / max(counts["joint"], 1) for name in modalities}
     means |= {"gradient_norm": report.gradient_norm, "learning_rate": report.learning_rate}
     means["skipped_steps"] = state.skipped

@@ -46,7 +46,7 @@ def validate(
         `loss` and each named term in nats per row; and per latent block (`shared`, each modality) the variance over
         rows of the posterior's mean in each dimension: its activity (Burda et al. 2016).
     """
-    names = term_names(model.config.modalities)
+    names = term_names(model.config)
     sums = TermSums(names, *torch.zeros(2, len(names), dtype=torch.float64, device=model.device))
     dims = {"shared": model.config.latent_dim, **model.config.private_dims}
     moments = {name: torch.zeros(3, dim, dtype=torch.float64, device=model.device) for name, dim in dims.items()}
@@ -65,7 +65,7 @@ def validate(
     model.train()
     total, count = add(torch.stack((sums.total, sums.count)))
     means = {name: float(value) for name, value in TermSums(names, total, count).means().items()}
-    loss = sum(means[source] for source in ("joint", *model.config.modalities))
+    loss = sum(means[source] for source in model.config.source_names)
     return {"loss": loss, **means}, {name: _variance(add(table)) for name, table in moments.items()}
 
 

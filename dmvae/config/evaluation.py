@@ -2,9 +2,12 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from dmvae.config.section import Name, Section, Seed, Size
+from dmvae.config.section import Count, ModalityName, Name, Section, Seed, Size
+
+Measure = Literal["rivals", "coherence", "probes", "imputation", "robustness"]
+Rate = Annotated[float, Field(ge=0, le=1)]
 
 
 class EvaluationConfig(Section):
@@ -20,8 +23,14 @@ class EvaluationConfig(Section):
     """Where latents are drawn from: a Gaussian fitted to each row's posterior, or the encoders' posterior."""
     seed: Seed = 0
     """Of the draws; a row's draws depend on it and the row's id alone."""
-    compare: bool = False
-    """Judge rivals too: probabilistic PCA on the same rows and, with labels, the coherence of predictions."""
+    modalities: tuple[ModalityName, ...] | None = None
+    """Whose joint NLL is estimated; None: all that a row has."""
+    each_modality: bool = False
+    """Also the marginal NLL of each modality, and its conditional NLL given what else the row has; about three times
+    the work with two modalities, 2 M + 1 times with M."""
+    measures: tuple[Measure, ...] = ()
+    """What else to judge: `rivals` (the NLL of PCA), `coherence`, `probes` (of labels), `imputation` (beside
+    the training mean, ridge regression and PCA), `robustness` (imputation and coherence as modalities are removed)."""
 
 
 class EvaluateConfig(Section):
@@ -33,7 +42,23 @@ class EvaluateConfig(Section):
     """A dataset's folder."""
     workers: Size = 1
     """Processes; with more than one, Ray tasks of one CPU each. The figures do not depend on it."""
+    output: str | None = None
+    """The folder of `rows.parquet` and `summary.json`; the same command goes on with what is there. None: a folder
+    `evaluation-SPLIT` in the model's."""
+    density_components: Count = 0
+    """Gaussians of a density fitted to the training rows' latents; measures are then taken with it too. 0: none."""
+    missing_rates: tuple[Rate, ...] = (0.0, 0.25, 0.5, 0.75)
+    """Of robustness: shares of the modalities that are removed."""
     train_split: Name = "train"
-    """What rivals and classifiers are fitted to."""
+    """What rivals, classifiers and densities are fitted to."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """The estimate."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "EvaluateConfig":
+        if self.density_components and not self.evaluation.measures:
+            raise ValueError(
+                f"density_components takes effect with evaluation.measures; got {self.density_components} without any. "
+                "Name some, or remove it."
+            )
+        return self

@@ -10,6 +10,8 @@ from dmvae.config.section import ModalityName, Section, Size
 Shape = tuple[Size, ...]
 T = TypeVar("T", int, float)
 
+DEFAULT_SUBSETS = 2
+
 _DIST_PARAMS: dict[str, frozenset[str]] = {
     "normal": frozenset({"scale"}),
     "laplace": frozenset({"scale"}),
@@ -59,6 +61,11 @@ class DMVAEConfig(Section):
     """Weight of the shared divergence of every source."""
     modalities_specific_betas: dict[ModalityName, NonNegativeFloat] | NonNegativeFloat | None = None
     """Weights of the private divergences; default 1."""
+    sources: Literal["unimodal", "subsets"] = "unimodal"
+    """Of the objective, beside the joint posterior: each modality by itself (the seed's), or random subsets of what a
+    row has, drawn afresh in every step; these train what prediction from several modalities uses."""
+    num_subsets: Size = DEFAULT_SUBSETS
+    """How many subsets; of `sources="subsets"` only."""
     architectures: dict[ModalityName, ArchitectureConfig] = Field(default_factory=dict)
     """Network per modality; default an MLP with one hidden layer of 256."""
     custom_architectures: tuple[str, ...] = ()
@@ -69,6 +76,11 @@ class DMVAEConfig(Section):
         if self.rescale_factors is not None and not self.uses_likelihood_rescaling:
             raise ValueError(
                 "rescale_factors take effect with uses_likelihood_rescaling=True; got False. Set it, or remove them."
+            )
+        if self.num_subsets != DEFAULT_SUBSETS and self.sources != "subsets":
+            raise ValueError(
+                f'num_subsets takes effect with sources="subsets"; got sources={self.sources!r}. Set it, or remove '
+                "num_subsets."
             )
         if self.input_dims is None:
             return self
@@ -130,6 +142,13 @@ class DMVAEConfig(Section):
     def modalities(self) -> tuple[str, ...]:
         """The names of the modalities, in the model's order."""
         return tuple(self.shapes)
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """The names of the objective's sources: the joint posterior, then the modalities or the random subsets."""
+        if self.sources == "unimodal":
+            return ("joint", *self.modalities)
+        return ("joint", *(f"subset_{number}" for number in range(1, self.num_subsets + 1)))
 
     @property
     def private_dims(self) -> dict[str, int]:

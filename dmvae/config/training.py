@@ -57,7 +57,7 @@ class TrainingConfig(Section):
     divergence_warmup_steps: Count = 0
     """Steps over which every beta grows linearly from 0 to its value."""
     monitor: str = "loss"
-    """The validation figure, smaller is better, that chooses the best checkpoint: `loss`, `joint` or a modality."""
+    """The validation figure, smaller is better, that chooses the best checkpoint: `loss`, `joint` or another source."""
     patience: Size | None = None
     """Epochs without a better figure after which training stops."""
     checkpoint_steps: Size | None = None

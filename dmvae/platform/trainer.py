@@ -141,7 +141,7 @@ def resolve(config: TrainConfig, dataset: Dataset) -> TrainConfig:
             f"every modality is observed in some training row; {never} are in none of split "
             f"{config.data.train_split!r} of {config.data.dataset}. Prepare the data again without them."
         )
-    figures = ("loss", *term_names(resolved.model.modalities))
+    figures = ("loss", *term_names(resolved.model))
     if config.training.monitor not in figures:
         raise ValueError(
             f"training.monitor names a validation figure; got {config.training.monitor!r}. Known: {', '.join(figures)}."

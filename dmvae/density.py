@@ -1,0 +1,164 @@
+"""A density of the latents fitted after training: a Gaussian mixture in place of the standard-normal prior.
+
+The aggregated posterior of a trained model is not the prior: z_s has clusters, and private latents depend on it. What
+is fitted is q(z_s) and, per modality, q(z_s, z_p), of which p(z_p | z_s) is closed form.
+"""
+
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+DENSITY_FILE = "density.safetensors"
+_RIDGE = 1e-4  # added to the covariances' diagonal, of latents whose scale is about 1
+
+
+@dataclass(frozen=True, eq=False)
+class GaussianMixture:
+    """A mixture of Gaussians with full covariances, in float64 on the CPU."""
+
+    weights: Float[Tensor, " component"]
+    means: Float[Tensor, "component dim"]
+    covariances: Float[Tensor, "component dim dim"]
+
+    @classmethod
+    def fit(cls, points: Float[Tensor, "row dim"], num_components: int, seed: int = 0) -> "GaussianMixture":
+        """Fit by EM, with fewer components where there are fewer than ten points for each.
+
+        Raises:
+            ValueError: for fewer than two points.
+            ImportError: if scikit-learn is not installed.
+        """
+        try:
+            from sklearn.exceptions import ConvergenceWarning
+            from sklearn.mixture import GaussianMixture as Mixture
+        except ImportError as error:
+            raise ImportError("a mixture is fitted by scikit-learn. Run pip install 'dmvae[report]'.") from error
+        if len(points) < 2:
+            raise ValueError(f"a density is fitted to two latents or more; got {len(points)}.")
+        components = max(1, min(num_components, len(points) // 10))
+        mixture = Mixture(components, reg_covar=_RIDGE, random_state=seed, max_iter=100, tol=1e-3)
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore", ConvergenceWarning
+            )  # a likelihood not yet at rest is a density all the same
+            mixture.fit(points.detach().cpu().double().numpy())
+        return cls(*(torch.from_numpy(np.array(part)) for part in (
+            mixture.weights_, mixture.means_, mixture.covariances_)))  # fmt: skip
+
+    @property
+    def mean(self) -> Float[Tensor, " dim"]:
+        """The mixture's mean."""
+        return self.weights @ self.means
+
+    def sample(self, num: int, generator: torch.Generator | None = None) -> Float[Tensor, "{num} dim"]:
+        """Draw from the mixture, with a generator of the CPU."""
+        component = torch.multinomial(self.weights, num, replacement=True, generator=generator)
+        noise = torch.randn(num, self.means.shape[1], dtype=torch.float64, generator=generator)
+        return self.means[component] + _scale(torch.linalg.cholesky(self.covariances)[component], noise)
+
+    def log_density(self, points: Float[Tensor, "row dim"]) -> Float[Tensor, " row"]:
+        """Return the log-density in nats."""
+        return (self.weights.log() + self._log_components(points)).logsumexp(1)
+
+    def sample_given(
+        self, given: Float[Tensor, "row known"], generator: torch.Generator | None = None
+    ) -> Float[Tensor, "row rest"]:
+        """Draw the last dimensions given the first ones, with a generator of the CPU."""
+        shares, means, covariance = self._condition(given)
+        component = torch.multinomial(shares, 1, replacement=True, generator=generator)
+        chosen = means.gather(1, component.unsqueeze(-1).expand(-1, -1, means.shape[2])).squeeze(1)
+        noise = torch.randn(chosen.shape, dtype=torch.float64, generator=generator)
+        return chosen + _scale(torch.linalg.cholesky(covariance)[component.squeeze(1)], noise)
+
+    def mean_given(self, given: Float[Tensor, "row known"]) -> Float[Tensor, "row rest"]:
+        """Return the mean of the last dimensions given the first ones."""
+        shares, means, _ = self._condition(given)
+        return (shares.unsqueeze(-1) * means).sum(1)
+
+    def _condition(self, given: Float[Tensor, "row known"]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return each component's share `(row, component)`, mean `(row, component, rest)` and covariance."""
+        known = given.shape[1]
+        first = GaussianMixture(self.weights, self.means[:, :known], self.covariances[:, :known, :known])
+        shares = (self.weights.log() + first._log_components(given)).softmax(1)
+        cross = self.covariances[:, known:, :known]
+        gain = torch.linalg.solve(first.covariances, cross.mT).mT
+        residual = given.unsqueeze(1) - first.means
+        means = self.means[:, known:] + (gain @ residual.unsqueeze(-1)).squeeze(-1)
+        return shares, means, self.covariances[:, known:, known:] - gain @ cross.mT
+
+    def _log_components(self, points: Float[Tensor, "row dim"]) -> Float[Tensor, "row component"]:
+        factor = torch.linalg.cholesky(self.covariances)
+        residual = (points.unsqueeze(1) - self.means).unsqueeze(-1)
+        distance: Tensor = torch.linalg.solve_triangular(factor, residual, upper=False).squeeze(-1).square().sum(-1)
+        log_det = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        log_p: Tensor = -0.5 * (distance + points.shape[1] * math.log(2 * math.pi)) - log_det
+        return log_p
+
+
+@dataclass(frozen=True, eq=False)
+class LatentDensity:
+    """What takes the prior's place: q(z_s), and q(z_s, z_p) of every modality."""
+
+    shared: GaussianMixture
+    joint: Mapping[str, GaussianMixture]
+
+    def sample(self, num: int, generator: torch.Generator | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Draw z_s, and each z_p given it."""
+        shared = self.shared.sample(num, generator)
+        return shared, {name: self.private(name, shared, generator=generator) for name in self.joint}
+
+    def private(
+        self,
+        modality: str,
+        shared: Float[Tensor, "*row shared"],
+        return_mean: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> Float[Tensor, "*row private"]:
+        """Draw z_p given z_s, or return its mean; in the type and on the device of `shared`."""
+        given = shared.reshape(-1, shared.shape[-1]).to("cpu", torch.float64)
+        mixture = self.joint[modality]
+        drawn = mixture.mean_given(given) if return_mean else mixture.sample_given(given, generator)
+        return drawn.reshape(*shared.shape[:-1], -1).to(shared)
+
+    def save(self, folder: str | Path) -> None:
+        """Write `density.safetensors` into a folder, whole or not at all."""
+        from safetensors.torch import save_file
+
+        parts = {"shared": self.shared, **{f"joint/{name}": mixture for name, mixture in self.joint.items()}}
+        tensors = {
+            f"{name}/{key}": value.contiguous() for name, part in parts.items() for key, value in vars(part).items()
+        }
+        partial = Path(folder) / f".{DENSITY_FILE}.partial"
+        save_file(tensors, partial)
+        partial.replace(Path(folder) / DENSITY_FILE)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "LatentDensity":
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: if the folder has no density.
+        """
+        from safetensors.torch import load_file
+
+        file = Path(folder) / DENSITY_FILE
+        if not file.is_file():
+            raise FileNotFoundError(f"a fitted density is {DENSITY_FILE}; {folder} has none.")
+        parts: dict[str, dict[str, Any]] = {}
+        for name, tensor in load_file(file).items():
+            part, _, key = name.rpartition("/")
+            parts.setdefault(part, {})[key] = tensor
+        mixtures = {name: GaussianMixture(**tensors) for name, tensors in sorted(parts.items())}
+        return cls(mixtures.pop("shared"), {name.removeprefix("joint/"): part for name, part in mixtures.items()})
+
+
+def _scale(factor: Float[Tensor, "row dim dim"], noise: Float[Tensor, "row dim"]) -> Float[Tensor, "row dim"]:
+    return (factor @ noise.unsqueeze(-1)).squeeze(-1)

@@ -1,0 +1,101 @@
+"""The latents of a trained model over many rows: collected, given a density, and asked for the label."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from dmvae.batch import Batch
+from dmvae.density import GaussianMixture, LatentDensity
+from dmvae.metrics import Share, batches, generator_of, has
+from dmvae.model import DMVAE
+
+
+@dataclass(frozen=True, eq=False)
+class Latents:
+    """Latents of many rows, in float64 on the CPU.
+
+    Attributes:
+        shared: z_s, given all that a row has.
+        private: z_p per modality; the prior's where a row lacks it.
+        present: which rows have each modality.
+        labels: -1 where there is none; None if the rows have none.
+    """
+
+    shared: Float[Tensor, "row shared"]
+    private: Mapping[str, Float[Tensor, "row _"]]
+    present: Mapping[str, Bool[Tensor, " row"]]
+    labels: Int64[Tensor, " row"] | None
+
+    def block(self, name: str) -> tuple[Float[Tensor, "chosen dim"], Bool[Tensor, " row"]]:
+        """Return the latents named `shared`, or a modality's private ones, of the rows that have them; and which."""
+        here = torch.stack(list(self.present.values())).any(0) if name == "shared" else self.present[name]
+        return (self.shared if name == "shared" else self.private[name])[here], here
+
+
+def collect(model: DMVAE, rows: Batch | Iterable[Batch], return_mean: bool = False, seed: int = 0) -> Latents:
+    """Encode rows: one draw for each, or the posteriors' means."""
+    parts = []
+    for batch in batches(rows):
+        encoded = model.encode(batch, return_mean=return_mean, generator=generator_of(model, batch, seed))
+        private = {name: z.cpu().double() for name, z in encoded.modalities_z.items()}
+        present = {name: has(batch, name) for name in model.config.modalities}
+        parts.append(Latents(encoded.z.cpu().double(), private, present, batch.labels))
+    names, labels = model.config.modalities, [part.labels for part in parts if part.labels is not None]
+    return Latents(
+        torch.cat([part.shared for part in parts]),
+        {name: torch.cat([part.private[name] for part in parts]) for name in names},
+        {name: torch.cat([part.present[name] for part in parts]) for name in names},
+        torch.cat(labels).cpu() if labels else None,
+    )
+
+
+def fit_density(model: DMVAE, rows: Batch | Iterable[Batch], num_components: int = 20, seed: int = 0) -> LatentDensity:
+    """Fit Gaussian mixtures to the aggregated posterior: one draw of z_s and of each z_p of every row.
+
+    Raises:
+        ValueError: if a modality is in fewer than two rows.
+        ImportError: if scikit-learn is not installed.
+    """
+    latents = collect(model, rows, seed=seed)
+    joint = {}
+    for name in model.config.modalities:
+        private, here = latents.block(name)
+        joint[name] = GaussianMixture.fit(torch.cat((latents.shared[here], private), dim=1), num_components, seed)
+    return LatentDensity(GaussianMixture.fit(latents.block("shared")[0], num_components, seed), joint)
+
+
+def probe_labels(train: Latents, test: Latents) -> dict[str, Share]:
+    """Count the test rows whose label a linear classifier reads off the shared latent, and off each private one.
+
+    Logistic regression on standardised latents. A disentangled model has a high share for `shared` and, where labels
+    are what modalities have in common, low ones for the private latents.
+
+    Raises:
+        ValueError: if the rows have no labels.
+        ImportError: if scikit-learn is not installed.
+    """
+    try:
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
+    except ImportError as error:
+        raise ImportError("a probe is scikit-learn's logistic regression. Run pip install 'dmvae[report]'.") from error
+    shares = {}
+    for name in ("shared", *train.private):
+        x, y = _labelled(train, name)
+        probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000)).fit(x, y)
+        x, y = _labelled(test, name)
+        shares[name] = Share(int((probe.predict(x) == y).sum()), len(y)) if len(y) else Share()
+    return shares
+
+
+def _labelled(latents: Latents, name: str) -> tuple[np.ndarray, np.ndarray]:
+    if latents.labels is None:
+        raise ValueError("a probe reads labels off latents; got rows without labels.")
+    values, here = latents.block(name)
+    labels = latents.labels[here]
+    return values[labels >= 0].numpy(), labels[labels >= 0].numpy()

@@ -1,0 +1,62 @@
+"""Modalities removed from rows on purpose: at random, or more often the larger a row's label is."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from dmvae.batch import Batch
+from dmvae.metrics import has
+from dmvae.noise import chain, row_keys, standard_normal
+
+Mechanism = Literal["random", "label"]
+
+
+def without(batch: Batch, *names: str) -> Batch:
+    """Return the batch without some modalities."""
+    return replace(
+        batch,
+        data={name: values for name, values in batch.data.items() if name not in names},
+        masks={name: mask for name, mask in (batch.masks or {}).items() if name not in names},
+        # without any data they say how many rows there are
+        ids=torch.arange(len(batch)) if batch.ids is None else batch.ids,
+    )
+
+
+def keep(batch: Batch, kept: Mapping[str, Bool[Tensor, " row"]]) -> Batch:
+    """Return the batch with modalities only where `kept` says so too."""
+    masks = {name: has(batch, name).to(values.device) & kept[name].to(values.device)
+             for name, values in batch.data.items()}  # fmt: skip
+    return replace(batch, masks=masks)
+
+
+def remove(
+    batch: Batch, rate: float | int, mechanism: Mechanism = "random", num_labels: int = 0, seed: int = 0
+) -> Batch:
+    """Remove each modality of each row with a probability whose mean is `rate`; a row may lose everything.
+
+    Not at random (`label`) the probability grows with the label, from none up to rate 0.5, and to all above:
+
+        p = 2 rate r                      up to rate 0.5,  r = label / (num_labels - 1)
+        p = 1 - 2 (1 - rate) (1 - r)      above
+
+    What is removed depends on the seed and the row's id alone, and a higher rate removes more of the same.
+
+    Raises:
+        ValueError: for a rate outside [0, 1], or labels that are asked for and not there.
+    """
+    if not 0 <= rate <= 1:
+        raise ValueError(f"a share lies in [0, 1]; got rate={rate}.")
+    probability = torch.full((len(batch),), float(rate), dtype=torch.float64)
+    if mechanism == "label":
+        if batch.labels is None or num_labels < 2:
+            raise ValueError("removing by label needs labelled rows of two classes or more; got rows without.")
+        place = batch.labels.cpu().clamp(0, num_labels - 1).double() / (num_labels - 1)
+        probability = 2 * rate * place if rate <= 0.5 else 1 - 2 * (1 - rate) * (1 - place)
+    ids = torch.arange(len(batch)) if batch.ids is None else batch.ids
+    names = sorted(batch.data)
+    uniform = torch.special.ndtr(standard_normal(chain(seed, row_keys(ids)), len(names), dtype=torch.float64))
+    return keep(batch, {name: uniform[:, place] >= probability for place, name in enumerate(names)})

@@ -1,0 +1,192 @@
+"""Imputation and coherence: the seed's objective against random subsets, the prior against a fitted density.
+
+    python -m tests.benchmarks.quality_table FOLDER [--seeds 3] [--epochs 30] [--data digits views]
+
+Two datasets: the demo's paired digits, and scikit-learn's digits cut into four views of 16 pixels. Each model is judged
+on complete test rows; the table has the mean over training seeds and their spread, and the rivals on the same rows.
+"""
+
+import argparse
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dmvae.batch import Batch
+from dmvae.comparison import first_rows
+from dmvae.config.data import PrepareConfig
+from dmvae.config.training import TrainConfig
+from dmvae.data.dataset import open_dataset
+from dmvae.data.prepare import prepare
+from dmvae.density import LatentDensity
+from dmvae.imputation import held_out_errors, rival_errors, rivals
+from dmvae.latents import collect, fit_density, probe_labels
+from dmvae.metrics import Classifier, Share, classifier_accuracy, conditional_coherence, fit_classifier, joint_coherence
+from dmvae.model import DMVAE
+from dmvae.platform.trainer import resolve
+from dmvae.platform.worker import WorkerData
+from dmvae.training import TrainState, Workers, build_optimizer, train
+
+LEARNED = {"scale": "learned"}
+MODELS: dict[str, dict[str, Any]] = {
+    "digits": {
+        "latent_dim": 10,
+        "modalities_specific_dim": {"mnist": 3, "optdigits": 2},
+        "decoder_dist_params": {"mnist": LEARNED, "optdigits": LEARNED},
+    },
+    "views": {
+        "latent_dim": 12,
+        "modalities_specific_dim": 2,
+        "decoder_dist_params": {f"view{number}": LEARNED for number in range(4)},
+        "architectures": {f"view{number}": {"hidden_dims": [128]} for number in range(4)},
+    },
+}
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What all models of one dataset are judged with."""
+
+    train: Batch
+    test: Batch
+    classifiers: dict[str, Classifier]
+
+    def figures(self, model: DMVAE, density: LatentDensity | None) -> dict[str, float]:
+        """Return imputation error and coverage, coherence of draws and of means, joint coherence: means over pairs."""
+        names = model.config.modalities
+        errors = [held_out_errors(model, self.test, name, 50, density) for name in names]
+        from_others, from_one, of_means = [], [], []
+        for target, classifier in self.classifiers.items():
+            others = [name for name in names if name != target]
+            from_others.append(conditional_coherence(model, self.test, classifier, others, target, density=density))
+            of_means.append(conditional_coherence(model, self.test, classifier, others, target, True, density=density))
+            from_one += [
+                conditional_coherence(model, self.test, classifier, n, target, density=density) for n in others
+            ]
+        return {
+            "rmse": float(np.mean([part.rmse for part in errors])),
+            "cover50": float(np.mean([part.coverage[0] for part in errors])),
+            "cover90": float(np.mean([part.coverage[1] for part in errors])),
+            "coherence 1->1": sum(from_one, Share()).rate,
+            "others->1": sum(from_others, Share()).rate,
+            "means": sum(of_means, Share()).rate,
+            "joint": joint_coherence(model, self.classifiers, density=density).rate,
+        }
+
+
+def make_views(folder: Path, missing: float = 0.3) -> Path:
+    """Write scikit-learn's digits as four standardised quadrants of 16 pixels, a share of them removed but in test."""
+    from sklearn.datasets import load_digits
+
+    digits, rng = load_digits(), np.random.default_rng(0)
+    images, rows = digits.images, len(digits.target)
+    splits = rng.permutation(np.repeat(["train", "val", "test"], [rows - 500, 200, 300]))
+    views, present = {}, rng.random((rows, 4)) >= missing
+    present[np.arange(rows), rng.integers(0, 4, rows)] = True
+    for number in range(4):
+        top, left = 4 * (number // 2), 4 * (number % 2)
+        view = images[:, top : top + 4, left : left + 4].reshape(rows, 16)
+        mean, std = view[splits == "train"].mean(0), view[splits == "train"].std(0)
+        views[f"view{number}"] = ((view - mean) / np.where(std > 0.5, std, 1)).astype(np.float32)
+        views[f"mask.view{number}"] = present[:, number] | (splits == "test")
+    folder.mkdir(parents=True, exist_ok=True)
+    np.savez(folder / "views.npz", id=np.arange(rows), label=digits.target, split=splits, **views)
+    source = {"kind": "npz", "path": str(folder / "views.npz")}
+    return prepare_dataset(folder / "views", source)
+
+
+def prepare_dataset(folder: Path, source: dict[str, Any]) -> Path:
+    """Prepare a dataset unless it is there."""
+    if not (folder / "dataset.json").is_file():
+        config = PrepareConfig.model_validate({"dataset": str(folder), "source": source})
+        prepare(config, progress=lambda text: None)
+    return folder
+
+
+def train_model(dataset: Path, model: dict[str, Any], epochs: int, seed: int) -> DMVAE:
+    """Train in this process and return the model of the best epoch."""
+    tree = {
+        "name": "run",
+        "seed": seed,
+        "data": {"dataset": str(dataset)},
+        "model": model,
+        "training": {"epochs": epochs, "monitor": "joint"},
+    }
+    config = resolve(TrainConfig.model_validate(tree), open_dataset(dataset))
+    torch.manual_seed(seed)
+    trained = DMVAE(config.model)
+    state = TrainState(trained, build_optimizer(trained, config.optim))
+    for _ in train(state, WorkerData(config, 0, 1, torch.float32), config, Workers(trained)):
+        pass
+    return trained.eval()
+
+
+def run(data: str, folder: Path, seeds: int, epochs: int) -> list[dict[str, Any]]:
+    """Train and judge all models of one dataset; print a line for each, then the table."""
+    dataset = make_views(folder) if data == "views" else prepare_dataset(folder / "digits", {"kind": "digits"})
+    opened = open_dataset(dataset)
+    train_rows, test = (
+        first_rows(opened.split(name)) for name in ("train", "test" if data == "views" else "test_complete")
+    )
+    classifiers = {name: fit_classifier(train_rows, name) for name in train_rows.data}
+    judge, records = Judge(train_rows, test, classifiers), []
+    for sources in ("unimodal", "subsets"):
+        for seed in range(seeds):
+            start = time.perf_counter()
+            model = train_model(dataset, MODELS[data] | {"sources": sources}, epochs, seed)
+            seconds = time.perf_counter() - start
+            probes = probe_labels(collect(model, train_rows, True), collect(model, test, True))
+            for latents in ("prior", "density"):
+                density = fit_density(model, train_rows) if latents == "density" else None
+                figures = judge.figures(model, density)
+                figures["probe z_s"] = probes["shared"].rate
+                figures["probe z_p"] = float(np.mean([share.rate for n, share in probes.items() if n != "shared"]))
+                records.append({"sources": sources, "latents": latents, "seed": seed, **figures})
+                print(data, json.dumps(records[-1] | {"train_seconds": round(seconds, 1)}), flush=True)
+    print_table(data, records, judge, total_dims(data))
+    return records
+
+
+def total_dims(data: str) -> int:
+    """Return the number of latent dimensions, shared and private."""
+    private = MODELS[data]["modalities_specific_dim"]
+    return int(MODELS[data]["latent_dim"] + (sum(private.values()) if isinstance(private, dict) else 4 * private))
+
+
+def print_table(data: str, records: list[dict[str, Any]], judge: Judge, latent_dim: int) -> None:
+    """Print means over seeds, the spread behind, and the rivals."""
+    names = [name for name in records[0] if name not in ("sources", "latents", "seed")]
+    print(f"\n{data}: mean over {1 + max(r['seed'] for r in records)} seeds (standard deviation over seeds)")
+    print(f"| {'objective':<9} | {'latents':<8} | " + " | ".join(f"{name:>14}" for name in names) + " |")
+    print("|---|---|" + "---|" * len(names))
+    for sources in ("unimodal", "subsets"):
+        for latents in ("prior", "density"):
+            mine = [r for r in records if (r["sources"], r["latents"]) == (sources, latents)]
+            cells = [f"{np.mean([r[n] for r in mine]):>6.3f} ({np.std([r[n] for r in mine]):.3f})" for n in names]
+            print(f"| {sources:<9} | {latents:<8} | " + " | ".join(f"{cell:>14}" for cell in cells) + " |")
+    for rival, imputer in rivals(judge.train, latent_dim).items():
+        errors = [rival_errors(imputer, judge.test, name).rmse for name in judge.test.data]
+        print(f"rival {rival:<6} rmse {np.mean(errors):.3f}")
+    ceilings = {name: round(classifier_accuracy(c, judge.test, name).rate, 3) for name, c in judge.classifiers.items()}
+    print(f"classifiers on real rows (the ceiling of coherence): {ceilings}\n", flush=True)
+
+
+def main() -> None:
+    """Run what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--data", nargs="+", default=["views", "digits"], choices=sorted(MODELS))
+    chosen = parser.parse_args()
+    torch.set_num_threads(1)
+    for data in chosen.data:
+        run(data, chosen.folder, chosen.seeds, chosen.epochs)
+
+
+if __name__ == "__main__":
+    main()
