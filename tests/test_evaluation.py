@@ -159,7 +159,7 @@ def test_measures_are_judged_with_the_prior_and_the_density(labelled: Path, tmp_
         (["--evaluation.split", "tset"], ["no split 'tset'", "train"]),
         (["--evaluation.modalities", "middle"], ["evaluation.modalities", "['middle']", "'left'"]),
         (["--evaluation.measures", "coherence"], ["labels", "has none"]),
-        (["--density-components", "3"], ["takes effect with measures"]),
+        (["--density-components", "3"], ["takes effect with evaluation.measures"]),
     ],
 )
 def test_bad_input_is_one_message(
