@@ -2,26 +2,23 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import ray
 import torch
 from mlflow import MlflowClient
-from ray.util.state import list_actors
 from safetensors.torch import load_file
 
 from dmvae.config.training import TrainConfig
 from dmvae.model import DMVAE
 from dmvae.platform.evaluation import evaluate_nll
 from dmvae.platform.trainer import RunError, TrainSummary, train_run
+from tests.cluster.kills import KillAt
 from tests.runs import make_config
 
 
@@ -121,35 +118,13 @@ def test_a_finished_run_says_so_and_goes_on_only_with_more_epochs(
         assert words in str(refusal.value)
 
 
-class Killer(threading.Thread):
-    """Kill one training worker of this cluster with SIGKILL once the run has written two checkpoints."""
-
-    def __init__(self, run_dir: Path) -> None:
-        super().__init__(daemon=True)
-        self.checkpoints, self.killed = run_dir / "checkpoints", False
-        self.others = workers()  # of earlier runs, not gone yet
-
-    def run(self) -> None:
-        while len(list(self.checkpoints.glob("checkpoint_[0-9]*"))) < 2:
-            time.sleep(0.02)
-        os.kill((workers() - self.others).pop(), signal.SIGKILL)
-        self.killed = True
-
-
-def workers() -> set[int]:
-    """Process ids of this cluster's training workers."""
-    here = ray.get_runtime_context().gcs_address  # there may be other clusters on this machine
-    alive = list_actors(here, filters=[("class_name", "=", "RayTrainWorker"), ("state", "=", "ALIVE")])
-    return {actor.pid for actor in alive}
-
-
 def test_a_killed_worker_changes_no_bit_of_the_result(dataset: Path, tmp_path: Path) -> None:
     changes: dict[str, Any] = {"workers": {"num": 2}, "training": {"epochs": 30, "checkpoint_steps": 4}}
     straight, _ = run(make_config(tmp_path, dataset, "straight", **changes))
-    killer = Killer(tmp_path / "runs" / "killed")
-    killer.start()
+    killer = KillAt(tmp_path / "runs" / "killed", step=20)
     killed, screen = run(make_config(tmp_path, dataset, "killed", **changes))
-    assert killer.killed
+    killer.join()
+    assert 20 <= killer.at < 180
     assert any(line.startswith("resuming after") for line in screen)
     assert same_bits(straight, killed)
     for name in ("train/loss", "val/loss"):
