@@ -91,6 +91,7 @@ def small_disk(folder: Path, kilobytes: int) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
+@pytest.mark.acceptance
 def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint_whole(large: Path, tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", 2000) as disk:
         changes: dict[str, Any] = {"training": {"epochs": 3, "checkpoint_steps": 5}, "workers": {"num": 2}}
