@@ -14,7 +14,7 @@ $(READY): pyproject.toml requirements.lock
 	touch $(READY)
 
 demo: $(READY)
-	$(BIN)/python -m jobs.prepare jobs/configs/digits.toml
+	test -d data/digits || $(BIN)/python -m jobs.prepare jobs/configs/digits.toml
 	$(BIN)/python -m jobs.train jobs/configs/train.toml
 
 lint: $(READY)

@@ -6,10 +6,12 @@ Nothing here is a pickle: tensors are safetensors, the rest is JSON.
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from dmvae.model import MODEL_CONFIG, MODEL_WEIGHTS
@@ -20,30 +22,57 @@ RUN_CONFIG = "run.json"
 _OPTIMIZER = "optimizer.safetensors"
 _STATE = "state.json"
 _CHECKSUMS = "checksums.json"
+_FILES = (MODEL_CONFIG, MODEL_WEIGHTS, _OPTIMIZER, RUN_CONFIG, _STATE)
 
 
 class CheckpointError(ValueError):
     """A checkpoint is not whole, or does not belong to what asks for it."""
 
 
-def save(state: TrainState, run: dict[str, Any], folder: Path) -> None:
-    """Write a checkpoint into an empty folder; it counts as one from the moment its last file is there.
+def save(state: TrainState, run: dict[str, Any], folder: Path, report: dict[str, Any] | None = None) -> None:
+    """Write a checkpoint: `folder` appears whole, or not at all.
 
     Args:
         state: of the run.
         run: the resolved configuration with the dataset's fingerprint, as `run.json` keeps it.
-        folder: made if need be.
+        folder: must not exist; until it is whole, it is called `.NAME.partial`.
+        report: figures that belong to it, which `read_report` gives back.
+
+    Raises:
+        OSError: if it cannot be written; what there is of it is removed.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        _write(state, run, report or {}, partial)
+        _flush(partial)
+        partial.rename(folder)
+        _flush(folder.parent)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(error.errno, f"a checkpoint could not be written ({error.strerror})", str(folder)) from error
+    except SafetensorError as error:  # its own word for an OSError
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(f"a checkpoint could not be written ({error}): {folder}") from error
+
+
+def _write(state: TrainState, run: dict[str, Any], report: dict[str, Any], folder: Path) -> None:
     state.model.save(folder)
     save_file(_moments(state), folder / _OPTIMIZER)
     (folder / RUN_CONFIG).write_text(json.dumps(run, indent=2) + "\n")
-    (folder / _STATE).write_text(json.dumps(_counters(state), indent=2) + "\n")
-    names = (MODEL_CONFIG, MODEL_WEIGHTS, _OPTIMIZER, RUN_CONFIG, _STATE)
-    for name in names:
+    (folder / _STATE).write_text(json.dumps(_counters(state) | {"report": report}, indent=2) + "\n")
+    for name in _FILES:
         _flush(folder / name)
-    (folder / _CHECKSUMS).write_text(json.dumps({name: _sha256(folder / name) for name in names}, indent=2) + "\n")
+    checksums = {name: _sha256(folder / name) for name in _FILES}
+    (folder / _CHECKSUMS).write_text(json.dumps(checksums, indent=2) + "\n")
     _flush(folder / _CHECKSUMS)
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    """Return the figures that a checkpoint was written with."""
+    report: dict[str, Any] = json.loads((folder / _STATE).read_text())["report"]
+    return report
 
 
 def load(state: TrainState, folder: Path) -> None:
@@ -65,7 +94,7 @@ def load(state: TrainState, folder: Path) -> None:
     _restore_moments(state, load_file(folder / _OPTIMIZER))
     state.position = Position(**counters["position"])
     state.best, state.epochs_since_best = counters["best"], counters["epochs_since_best"]
-    state.halvings = counters["halvings"]
+    state.halvings, state.skipped = counters["halvings"], counters["skipped"]
     window = torch.tensor(counters["window"], dtype=torch.float64, device=state.model.device)
     state.window = TermSums(state.window.names, window[0], window[1])
 
@@ -80,10 +109,12 @@ def verify(folder: Path) -> None:
         raise CheckpointError(f"a checkpoint has {_CHECKSUMS}, written last; {folder} has none. It was cut off.")
     try:
         checksums = json.loads((folder / _CHECKSUMS).read_text())
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise CheckpointError(f"{folder / _CHECKSUMS} is not JSON ({error}). It was cut off or altered.") from None
-    for name, expected in checksums.items():
-        if not (folder / name).is_file() or _sha256(folder / name) != expected:
+    if not isinstance(checksums, dict) or checksums.keys() != set(_FILES):
+        raise CheckpointError(f"{folder / _CHECKSUMS} does not list {', '.join(_FILES)}. It was altered.")
+    for name in _FILES:
+        if not (folder / name).is_file() or _sha256(folder / name) != checksums[name]:
             raise CheckpointError(f"{folder / name} is not what was written (its checksum differs). It was altered.")
 
 
@@ -93,6 +124,7 @@ def _counters(state: TrainState) -> dict[str, Any]:
         "best": state.best,
         "epochs_since_best": state.epochs_since_best,
         "halvings": state.halvings,
+        "skipped": state.skipped,
         "window": [state.window.total.tolist(), state.window.count.tolist()],
     }
 
@@ -113,7 +145,7 @@ def _restore_moments(state: TrainState, tensors: dict[str, torch.Tensor]) -> Non
         parameter, _, key = name.rpartition("/")
         # Adam counts its steps in float32 whatever the weights are
         target = parameters[parameter]
-        moved = value.to(target.device) if key == "step" else value.to(target.device, target.dtype)
+        moved = value.clone() if key == "step" else value.clone().to(target.device, target.dtype)
         state.optimizer.state[target][key] = moved
 
 
@@ -123,5 +155,8 @@ def _sha256(path: Path) -> str:
 
 
 def _flush(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -27,11 +27,15 @@ class CommandError(Exception):
 
 @dataclass(frozen=True)
 class Verb:
-    """One command: what it does in a line, its configuration, and the function that runs it."""
+    """One command: what it does in a line, its configuration, and the function that runs it.
+
+    Its first argument is a TOML file, unless `first` names the setting that it stands for.
+    """
 
     summary: str
     config: Callable[[], type[Section]]
     run: Callable[[Any], None]
+    first: str | None = None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,7 +58,11 @@ def run_verb(name: str, argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         try:
-            config = parse(VERBS[name].config(), f"dmvae {name}", VERBS[name].summary, argv)
+            verb = VERBS[name]
+            if verb.first is not None and argv and not argv[0].startswith("-"):
+                argv = [f"--{verb.first}", *argv]
+            first = "CONFIG.toml" if verb.first is None else verb.first.upper()
+            config = parse(verb.config(), f"dmvae {name}", verb.summary, argv, first)
         except CommandError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
@@ -66,12 +74,12 @@ def run_verb(name: str, argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("interrupted; what was finished is kept, and the same command goes on from there", file=sys.stderr)
         return 130
     return 0
 
 
-def parse(config: type[S], prog: str, summary: str, argv: Sequence[str]) -> S:
+def parse(config: type[S], prog: str, summary: str, argv: Sequence[str], first: str = "CONFIG.toml") -> S:
     """Read `CONFIG.toml`, lay the flags over it and validate.
 
     Raises:
@@ -82,7 +90,7 @@ def parse(config: type[S], prog: str, summary: str, argv: Sequence[str]) -> S:
 
     file = Path(argv[0]) if argv and not argv[0].startswith("-") else None
     default = None if file is None else read_toml(config, file)
-    usage = f"{summary}\n\nusage: {prog} CONFIG.toml [--flags]; a flag goes before the file's setting."
+    usage = f"{summary}\n\nusage: {prog} {first} [--flags]; a flag goes before the file's setting."
     rest, messages = list(argv[file is not None :]), io.StringIO()
     try:
         with redirect_stderr(messages):
@@ -109,6 +117,8 @@ def read_toml(config: type[S], file: Path) -> S:
         return config.model_validate(tomllib.loads(file.read_text()))
     except FileNotFoundError:
         raise CommandError(f"{file}: there is no such file.") from None
+    except IsADirectoryError:
+        raise CommandError(f"{file}: a configuration is a file; this is a folder.") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise CommandError(f"{file}: not TOML: {error}.") from None
     except ValidationError as error:
@@ -242,5 +252,5 @@ VERBS: dict[str, Verb] = {
     "train": Verb("Train a DMVAE with Ray Train workers; the same command resumes.", _train_config, _train),
     "evaluate": Verb("Estimate the negative log-likelihood of a split under a model.", _evaluate_config, _evaluate),
     "report": Verb("Show a trained model in pictures: PNG files and one HTML page.", _report_config, _report),
-    "sync": Verb("Bring records into MLflow that it missed while it was away.", _sync_config, _sync),
+    "sync": Verb("Bring records into MLflow that it missed while it was away.", _sync_config, _sync, "folder"),
 }

@@ -138,7 +138,8 @@ def joint_nll(
     Args:
         model: in eval mode.
         batch: rows on the model's device.
-        K: decoder rows per modality and row, at least 2; what a fit takes is part of it.
+        K: decoder rows per modality and row, at least 2; what a fit takes is part of it. A row that is estimated
+            afresh takes 5 K in all.
         batch_size_K: draws decoded at once; bounds memory, and changes nothing else.
         seed: of the draws.
         modalities: which to count.

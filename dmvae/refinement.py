@@ -127,7 +127,7 @@ def gauss_newton(rows: Rows, mode: Float[Tensor, "row latent"], iterations: int)
 class RefinedProposal:
     """A `Fit` mixed with a wider one and the encoders' posteriors; see the top of this module.
 
-    The shared latent's components are strata of fixed sizes, a private latent's are chosen at random draw by draw.
+    Its three parts are strata of fixed sizes; within the fit a private latent is at random drawn from its encoder.
     """
 
     def __init__(self, rows: Rows, fit: Fit, num_draws: int) -> None:

@@ -12,18 +12,17 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from dmvae.batch import Batch
+from dmvae.cadence import CheckpointClock
 from dmvae.config.training import OptimConfig, TrainConfig
 from dmvae.model import DMVAE, DMVAEOutput
-from dmvae.noise import chain, row_keys, standard_normal
-from dmvae.objective import Noise, TermSums, negative_bounds, term_names
+from dmvae.noise import chain
+from dmvae.objective import TermSums, term_names
+from dmvae.validation import ACTIVE_VARIANCE, autocast, draw_noise, validate
 
-ACTIVE_VARIANCE = 0.01
-"""A latent dimension is active when its posterior's mean varies more than this over rows (Burda et al. 2016)."""
-_TRAIN, _VALIDATE = 1, 2  # second part of a noise key
+_TRAIN = 1  # second part of a noise key; validation has another
 
 
 class NonFiniteLossError(RuntimeError):
@@ -49,6 +48,7 @@ class TrainState:
         best: the smallest validation figure so far; None before the first.
         epochs_since_best: validations since then.
         halvings: of the learning rate, by the plateau schedule.
+        skipped: steps left out so far because their loss or gradient was not finite.
         window: the training terms since they were last logged, of all workers.
     """
 
@@ -58,6 +58,7 @@ class TrainState:
     best: float | None = None
     epochs_since_best: int = 0
     halvings: int = 0
+    skipped: int = 0
     window: TermSums = field(init=False)
 
     def __post_init__(self) -> None:
@@ -99,6 +100,7 @@ class Workers:
     Attributes:
         num: how many there are; gradients are averaged over them.
         add: sums a float64 tensor over them, the same result on each.
+        clock: seconds that have passed on one of them, the same reading on each; all must ask together.
         forward: the model, wrapped where gradients have to be reduced.
         without_reduction: a context in which backward passes only accumulate.
     """
@@ -106,18 +108,23 @@ class Workers:
     forward: nn.Module
     num: int = 1
     add: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    clock: Callable[[], float] = time.monotonic
     without_reduction: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """One optimiser step: the terms of this worker's rows, and the norm of the global gradient before clipping."""
+    """One optimiser step: the terms of this worker's rows, and the norm of the global gradient before clipping.
+
+    A step whose gradient is not finite has changed nothing and says so in `fault`; it has no terms.
+    """
 
     step: int
     terms: TermSums
     gradient_norm: float
     learning_rate: float
     rows: int
+    fault: str = ""
 
 
 def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
@@ -140,7 +147,8 @@ def train_epoch(
 ) -> Iterator[StepReport]:
     """Train on the shares of one epoch from the state's position on, yielding after every step.
 
-    The gradient is that of the mean row loss of the global batch, however its rows are spread.
+    The gradient is that of the mean row loss of the global batch, however its rows are spread. Where it is not finite,
+    the step is left out as long as `training.skip_nonfinite` allows, on every worker alike.
 
     Raises:
         NonFiniteLossError: on every worker alike, before the weights are touched.
@@ -153,18 +161,26 @@ def train_epoch(
         for group in state.optimizer.param_groups:
             group["lr"] = rate
         state.optimizer.zero_grad(set_to_none=True)
-        _seed_dropout(state, config, share.step)
+        _seed_dropout(state, config, share)
         terms, culprits = _accumulate(state, share, config, workers, done)
         norm = float(nn.utils.clip_grad_norm_(state.model.parameters(), config.optim.clip_norm or math.inf))
-        if not math.isfinite(norm):
-            raise NonFiniteLossError(
-                f"a loss is finite; it is not at epoch {state.position.epoch + 1}, step {share.step + 1}"
-                f"{culprits or ' (the rows of another worker)'}. Lower optim.learning_rate, set optim.clip_norm, or "
-                "look at those rows."
-            )
-        state.optimizer.step()
+        fault = "" if math.isfinite(norm) else _fault(state, share.step, culprits)
+        if fault:
+            if state.skipped >= config.training.skip_nonfinite:
+                raise NonFiniteLossError(
+                    f"{fault}. Lower optim.learning_rate, set optim.clip_norm, look at those rows, or allow a few such "
+                    f"steps to be left out with training.skip_nonfinite (now {config.training.skip_nonfinite})."
+                )
+            state.skipped, terms = state.skipped + 1, _zero_terms(state.model)
+        else:
+            state.optimizer.step()
         state.position = replace(state.position, step=share.step + 1)
-        yield StepReport(share.step, terms, norm, rate, share.global_rows)
+        yield StepReport(share.step, terms, norm, rate, share.global_rows, fault)
+
+
+def _fault(state: TrainState, step: int, culprits: str) -> str:
+    where = f"a loss is finite; it is not at epoch {state.position.epoch + 1}, step {step + 1}"
+    return where + (culprits or " (the rows of another worker, or the gradient alone)")
 
 
 def _accumulate(
@@ -181,8 +197,8 @@ def _accumulate(
         places = torch.arange(share.first + first, share.first + first + len(part))
         keys = chain(config.seed, _TRAIN, state.position.epoch, share.step, places)
         last = first == firsts[-1]
-        with nullcontext() if last else workers.without_reduction(), _autocast(state.model, config):
-            output = workers.forward(part, _noise(state.model, keys), divergence_weight)
+        with nullcontext() if last else workers.without_reduction(), autocast(state.model, config):
+            output = workers.forward(part, draw_noise(state.model, keys), divergence_weight)
             loss = output.row_loss.sum() * (workers.num / share.global_rows)
             if not loss.requires_grad:  # no row of this part has anything: join the reduction with zeros
                 loss = loss + 0.0 * sum(p.sum() for p in state.model.parameters())
@@ -195,22 +211,13 @@ def _accumulate(
     return terms, culprits
 
 
-def _seed_dropout(state: TrainState, config: TrainConfig, step: int) -> None:
-    """Dropout is the only user of torch's global generators; torch.manual_seed would cost more than a small step."""
-    seed = int(chain(config.seed, _TRAIN, state.position.epoch, step)) % 2**63
+def _seed_dropout(state: TrainState, config: TrainConfig, share: Share) -> None:
+    """Seed torch's global generators, which dropout alone uses; workers differ, and a resumed step does not."""
+    seed = int(chain(config.seed, _TRAIN, state.position.epoch, share.step, share.first)) % 2**63
+    # torch.manual_seed would cost more than a small step
     torch.default_generator.manual_seed(seed)
     if state.model.device.type == "cuda":
         torch.cuda.manual_seed(seed)
-
-
-def _noise(model: DMVAE, keys: Tensor) -> Noise:
-    normals = standard_normal(keys.to(model.device), Noise.width(model.config), dtype=model.dtype)
-    return Noise.from_normals(normals, model.config)
-
-
-def _autocast(model: DMVAE, config: TrainConfig) -> AbstractContextManager[Any]:
-    enabled = config.training.precision == "bfloat16"
-    return torch.autocast(model.device.type, torch.bfloat16) if enabled else nullcontext()
 
 
 def _name_culprits(batch: Batch, output: DMVAEOutput) -> str:
@@ -219,53 +226,6 @@ def _name_culprits(batch: Batch, output: DMVAEOutput) -> str:
              if not math.isfinite(value)]  # fmt: skip
     ids = [] if batch.ids is None else batch[rows[:5]].ids.tolist()  # type: ignore[union-attr]
     return f": terms {', '.join(terms)}; {len(rows)} rows, ids {ids}{' and more' if len(rows) > 5 else ''}"
-
-
-def validate(
-    state: TrainState, blocks: Iterable[Batch], config: TrainConfig, workers: Workers
-) -> tuple[dict[str, float], dict[str, Float[Tensor, " dim"]]]:
-    """Evaluate the objective's terms on a split with noise that belongs to the rows, the same every epoch.
-
-    Args:
-        state: whose model is evaluated, in eval mode.
-        blocks: this worker's rows, with ids.
-        config: the seed of the noise, and the precision.
-        workers: whose sums are added.
-
-    Returns:
-        `loss` and each named term in nats per row; and per latent block (`shared`, each modality) the variance over
-        rows of the posterior's mean in each dimension: its activity (Burda et al. 2016).
-    """
-    model = state.model
-    sums = _zero_terms(model)
-    dims = {"shared": model.config.latent_dim, **model.config.private_dims}
-    moments = {name: torch.zeros(3, dim, dtype=torch.float64, device=model.device) for name, dim in dims.items()}
-    model.eval()
-    with torch.no_grad(), _autocast(model, config):
-        for batch in blocks:
-            assert batch.ids is not None
-            observed = model.observe(batch)
-            noise = _noise(model, chain(config.seed, _VALIDATE, row_keys(batch.ids)))
-            sums = (
-                sums + negative_bounds(model.config, observed, model.decode_functions, model.likelihoods, noise).terms
-            )
-            moments["shared"] += _moments(model.combine(observed, len(batch))[0].mean)
-            for name, part in observed.items():
-                moments[name] += _moments(part.private.mean)
-    model.train()
-    means = {name: float(value) for name, value in _add_up(sums, workers).means().items()}
-    loss = sum(means[source] for source in model.config.source_names)
-    return {"loss": loss, **means}, {name: _variance(workers.add(table)) for name, table in moments.items()}
-
-
-def _moments(mean: Float[Tensor, "row dim"]) -> Float[Tensor, "3 dim"]:
-    mean = mean.double()
-    return torch.stack((torch.ones_like(mean).sum(0), mean.sum(0), mean.square().sum(0)))
-
-
-def _variance(moments: Float[Tensor, "3 dim"]) -> Float[Tensor, " dim"]:
-    count = moments[0].clamp(min=1)
-    return moments[2] / count - (moments[1] / count).square()
 
 
 def _zero_terms(model: DMVAE) -> TermSums:
@@ -317,6 +277,14 @@ class EpochEnded(Logged):
 
 
 @dataclass(frozen=True)
+class StepSkipped:
+    """A step was left out on every worker; `fault` says why, as far as this worker knows."""
+
+    global_step: int
+    fault: str
+
+
+@dataclass(frozen=True)
 class CheckpointDue:
     """The state is whole and asks to be written down."""
 
@@ -333,23 +301,27 @@ def is_finished(state: TrainState, config: TrainConfig) -> bool:
 
 def train(
     state: TrainState, data: TrainingData, config: TrainConfig, workers: Workers
-) -> Iterator[Logged | EpochEnded | CheckpointDue]:
+) -> Iterator[Logged | EpochEnded | StepSkipped | CheckpointDue]:
     """Train until the run is finished, from wherever the state stands; all workers yield the same events.
 
     Raises:
         NonFiniteLossError: on every worker alike.
     """
+    steps = data.steps_per_epoch
+    done = state.position.epoch * steps + state.position.step
+    clock = CheckpointClock(config.training, workers.clock, done)
     while not is_finished(state, config):
         epoch, start, rows = state.position.epoch, time.perf_counter(), 0
         pending = _zero_terms(state.model)  # this worker's terms that are not yet added up
         shares = data.shares(epoch, state.position.step)
-        for report in train_epoch(state, shares, config, workers, data.steps_per_epoch):
+        for report in train_epoch(state, shares, config, workers, steps):
             pending, rows = pending + report.terms, rows + report.rows
-            done = epoch * data.steps_per_epoch + state.position.step
-            at_end = state.position.step == data.steps_per_epoch
-            every = config.training.checkpoint_steps
+            done = epoch * steps + state.position.step
+            at_end = state.position.step == steps
             log_now = at_end or done % config.training.log_steps == 0
-            checkpoint_now = every is not None and done % every == 0 and not at_end
+            checkpoint_now = clock.is_due(done) and not at_end
+            if report.fault:
+                yield StepSkipped(done, report.fault)
             if log_now or checkpoint_now:
                 state.window, pending = state.window + _add_up(pending, workers), _zero_terms(state.model)
             if log_now:
@@ -358,7 +330,7 @@ def train(
             if checkpoint_now:
                 yield CheckpointDue(done, epoch)
         rows_per_second = rows / (time.perf_counter() - start)
-        done, state.position = (epoch + 1) * data.steps_per_epoch, Position(epoch + 1, 0)
+        done, state.position = (epoch + 1) * steps, Position(epoch + 1, 0)
         yield _end_epoch(state, data, config, workers, {"train/rows_per_second": rows_per_second})
         yield CheckpointDue(done, epoch)
 
@@ -370,13 +342,14 @@ def _training_metrics(state: TrainState, report: StepReport) -> dict[str, float]
     means["loss"] = sum(means[source] for source in state.model.config.source_names)
     means |= {f"observed/{name}": counts[f"kl_private/{name}"] / max(counts["joint"], 1) for name in modalities}
     means |= {"gradient_norm": report.gradient_norm, "learning_rate": report.learning_rate}
+    means["skipped_steps"] = state.skipped
     return {f"train/{name}": value for name, value in means.items()}
 
 
 def _end_epoch(
     state: TrainState, data: TrainingData, config: TrainConfig, workers: Workers, metrics: dict[str, float]
 ) -> EpochEnded:
-    figures, variances = validate(state, data.validation_blocks(), config, workers)
+    figures, variances = validate(state.model, data.validation_blocks(), config, workers.add)
     improved = state.record_validation(figures[config.training.monitor], config.optim)
     metrics |= {f"val/{name}": value for name, value in figures.items()}
     metrics |= {f"val/active_units/{block}": int((v > ACTIVE_VARIANCE).sum()) for block, v in variances.items()}

@@ -4,10 +4,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from dmvae.config.data import PrepareConfig
 from dmvae.config.training import TrainConfig
+from dmvae.data.dataset import open_dataset
 from dmvae.data.prepare import prepare
+from dmvae.model import DMVAE
+from dmvae.platform.trainer import resolve
+from dmvae.platform.worker import WorkerData
+from dmvae.training import Logged, TrainState, Workers, build_optimizer, train
 
 
 def make_dataset(folder: Path, rows: int = 240, seed: int = 0, left_in_train: bool = True) -> Path:
@@ -54,3 +60,17 @@ def make_config(folder: Path, dataset: Path, name: str = "run", **changes: Any) 
     for section, change in changes.items():
         tree[section] = {**tree.get(section, {}), **change} if isinstance(change, dict) else change
     return TrainConfig.model_validate(tree)
+
+
+def train_here(config: TrainConfig) -> tuple[TrainState, dict[int, dict[str, float]]]:
+    """Train in this process, without Ray or MLflow; return the end and the figures by step."""
+    resolved = resolve(config, open_dataset(config.data.dataset))
+    dtype = torch.float64 if config.training.precision == "float64" else torch.float32
+    torch.manual_seed(config.seed)
+    model = DMVAE(resolved.model).to(dtype)
+    state = TrainState(model, build_optimizer(model, resolved.optim))
+    figures: dict[int, dict[str, float]] = {}
+    for event in train(state, WorkerData(resolved, 0, 1, dtype), resolved, Workers(model)):
+        if isinstance(event, Logged):
+            figures.setdefault(event.global_step, {}).update(event.metrics)
+    return state, figures

@@ -1,6 +1,8 @@
 """Checkpoints: whole or refused, and never a pickle."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,45 +35,70 @@ def test_a_checkpoint_brings_everything_back(tmp_path: Path) -> None:
     with torch.no_grad():
         for parameter in state.model.parameters():
             parameter.add_(1.0)
-    checkpoint.save(state, {"name": "x"}, tmp_path)
-    checkpoint.load(other, tmp_path)
+    checkpoint.save(state, {"name": "x"}, tmp_path / "c")
+    checkpoint.load(other, tmp_path / "c")
     assert (other.position, other.best, other.epochs_since_best, other.halvings) == (Position(3, 7), 1.5, 2, 1)
     for mine, theirs in zip(state.model.parameters(), other.model.parameters(), strict=True):
         assert torch.equal(mine, theirs)
         moments = state.optimizer.state[mine]
         assert moments
         assert all(torch.equal(value, other.optimizer.state[theirs][key]) for key, value in moments.items())
-    assert json.loads((tmp_path / "run.json").read_text()) == {"name": "x"}
+    assert json.loads((tmp_path / "c" / "run.json").read_text()) == {"name": "x"}
 
 
 def test_a_checkpoint_is_a_model_and_holds_no_pickle(tmp_path: Path) -> None:
     state = make_state()
-    checkpoint.save(state, {}, tmp_path)
-    loaded = DMVAE.load(tmp_path)
+    checkpoint.save(state, {}, tmp_path / "c")
+    loaded = DMVAE.load(tmp_path / "c")
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), state.model.parameters(), strict=True))
-    assert {file.suffix for file in tmp_path.iterdir()} == {".json", ".safetensors"}
+    assert {file.suffix for file in (tmp_path / "c").iterdir()} == {".json", ".safetensors"}
 
 
 @pytest.mark.parametrize(
     "name", ["model.safetensors", "optimizer.safetensors", "state.json", "model.json", "checksums.json"]
 )
-@pytest.mark.parametrize("fault", ["absent", "cut", "flipped"])
-def test_a_broken_checkpoint_is_refused_and_the_file_named(name: str, fault: str, tmp_path: Path) -> None:
-    checkpoint.save(make_state(), {}, tmp_path)
-    file = tmp_path / name
+@pytest.mark.parametrize(("fault", "bit"), [("absent", 0), ("cut", 0), ("flipped", 1), ("flipped", 128)])
+def test_a_broken_checkpoint_is_refused_and_the_file_named(name: str, fault: str, bit: int, tmp_path: Path) -> None:
+    folder = tmp_path / "c"
+    checkpoint.save(make_state(), {}, folder)
+    file = folder / name
     content = bytearray(file.read_bytes())
     if fault == "absent":
         file.unlink()
     elif fault == "cut":
         file.write_bytes(content[: len(content) // 2])
     else:
-        content[len(content) // 2] ^= 1
+        content[len(content) // 2] ^= bit
         file.write_bytes(content)
     with pytest.raises(CheckpointError, match="checksum" if name == "checksums.json" else name):
-        checkpoint.load(make_state(), tmp_path)
+        checkpoint.load(make_state(), folder)
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "{}", '{"../run.json": "0"}'])
+def test_a_list_of_checksums_that_leaves_files_out_is_refused(content: str, tmp_path: Path) -> None:
+    checkpoint.save(make_state(), {}, tmp_path / "c")
+    (tmp_path / "c" / "checksums.json").write_text(content)
+    with pytest.raises(CheckpointError, match="does not list"):
+        checkpoint.verify(tmp_path / "c")
+
+
+def test_a_checkpoint_that_the_disk_does_not_take_leaves_nothing(tmp_path: Path) -> None:
+    program = (
+        "import resource, signal\n"
+        "from pathlib import Path\n"
+        "from dmvae import checkpoint\n"
+        "from tests.test_checkpoint import make_state\n"
+        "state = make_state()\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\n"
+        f"checkpoint.save(state, {{}}, Path({str(tmp_path)!r}, 'c'))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert "could not be written" in done.stderr.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
-    checkpoint.save(make_state(), {}, tmp_path)
+    checkpoint.save(make_state(), {}, tmp_path / "c")
     with pytest.raises(CheckpointError, match="another model"):
-        checkpoint.load(make_state(latent_dim=4), tmp_path)
+        checkpoint.load(make_state(latent_dim=4), tmp_path / "c")

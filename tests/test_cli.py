@@ -99,6 +99,13 @@ def test_a_bad_flag_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "learning-rate" in capsys.readouterr().err
 
 
+def test_sync_takes_a_folder_as_its_only_argument(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_verb("sync", [str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"no spool under {tmp_path}\n"
+    assert run_verb("train", [str(tmp_path)]) == 2
+    assert "a configuration is a file" in capsys.readouterr().err
+
+
 def test_an_absent_file_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_verb("train", ["absent.toml"]) == 2
     assert "absent.toml: there is no such file" in capsys.readouterr().err
@@ -129,6 +136,11 @@ def test_the_lock_pins_what_the_project_asks_for() -> None:
     wanted = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
     names = {name.replace("_", "-").lower() for name in lock}
     for requirement in wanted:
-        name = requirement.split("[")[0].split(">")[0].split("=")[0].strip().lower()
+        name = requirement.split("[")[0].split(">")[0].split("=")[0].strip().replace("_", "-").lower()
         assert name in names | {"dmvae"}, requirement
     assert lock["torch"] == "2.13.0"
+
+
+def test_sync_takes_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_verb("sync", [str(tmp_path)]) == 0
+    assert f"no spool under {tmp_path}" in capsys.readouterr().out

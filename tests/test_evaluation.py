@@ -138,8 +138,8 @@ def test_measures_are_judged_with_the_prior_and_the_density(labelled: Path, tmp_
     model = make_model(tmp_path / "model", {"image": (1, 8, 8), "table": (3,)})
     measures = ["rivals", "coherence", "probes", "imputation", "robustness"]
     config = configure(
-        model, labelled, tmp_path / "out", measures=measures, density_components=2, missing_rates=[0.0, 0.5],
-        evaluation={"split": "test"},
+        model, labelled, tmp_path / "out", density_components=2, missing_rates=[0.0, 0.5],
+        evaluation={"split": "test", "measures": measures},
     )  # fmt: skip
     figures = evaluate(config, quiet)
     for name in (
@@ -158,8 +158,8 @@ def test_measures_are_judged_with_the_prior_and_the_density(labelled: Path, tmp_
         (["--evaluation.num-draws", "1"], ["num_draws", "2", "got 1"]),
         (["--evaluation.split", "tset"], ["no split 'tset'", "train"]),
         (["--evaluation.modalities", "middle"], ["evaluation.modalities", "['middle']", "'left'"]),
-        (["--measures", "coherence"], ["labels", "has none"]),
-        (["--density-components", "3"], ["takes effect with measures"]),
+        (["--evaluation.measures", "coherence"], ["labels", "has none"]),
+        (["--density-components", "3"], ["takes effect with evaluation.measures"]),
     ],
 )
 def test_bad_input_is_one_message(

@@ -1,15 +1,17 @@
 """What is refused before any worker starts, each with one message."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tomli_w
+from pydantic import ValidationError
 
 from dmvae.cli import run_verb
 from dmvae.data.dataset import open_dataset
-from dmvae.platform.trainer import resolve, train_run
+from dmvae.platform.trainer import RunError, resolve, train_run
 from tests.runs import make_config, make_dataset
 
 
@@ -75,3 +77,34 @@ def test_a_broken_shard_stops_a_run_before_it_starts(fault: str, dataset: Path, 
     with pytest.raises(ValueError, match=shard.name):
         train_run(make_config(tmp_path, copy), print)
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_does_not_go_on_with_another_dataset_or_model(dataset: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "runs" / "run"
+    run_dir.mkdir(parents=True)
+    opened = open_dataset(dataset)
+    record = resolve(make_config(tmp_path, dataset), opened).model_dump(mode="json")
+    record["dataset"] = {"fingerprint": opened.manifest.fingerprint}
+    (run_dir / "run.json").write_text(json.dumps(record))
+    other = make_dataset(tmp_path / "other", seed=1)
+    now = open_dataset(other).manifest.fingerprint
+    with pytest.raises(RunError) as refusal:
+        train_run(make_config(tmp_path, other, model={"latent_dim": 16}), print)
+    assert f"dataset.fingerprint: '{opened.manifest.fingerprint}' in the run, '{now}' asked for" in str(refusal.value)
+    assert "model.latent_dim: 2 in the run, 16 asked for" in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("workers", "words"),
+    [
+        ({"num": 2, "min_num": 3}, "min_num is at most num; got min_num=3 and num=2"),
+        ({"num": 2, "resize_seconds": 5.0}, "resize_seconds takes effect with min_num"),
+        ({"num": True}, "a number is no truth value"),
+        ({"cpus": 1e300}, "less than or equal to 4096"),
+    ],
+)
+def test_numbers_of_workers_that_cannot_be_are_refused(
+    workers: dict[str, Any], words: str, dataset: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValidationError, match=words):
+        make_config(tmp_path, dataset, workers=workers)

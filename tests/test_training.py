@@ -21,6 +21,7 @@ from dmvae.training import (
     Logged,
     NonFiniteLossError,
     Share,
+    StepSkipped,
     TrainState,
     Workers,
     build_optimizer,
@@ -113,9 +114,10 @@ def test_gradients_of_workers_add_up_to_the_global_batch_whatever_their_number(d
         return total
 
     alone = gradient(1)
-    for num in (2, 3, 40):  # the last batch has 8 rows: with 40 workers most have none
+    for num in (2, 3, 40):  # the last batch has fewer rows than 40: some workers have none
+        together = gradient(num)
         for name, expected in alone.items():
-            torch.testing.assert_close(gradient(num)[name], expected, rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(together[name], expected, rtol=1e-9, atol=1e-12)
 
 
 class _Still(torch.optim.SGD):
@@ -186,6 +188,78 @@ def test_a_loss_that_is_not_finite_names_epoch_step_terms_and_rows_and_leaves_th
     with pytest.raises(NonFiniteLossError, match=r"epoch 1, step 1: terms .*log_likelihood/joint/left.*1 rows, ids \["):
         next(train_epoch(state, spoil(), config, Workers(state.model), 6))
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(state).items())
+
+
+def spoilt(data: WorkerData, steps: set[int]) -> WorkerData:
+    """Data in which one row of some steps of every epoch has a value that makes the loss infinite."""
+    original = data.shares
+
+    def shares(epoch: int, first_step: int) -> Iterator[Share]:
+        for share in original(epoch, first_step):
+            left = share.batch.data["left"].clone()
+            if share.step in steps:
+                left[share.batch.masks["left"].nonzero()[0]] = 1e300
+            yield replace(share, batch=replace(share.batch, data={**share.batch.data, "left": left}))
+
+    data.shares = shares  # type: ignore[method-assign]
+    return data
+
+
+def test_steps_without_a_finite_loss_are_left_out_and_counted_up_to_the_limit(dataset: Path, tmp_path: Path) -> None:
+    config = configure(dataset, training={"skip_nonfinite": 3})
+    state = build(config)
+    events, before = [], weights(state)
+
+    def go() -> None:
+        for event in train(state, spoilt(read(config), {0, 3}), config, Workers(state.model)):
+            events.append(event)
+            if isinstance(event, StepSkipped) and event.global_step == 1:
+                assert all(torch.equal(tensor, before[name]) for name, tensor in weights(state).items())
+                checkpoint.save(state, {}, tmp_path / "c")
+
+    with pytest.raises(NonFiniteLossError, match=r"epoch 2, step 4: .*training.skip_nonfinite \(now 3\)"):
+        go()
+    skipped = [event for event in events if isinstance(event, StepSkipped)]
+    assert [event.global_step for event in skipped] == [1, 4, 7]
+    assert "log_likelihood/joint/left" in skipped[0].fault
+    assert "1 rows, ids [" in skipped[0].fault
+    logged = [event for event in events if type(event) is Logged]
+    assert [event.metrics["train/skipped_steps"] for event in logged] == [1, 1, 1, 2, 2, 2, 3, 3, 3]
+    finite = [event.metrics["train/loss"] for event in logged if event.global_step not in (1, 4, 7)]
+    assert all(map(math.isfinite, finite))
+    resumed = build(config)
+    checkpoint.load(resumed, tmp_path / "c")
+    assert resumed.skipped == 1, "the limit is of the run, not of the process"
+
+
+def with_log_variances(config: TrainConfig, value: float) -> TrainState:
+    """A model in float32 whose encoders begin with one log-variance, shared and private."""
+    torch.manual_seed(0)
+    model = DMVAE(config.model)
+    with torch.no_grad():
+        for name, encoder in model.encoders.items():
+            shared, private = config.model.latent_dim, config.model.private_dims[name]
+            for part in encoder.heads.bias.split([shared, shared, private, private])[1::2]:
+                part.fill_(value)
+    return TrainState(model, build_optimizer(model, config.optim))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("log_var", [-120.0, 30.0])
+def test_extreme_log_variances_train(log_var: float, precision: str, dataset: Path) -> None:
+    config = configure(dataset, training={"precision": precision, "epochs": 1}, optim={"clip_norm": 1.0})
+    state = with_log_variances(config, log_var)
+    events = list(train(state, WorkerData(config, 0, 1, torch.float32), config, Workers(state.model)))
+    assert all(torch.isfinite(parameter).all() for parameter in state.model.parameters())
+    assert all(math.isfinite(e.metrics["train/gradient_norm"]) for e in events if type(e) is Logged)
+
+
+def test_a_divergence_beyond_the_numbers_is_named_as_the_culprit(dataset: Path) -> None:
+    """exp(120), a variance and a term of the divergence, is more than float32 holds."""
+    config = configure(dataset, training={"precision": "float32"})
+    state = with_log_variances(config, 120.0)
+    with pytest.raises(NonFiniteLossError, match=r"terms .*kl_shared/left.*kl_private/left.* rows, ids \["):
+        list(train(state, WorkerData(config, 0, 1, torch.float32), config, Workers(state.model)))
 
 
 def test_bfloat16_trains(dataset: Path) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from dmvae.config.section import ModalityName, Name, Section
+from dmvae.config.section import ModalityName, Name, Section, Seed, Size
 
 
 class DataConfig(Section):
@@ -24,8 +24,8 @@ class DataConfig(Section):
     dataset: str = Field(min_length=1)
     train_split: Name = "train"
     val_split: Name = "val"
-    streams: int | None = Field(default=None, ge=1)
-    window_rows: int | None = Field(default=None, ge=1)
+    streams: Size | None = None
+    window_rows: Size | None = None
 
 
 class NpzSource(Section):
@@ -92,7 +92,7 @@ class PrepareConfig(Section):
 
     dataset: str = Field(min_length=1)
     source: Source
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
     scaling: dict[ModalityName, Literal["none", "standardise"]] = Field(default_factory=dict)
     partial: Literal["refuse", "drop", "mean"] = "refuse"
     splits: dict[Name, float] | None = None

@@ -2,9 +2,9 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
-from dmvae.config.section import ModalityName, Name, Section
+from dmvae.config.section import Count, ModalityName, Name, Section, Seed, Size
 
 Measure = Literal["rivals", "coherence", "probes", "imputation", "robustness"]
 Rate = Annotated[float, Field(ge=0, le=1)]
@@ -17,17 +17,20 @@ class EvaluationConfig(Section):
     """The rows to judge on."""
     num_draws: Annotated[int, Field(ge=2)] = 1000
     """Decoder rows spent per modality and row: the field's K."""
-    chunk: PositiveInt = 100
+    chunk: Size = 100
     """Draws decoded at once; bounds memory."""
     proposal: Literal["refined", "encoder"] = "refined"
     """Where latents are drawn from: a Gaussian fitted to each row's posterior, or the encoders' posterior."""
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     """Of the draws; a row's draws depend on it and the row's id alone."""
     modalities: tuple[ModalityName, ...] | None = None
     """Whose joint NLL is estimated; None: all that a row has."""
     each_modality: bool = False
     """Also the marginal NLL of each modality, and its conditional NLL given what else the row has; about three times
     the work with two modalities, 2 M + 1 times with M."""
+    measures: tuple[Measure, ...] = ()
+    """What else to judge: `rivals` (the NLL of PCA), `coherence`, `probes` (of labels), `imputation` (beside
+    the training mean, ridge regression and PCA), `robustness` (imputation and coherence as modalities are removed)."""
 
 
 class EvaluateConfig(Section):
@@ -37,15 +40,12 @@ class EvaluateConfig(Section):
     """A model's or a checkpoint's folder."""
     dataset: str
     """A dataset's folder."""
-    workers: PositiveInt = 1
+    workers: Size = 1
     """Processes; with more than one, Ray tasks of one CPU each. The figures do not depend on it."""
     output: str | None = None
     """The folder of `rows.parquet` and `summary.json`; the same command goes on with what is there. None: a folder
     `evaluation-SPLIT` in the model's."""
-    measures: tuple[Measure, ...] = ()
-    """What else to judge: `rivals` (the NLL of PCA), `coherence`, `probes` (of labels), `imputation` (beside
-    the training mean, ridge regression and PCA), `robustness` (imputation and coherence as modalities are removed)."""
-    density_components: NonNegativeInt = 0
+    density_components: Count = 0
     """Gaussians of a density fitted to the training rows' latents; measures are then taken with it too. 0: none."""
     missing_rates: tuple[Rate, ...] = (0.0, 0.25, 0.5, 0.75)
     """Of robustness: shares of the modalities that are removed."""
@@ -56,9 +56,9 @@ class EvaluateConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "EvaluateConfig":
-        if self.density_components and not self.measures:
+        if self.density_components and not self.evaluation.measures:
             raise ValueError(
-                f"density_components takes effect with measures; got {self.density_components} without any. "
+                f"density_components takes effect with evaluation.measures; got {self.density_components} without any. "
                 "Name some, or remove it."
             )
         return self

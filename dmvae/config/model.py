@@ -3,11 +3,11 @@
 import math
 from typing import Any, Literal, TypeVar
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 
-from dmvae.config.section import ModalityName, Section
+from dmvae.config.section import ModalityName, Section, Size
 
-Shape = tuple[PositiveInt, ...]
+Shape = tuple[Size, ...]
 T = TypeVar("T", int, float)
 
 DEFAULT_SUBSETS = 2
@@ -42,17 +42,17 @@ class DMVAEConfig(Section):
     Source: Lee & Pavlovic 2021; names of the MultiVae documentation.
     """
 
-    n_modalities: PositiveInt | None = None
+    n_modalities: Size | None = None
     """May be left out when `input_dims` is given."""
-    latent_dim: PositiveInt = 10
+    latent_dim: Size = 10
     """Dimension of the shared latent."""
     input_dims: dict[ModalityName, Shape] | None = None
     """Shape of one row of each modality; a training job fills it from the dataset."""
-    modalities_specific_dim: dict[ModalityName, PositiveInt] | PositiveInt = 2
+    modalities_specific_dim: dict[ModalityName, Size] | Size = 2
     """Dimension of the private latents."""
     decoders_dist: dict[ModalityName, str] | None = None
     """`normal` (the default), `laplace`, `bernoulli`, `categorical`, or a registered name, per modality."""
-    decoder_dist_params: dict[ModalityName, dict[str, PositiveInt | PositiveFloat | Literal["learned"]]] | None = None
+    decoder_dist_params: dict[ModalityName, dict[str, Size | PositiveFloat | Literal["learned"]]] | None = None
     """`scale` of normal and laplace: a number (default 1) or "learned"; `classes` of categorical."""
     uses_likelihood_rescaling: bool = False
     rescale_factors: dict[ModalityName, NonNegativeFloat] | None = None
@@ -64,7 +64,7 @@ class DMVAEConfig(Section):
     sources: Literal["unimodal", "subsets"] = "unimodal"
     """Of the objective, beside the joint posterior: each modality by itself (the seed's), or random subsets of what a
     row has, drawn afresh in every step; these train what prediction from several modalities uses."""
-    num_subsets: PositiveInt = DEFAULT_SUBSETS
+    num_subsets: Size = DEFAULT_SUBSETS
     """How many subsets; of `sources="subsets"` only."""
     architectures: dict[ModalityName, ArchitectureConfig] = Field(default_factory=dict)
     """Network per modality; default an MLP with one hidden layer of 256."""

@@ -1,9 +1,9 @@
 """What every section of a configuration has in common."""
 
 import re
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 _MODALITY = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 RESERVED_NAMES = frozenset({"all", "joint", "shared", "id", "label", "size_factor"})
@@ -39,3 +39,17 @@ def _check_run_name(name: str) -> str:
 
 
 Name = Annotated[str, AfterValidator(_check_run_name)]
+
+
+def _check_is_no_truth_value(number: Any) -> Any:
+    if isinstance(number, bool):
+        raise ValueError(f"a number is no truth value; got {number}. Write, say, {int(number)}.")
+    return number
+
+
+_NoTruthValue = BeforeValidator(_check_is_no_truth_value)
+Size = Annotated[int, _NoTruthValue, Field(gt=0, lt=2**31)]
+"""Of what there is at least one of."""
+Count = Annotated[int, _NoTruthValue, Field(ge=0, lt=2**31)]
+"""Of what there may be none of."""
+Seed = Annotated[int, _NoTruthValue, Field(ge=0, lt=2**63)]

@@ -1,13 +1,13 @@
 """A training run: what `jobs.train` reads."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 
 from dmvae.config.data import DataConfig
 from dmvae.config.evaluation import EvaluationConfig
 from dmvae.config.model import DMVAEConfig
-from dmvae.config.section import Name, Section
+from dmvae.config.section import Count, Name, Section, Seed, Size
 from dmvae.config.tracking import TrackingConfig
 
 
@@ -22,9 +22,9 @@ class OptimConfig(Section):
     """Decoupled; of adamw only."""
     schedule: Literal["constant", "cosine", "plateau"] = "cosine"
     """`cosine` falls to zero at the last step; `plateau` halves after `plateau_epochs` without a better figure."""
-    plateau_epochs: PositiveInt = 5
+    plateau_epochs: Size = 5
     """Of the plateau schedule only."""
-    warmup_steps: NonNegativeInt = 0
+    warmup_steps: Count = 0
     """Steps of linear warm-up of the learning rate."""
     clip_norm: PositiveFloat | None = None
     """Largest norm of the whole gradient; a longer one is scaled down."""
@@ -46,37 +46,55 @@ class OptimConfig(Section):
 class TrainingConfig(Section):
     """The loop: how long, in what batches, and when to stop."""
 
-    epochs: PositiveInt = 20
+    epochs: Size = 20
     """Times that every training row is seen; a finished run goes on when this grows."""
-    batch_size: PositiveInt = 128
+    batch_size: Size = 128
     """Rows of one step over all workers."""
-    micro_batch_size: PositiveInt | None = None
+    micro_batch_size: Size | None = None
     """Rows that a worker decodes at once; bounds memory and changes no result."""
     precision: Literal["float32", "float64", "bfloat16"] = "float32"
     """`bfloat16` is autocast over float32 weights."""
-    divergence_warmup_steps: NonNegativeInt = 0
+    divergence_warmup_steps: Count = 0
     """Steps over which every beta grows linearly from 0 to its value."""
     monitor: str = "loss"
     """The validation figure, smaller is better, that chooses the best checkpoint: `loss`, `joint` or another source."""
-    patience: PositiveInt | None = None
+    patience: Size | None = None
     """Epochs without a better figure after which training stops."""
-    checkpoint_steps: PositiveInt | None = None
+    checkpoint_steps: Size | None = None
     """Checkpoint also every so many steps within an epoch."""
-    log_steps: PositiveInt = 50
+    checkpoint_seconds: PositiveFloat | None = None
+    """Checkpoint also about so many seconds after the last checkpoint, within an epoch."""
+    skip_nonfinite: Count = 0
+    """Steps of a run that may be left out because their loss or gradient is not finite; one more ends the run."""
+    log_steps: Size = 50
     """Record the training terms every so many steps."""
 
 
 class WorkersConfig(Section):
     """The processes that train."""
 
-    num: PositiveInt = 1
+    num: Size = 1
     """How many; the result does not depend on it but for rounding."""
+    min_num: Size | None = None
+    """Elastic training: start, and go on after a loss, with as few as this, and with up to `num` when there is room."""
+    resize_seconds: PositiveFloat = 60.0
+    """How often an elastic run looks whether there is room for other numbers of workers."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """`auto` takes GPUs when the cluster has one per worker."""
-    cpus: PositiveFloat = 1.0
+    cpus: Annotated[float, Field(gt=0, le=4096)] = 1.0
     """CPUs of each worker."""
-    max_failures: NonNegativeInt = 3
+    max_failures: Count = 3
     """Times that training starts again from its last checkpoint when a worker or a node is lost."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "WorkersConfig":
+        if self.min_num is not None and self.min_num > self.num:
+            raise ValueError(f"min_num is at most num; got min_num={self.min_num} and num={self.num}. Raise num.")
+        if "resize_seconds" in self.model_fields_set and self.min_num is None and self.resize_seconds != 60.0:
+            raise ValueError(
+                f"resize_seconds takes effect with min_num; got {self.resize_seconds} alone. Set min_num, or remove it."
+            )
+        return self
 
 
 class TrainConfig(Section):
@@ -84,7 +102,7 @@ class TrainConfig(Section):
 
     name: Name
     """Of the run: its folder is `runs_dir/name`, and the same name resumes it."""
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     """Of the weights, the order of rows and all noise."""
     runs_dir: str = "runs"
     """The folder of all runs."""

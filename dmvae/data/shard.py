@@ -24,8 +24,10 @@ def open_reader(path: Path) -> tuple[pa.ipc.RecordBatchFileReader, pa.Buffer]:
     try:
         with pa.memory_map(str(path)) as source:
             buffer = source.read_buffer(source.size())
-        return pa.ipc.open_file(buffer), buffer
-    except (pa.ArrowException, OSError) as error:
+        reader = pa.ipc.open_file(buffer)
+        _ = reader.schema.names  # damaged names are no text
+        return reader, buffer
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise DatasetError(
             f"{path}: a shard is an Arrow IPC file (not a stream, not Feather v1); got: {error}. Copy it again from "
             f"where it came, or make the dataset again."
@@ -55,7 +57,10 @@ class MappedShard:
         self.columns: Columns = read_columns(reader.schema, str(path))
         try:
             batches = [reader.get_batch(index) for index in range(reader.num_record_batches)]
-        except (pa.ArrowException, OSError) as error:
+            for batch in batches:
+                batch.validate()  # buffers as long as their arrays need
+                batch.column("id").validate(full=True)  # strings that lie in their buffer
+        except (pa.ArrowException, OSError, ValueError) as error:
             raise DatasetError(f"{path}: a shard can be read; got: {error}. Copy it again.") from error
         sizes = np.array([batch.num_rows for batch in batches], dtype=np.int64)
         self.rows = int(sizes.sum())

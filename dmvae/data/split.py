@@ -129,13 +129,21 @@ class Split:
             if full:
                 _check_rows_have_something(self._map(number))
         if full:
-            names, counts = np.unique(self.ids(), return_counts=True)
-            if (counts > 1).any():
-                raise DatasetError(
-                    f"{self._where}: an id occurs once in a split; got {names[counts > 1][0]} "
-                    f"{counts[counts > 1][0]} times, and {int((counts > 1).sum())} such ids. Make them unique in the "
-                    f"source, and prepare the dataset again."
-                )
+            self.check_ids()
+
+    def check_ids(self) -> None:
+        """Check that no two rows have the same id.
+
+        Raises:
+            DatasetError: naming one that occurs more than once.
+        """
+        names, counts = np.unique(self.ids(), return_counts=True)
+        if (counts > 1).any():
+            raise DatasetError(
+                f"{self._where}: an id occurs once in a split; got {names[counts > 1][0]} "
+                f"{counts[counts > 1][0]} times, and {int((counts > 1).sum())} such ids. Make them unique in the "
+                f"source, and prepare the dataset again."
+            )
 
     @property
     def _where(self) -> str:

@@ -5,6 +5,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,21 @@ def evaluate_nll(
     return NLLTable(columns)
 
 
+@dataclass(frozen=True)
+class Extras:
+    """What `jobs.evaluate` adds to the judgement at the end of a run.
+
+    Attributes:
+        output: a folder for per-row results, which the same command goes on with.
+        density_components: Gaussians of a density fitted to the training rows' latents; 0: the prior alone.
+        missing_rates: of the measure `robustness`.
+    """
+
+    output: Path | None = None
+    density_components: int = 0
+    missing_rates: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75)
+
+
 class _Evaluator:
     """A process's model and rows; the unit of work is a block of rows."""
 
@@ -215,71 +231,88 @@ def _estimates(
     yield from pool.map_unordered(lambda evaluator, number: evaluator.estimate.remote(number), list(todo))
 
 
+def judge(
+    model_dir: Path,
+    dataset: Dataset,
+    config: EvaluationConfig,
+    train_split: str,
+    workers: int,
+    progress: Callable[[str], None],
+    extras: Extras | None = None,
+) -> dict[str, float]:
+    """Return the NLL of a split and the measures that were asked for; every name begins with the split's.
+
+    Args:
+        model_dir: a model's or a checkpoint's folder.
+        dataset: with the model's modalities.
+        config: split, draws, proposal, seed, measures.
+        train_split: what rivals, classifiers and densities are fitted to.
+        workers: as in `evaluate_nll`.
+        progress: gets lines for a person.
+        extras: what `jobs.evaluate` asks for beyond that.
+
+    Raises:
+        ValueError: if labels are needed and not there, or a modality is unknown.
+    """
+    extras = extras or Extras()
+    model, split = DMVAE.load(model_dir), dataset.split(config.split)
+    _check_modalities(model, config)
+    quality = Quality(model, dataset.split(train_split), split)
+    if {"coherence", "probes"} & set(config.measures):
+        quality.check_labels()
+    progress(f"NLL of {config.split}: {len(split):,} rows, {config.num_draws} draws each")
+    show = Progress(progress, f"NLL of {config.split}")
+    store = None if extras.output is None else RowStore(extras.output, _key(model_dir, config, dataset))
+    table = evaluate_nll(model_dir, str(dataset.path), config, workers, show, store)
+    figures = table.summary()
+    if extras.density_components:
+        progress("fitting a density to the training rows' latents")
+        density = fit_density(model, quality.fit_rows, extras.density_components, config.seed)
+        if extras.output is not None:
+            density.save(extras.output)
+        quality = replace(quality, density=density)
+    for measure in config.measures:
+        progress(f"judging {measure}")
+        if measure == "rivals":
+            whole = config.modalities is None and table.is_density
+            figures |= quality.rivals(table.columns["nll"]) if whole else {}
+        elif measure == "robustness":
+            figures |= quality.robustness(extras.missing_rates)
+        else:
+            figures |= getattr(quality, measure)()
+    return {f"{config.split}/{name}": value for name, value in figures.items()}
+
+
 def evaluate(config: EvaluateConfig, progress: Callable[[str], None]) -> dict[str, float]:
     """Run `jobs.evaluate`: the summary of the split's NLL under a model, and the measures that were asked for.
 
     Raises:
         ValueError: if model and dataset do not fit, the split does not exist, or labels are needed and not there.
     """
-    model, dataset = DMVAE.load(config.model), open_dataset(config.dataset)
-    check_fit(model, dataset)
-    _check_modalities(model, config.evaluation)
-    split = dataset.split(config.evaluation.split)
-    quality = Quality(model, dataset.split(config.train_split), split)
-    if {"coherence", "probes"} & set(config.measures):
-        quality.check_labels()
+    dataset = open_dataset(config.dataset)
+    check_fit(DMVAE.load(config.model), dataset)
+    for name, info in dataset.manifest.modalities.items():
+        if info.log_jacobian:
+            progress(f"{name}: add {info.log_jacobian:.3f} nats a row that has it for the NLL of the stored values")
     output = Path(config.output or Path(config.model, f"evaluation-{config.evaluation.split}"))
-    _announce(config, dataset, len(split), progress)
-    store = RowStore(output, _key(config, dataset))
-    show = Progress(progress, "evaluating")
-    if config.workers == 1:
-        table = evaluate_nll(Path(config.model), config.dataset, config.evaluation, 1, show, store)
-    else:
-        with local_cluster(config.workers):
-            table = evaluate_nll(Path(config.model), config.dataset, config.evaluation, config.workers, show, store)
-    figures = table.summary() | _measure(config, quality, table, output, progress)
-    figures = {f"{config.evaluation.split}/{name}": value for name, value in figures.items()}
+    extras = Extras(output, config.density_components, config.missing_rates)
+    with local_cluster(config.workers) if config.workers > 1 else nullcontext():
+        figures = judge(
+            Path(config.model), dataset, config.evaluation, config.train_split, config.workers, progress, extras
+        )
     summary = {"figures": figures, "settings": config.model_dump(mode="json")}
     write_atomically(output / "summary.json", json.dumps(summary, indent=2) + "\n")
-    progress(f"per row   {store.file}")
+    progress(f"per row   {output / 'rows.parquet'}")
     progress(f"summary   {output / 'summary.json'}")
     return figures
 
 
-def _measure(
-    config: EvaluateConfig, quality: Quality, table: NLLTable, output: Path, progress: Callable[[str], None]
-) -> dict[str, float]:
-    if config.density_components:
-        progress("fitting a density to the training rows' latents")
-        density = fit_density(quality.model, quality.fit_rows, config.density_components, config.evaluation.seed)
-        density.save(output)
-        quality = replace(quality, density=density)
-    figures: dict[str, float] = {}
-    for measure in config.measures:
-        progress(f"judging {measure}")
-        if measure == "rivals":
-            whole = config.evaluation.modalities is None and table.is_density
-            figures |= quality.rivals(table.columns["nll"]) if whole else {}
-        elif measure == "robustness":
-            figures |= quality.robustness(config.missing_rates)
-        else:
-            figures |= getattr(quality, measure)()
-    return figures
-
-
-def _announce(config: EvaluateConfig, dataset: Dataset, rows: int, progress: Callable[[str], None]) -> None:
-    progress(f"{rows:,} rows of {config.evaluation.split}, {config.evaluation.num_draws} draws each")
-    for name, info in dataset.manifest.modalities.items():
-        if info.log_jacobian:
-            progress(f"{name}: add {info.log_jacobian:.3f} nats a row that has it for the NLL of the stored values")
-
-
-def _key(config: EvaluateConfig, dataset: Dataset) -> str:
+def _key(model_dir: Path, config: EvaluationConfig, dataset: Dataset) -> str:
     """Name all that per-row figures depend on: the model's files, the dataset and the estimate's settings."""
-    weights = [hashlib.sha256(Path(config.model, name).read_bytes()).hexdigest()
+    weights = [hashlib.sha256((model_dir / name).read_bytes()).hexdigest()
                for name in (MODEL_CONFIG, MODEL_WEIGHTS)]  # fmt: skip
     # the chunk changes no draw, only the last bits of sums
-    settings = config.evaluation.model_dump(mode="json", exclude={"chunk"})
+    settings = config.model_dump(mode="json", exclude={"chunk", "measures"})
     return json.dumps([*weights, dataset.manifest.fingerprint, settings], sort_keys=True)
 
 

@@ -1,5 +1,6 @@
 """A file of JSON lines that a background thread delivers, and the lock that lets one process at a time do so."""
 
+import errno
 import fcntl
 import json
 import logging
@@ -72,7 +73,7 @@ class Lane:
     def __init__(self, path: Path, deliver: Callable[[list[Entry]], list[Entry]], batch_size: int) -> None:
         self.path, self._deliver, self._batch_size = path, deliver, batch_size
         self._offset_path = path.with_suffix(".offset")
-        self._file = path.open("ab")
+        self._file = path.open("ab", buffering=0)
         self._size = self._cut_torn_line()
         offset = int(self._offset_path.read_text()) if self._offset_path.exists() else 0
         self._offset = min(offset, self._size)
@@ -92,11 +93,20 @@ class Lane:
             yield from map(_parse, file)
 
     def append(self, entry: Entry) -> None:
-        """Add a line and hand it to the operating system; it survives the death of this process."""
+        """Add a line and hand it to the operating system; it survives the death of this process.
+
+        Raises:
+            OSError: if the disk does not take the whole line; nothing of it stays.
+        """
         line = json.dumps(entry).encode() + b"\n"
         with self._lock:
-            self._file.write(line)
-            self._file.flush()
+            try:
+                whole = self._file.write(line) == len(line)
+                if not whole:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+            except OSError as error:
+                self._file.truncate(self._size)
+                raise OSError(error.errno, error.strerror, str(self.path)) from None
             self._size += len(line)
         self._wake.set()
 
@@ -164,7 +174,7 @@ class Lane:
                 continue
             try:
                 self._deliver_some()
-            except UnreachableError as error:
+            except (UnreachableError, OSError) as error:  # a full disk does not take the offset
                 if not away:
                     _log.warning("MLflow does not answer (%s); lines wait in %s until it does", error, self.path)
                 away = True

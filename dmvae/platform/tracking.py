@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from getpass import getuser
 from importlib.metadata import version
 from pathlib import Path
 from platform import python_version
@@ -122,13 +123,13 @@ def open_run(
 def end_run(run: TrackedRun, status: Ending, reason: str = "", timeout_seconds: float | int = 10.0) -> bool:
     """End `run` unless its spool says that it has ended; return whether MLflow has everything, and warn if not."""
     try:
-        spool = run.spool()
-    except TrackingError as error:
+        with run.spool() as spool:
+            if spool.status == "RUNNING":
+                spool.end(status, reason)
+            delivered = spool.close(timeout_seconds)
+    except (TrackingError, OSError) as error:
         _log.warning("the end of run %s (%s) is not recorded: %s", run.run_id, status, error)
         return False
-    if spool.status == "RUNNING":
-        spool.end(status, reason)
-    delivered = spool.close(timeout_seconds)
     if not delivered:
         _log.warning("MLflow does not have all of this run yet; later: python -m jobs.sync %s", run.spool_dir)
     return delivered
@@ -231,7 +232,9 @@ def _open_experiment(uri: str, experiment: str) -> tuple[MlflowClient, str]:
         found = client.get_experiment_by_name(experiment)
         if found is None:
             try:
-                return client, client.create_experiment(experiment, location)
+                # MLflow's pages then show curves and runs first, not language models
+                kind = {"mlflow.experimentKind": "custom_model_development"}
+                return client, client.create_experiment(experiment, location, tags=kind)
             except MlflowException:
                 found = client.get_experiment_by_name(experiment)  # another driver was faster
                 if found is None:
@@ -314,9 +317,10 @@ def _dataset_input(record: DatasetRecord) -> DatasetInput:
 
 
 def _environment() -> dict[str, str]:
-    """Return the versions, the host and, in a checkout, the commit that a run was started with."""
+    """Return the versions, the host, the user and, in a checkout, the commit that a run was started with."""
     versions = {f"version.{name}": version(name) for name in ("torch", "ray", "mlflow")}
-    return {"version.python": python_version(), **versions, "host": gethostname(), **_commit()}
+    source = {"mlflow.source.type": "JOB", "mlflow.source.name": "dmvae", "mlflow.user": getuser()}
+    return {"version.python": python_version(), **versions, "host": gethostname(), **source, **_commit()}
 
 
 def _commit() -> dict[str, str]:

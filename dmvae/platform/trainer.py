@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from ray.train import CheckpointConfig, FailureConfig, Result, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer
+from torch import nn
 
 from dmvae import checkpoint, likelihood
 from dmvae.config.model import DMVAEConfig
@@ -21,16 +21,27 @@ from dmvae.data.manifest import Manifest
 from dmvae.data.split import Split
 from dmvae.model import DMVAE
 from dmvae.objective import term_names
+from dmvae.platform import shelf
 from dmvae.platform.cluster import local_cluster, messages, resources
-from dmvae.platform.evaluation import Progress, evaluate_nll
+from dmvae.platform.evaluation import judge
 from dmvae.platform.lane import write_atomically
 from dmvae.platform.spool import TrackedRun, scrub
 from dmvae.platform.tracking import DatasetRecord, open_run, tracking_uri
 from dmvae.platform.worker import SCORE, WorkerTask, work
 
 _RESULT = "result.json"
+_CHECKPOINTS = "checkpoints"
 # a dataset is known by its fingerprint, wherever it lies
-_MAY_CHANGE = ("training.patience", "training.log_steps", "workers.", "tracking.", "runs_dir", "data.dataset")
+_MAY_CHANGE = (
+    "training.patience",
+    "training.log_steps",
+    "training.checkpoint_",
+    "training.skip_nonfinite",
+    "workers.",
+    "tracking.",
+    "runs_dir",
+    "data.dataset",
+)
 
 
 class RunError(RuntimeError):
@@ -73,10 +84,7 @@ def train_run(config: TrainConfig, progress: Callable[[str], None]) -> TrainSumm
     finished = _read_result(run_dir, resolved)
     if finished is not None:
         return finished
-    for name in (resolved.data.train_split, resolved.data.val_split, resolved.evaluation.split):
-        split = dataset.split(name)
-        split.verify()
-        check_support(resolved.model, split)
+    check_data(resolved, dataset)
     run_dir.mkdir(parents=True, exist_ok=True)
     params = {key: value for key, value in record.items() if key != "dataset"}
     with open_run(
@@ -85,10 +93,19 @@ def train_run(config: TrainConfig, progress: Callable[[str], None]) -> TrainSumm
         write_atomically(run_dir / checkpoint.RUN_CONFIG, json.dumps(record, indent=2) + "\n")
         with local_cluster(math.ceil(resolved.workers.num * resolved.workers.cpus)):
             _announce(resolved, progress)
+            shelf.mend(run_dir / _CHECKPOINTS, progress)
             with messages(progress) as queue:
                 result = _fit(resolved, run_dir, WorkerTask(_absolute(resolved), record, tracked, queue))
-            best = _keep_checkpoints(result, run_dir)
-            metrics = _judge(resolved, run_dir / "best", best, progress)
+            best = _keep_checkpoints(result, run_dir, progress)
+            figures = judge(
+                run_dir / "best",
+                dataset,
+                resolved.evaluation,
+                resolved.data.train_split,
+                resolved.workers.num,
+                progress,
+            )
+        metrics = {f"best/val/{resolved.training.monitor}": best[SCORE], **figures}
         _record(tracked, run_dir, metrics, step=int(best["step"]))
         write_atomically(run_dir / _RESULT, json.dumps(_result(resolved, metrics, tracked), indent=2) + "\n")
     return TrainSummary(run_dir, metrics, tracked.run_id, scrub(tracked.uri), was_finished=False)
@@ -129,11 +146,33 @@ def resolve(config: TrainConfig, dataset: Dataset) -> TrainConfig:
         raise ValueError(
             f"training.monitor names a validation figure; got {config.training.monitor!r}. Known: {', '.join(figures)}."
         )
-    with torch.device("meta"):
-        built = DMVAE(resolved.model)
+    try:
+        with torch.device("meta"):
+            built = DMVAE(resolved.model)
+    except (TypeError, RuntimeError) as error:  # torch's words for sizes beyond 64 bits
+        raise ValueError(
+            f"a model's sizes can be had; got {str(error).splitlines()[0]}. Lower its dimensions."
+        ) from None
     if config.init_from is not None:
         _check_weights(built, config.init_from)
     return resolved
+
+
+def check_data(config: TrainConfig, dataset: Dataset) -> None:
+    """Check the rows that a run reads: what `Split.verify` does, that ids occur once, and `check_support`.
+
+    Args:
+        config: resolved.
+        dataset: its.
+
+    Raises:
+        ValueError: naming the split or shard, the column and the first such row.
+    """
+    for name in (config.data.train_split, config.data.val_split, config.evaluation.split):
+        split = dataset.split(name)
+        split.verify()
+        split.check_ids()
+        check_support(config.model, split)
 
 
 def check_support(config: DMVAEConfig, split: Split) -> None:
@@ -193,8 +232,9 @@ def _check_same_run(run_dir: Path, record: Mapping[str, Any]) -> None:
     if refused:
         lines = "\n".join(f"  {key}: {before.get(key)!r} in the run, {now.get(key)!r} asked for" for key in refused)
         raise RunError(
-            f"a run goes on with the settings that it began with (epochs may grow; workers, tracking, log_steps and "
-            f"patience may change); {run_dir} differs:\n{lines}\nChange them back, or choose another name."
+            f"a run goes on with the settings that it began with (epochs may grow; workers, tracking, patience, "
+            f"log_steps, checkpoint_* and skip_nonfinite may change); {run_dir} differs:\n{lines}\nChange them back, "
+            f"or choose another name."
         )
 
 
@@ -232,32 +272,33 @@ def _dataset_record(config: TrainConfig, dataset: Dataset) -> DatasetRecord:
 def _announce(config: TrainConfig, progress: Callable[[str], None]) -> None:
     workers = config.workers
     device = "GPU" if _use_gpu(config) else "CPU"
-    progress(f"run {config.name}: {workers.num} {device} worker{'s' if workers.num > 1 else ''} starting")
-    wanted, there = workers.num * workers.cpus, resources().get("CPU", 0)
+    number = f"{workers.num}" if workers.min_num is None else f"{workers.min_num} to {workers.num}"
+    progress(f"run {config.name}: {number} {device} worker{'s' if workers.num > 1 else ''} starting")
+    wanted, there = (workers.min_num or workers.num) * workers.cpus, resources().get("CPU", 0)
     if there < wanted:
         progress(f"warning: the cluster has {there:g} CPUs of the {wanted:g} that this run waits for")
+    with torch.device("meta"):
+        layers = DMVAE(config.model).modules()
+    if any(isinstance(layer, nn.Dropout | nn.modules.batchnorm._BatchNorm) for layer in layers):
+        progress("note: with dropout or batch normalisation the result depends on the number of workers")
 
 
 def _fit(config: TrainConfig, run_dir: Path, task: WorkerTask) -> Result:
     trainer = TorchTrainer(
         work,  # type: ignore[arg-type]  # Ray returns what it returns, its annotation says None
         train_loop_config={"task": task},
-        scaling_config=ScalingConfig(
-            num_workers=config.workers.num,
-            use_gpu=_use_gpu(config),
-            resources_per_worker={"CPU": config.workers.cpus},
-        ),
+        scaling_config=_scaling(config),
         run_config=RunConfig(
-            name="checkpoints",
+            name=_CHECKPOINTS,
             storage_path=str(run_dir),
             failure_config=FailureConfig(max_failures=config.workers.max_failures),
-            checkpoint_config=CheckpointConfig(
-                num_to_keep=2, checkpoint_score_attribute=SCORE, checkpoint_score_order="min"
-            ),
+            checkpoint_config=CheckpointConfig(num_to_keep=shelf.NUM_KEPT),
         ),
     )
     try:
         result = trainer.fit()
+    except SystemExit:  # how Ray ends a driver that was interrupted
+        raise KeyboardInterrupt from None
     except TrainingFailedError as error:
         reason = str(error).strip().splitlines()[-1]
         raise RunError(
@@ -269,36 +310,48 @@ def _fit(config: TrainConfig, run_dir: Path, task: WorkerTask) -> Result:
     return result
 
 
+def _scaling(config: TrainConfig) -> ScalingConfig:
+    workers = config.workers
+    return ScalingConfig(  # type: ignore[call-arg]  # typed as Ray's former class
+        num_workers=workers.num if workers.min_num is None else (workers.min_num, workers.num),  # type: ignore[arg-type]
+        use_gpu=_use_gpu(config),
+        resources_per_worker={"CPU": workers.cpus},
+        elastic_resize_monitor_interval_s=workers.resize_seconds,
+    )
+
+
 def _use_gpu(config: TrainConfig) -> bool:
-    gpus = resources().get("GPU", 0)
-    if config.workers.device == "gpu" and gpus < config.workers.num:
+    gpus, wanted = resources().get("GPU", 0), config.workers.min_num or config.workers.num
+    if config.workers.device == "gpu" and gpus < wanted:
         raise RunError(
-            f'workers.device="gpu" needs a GPU per worker; got {gpus:.0f} for {config.workers.num} workers. '
+            f'workers.device="gpu" needs a GPU per worker; got {gpus:.0f} for {wanted} workers. '
             'Use fewer workers, or workers.device="auto".'
         )
-    return config.workers.device != "cpu" and gpus >= config.workers.num
+    return config.workers.device != "cpu" and gpus >= wanted
 
 
-def _keep_checkpoints(result: Result, run_dir: Path) -> dict[str, Any]:
+def _keep_checkpoints(result: Result, run_dir: Path, progress: Callable[[str], None]) -> dict[str, Any]:
     """Copy the best and the last checkpoint to `best/` and `last/`; return the best one's figures."""
-    best, figures = min(result.best_checkpoints or [], key=lambda entry: entry[1][SCORE])
-    for name, entry in (("best", best), ("last", result.checkpoint)):
-        assert entry is not None
-        partial, target = run_dir / f".{name}.partial", run_dir / name
-        shutil.rmtree(partial, ignore_errors=True)
-        entry.to_directory(str(partial))
-        shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
-    return figures
+    reported = [Path(entry.path) for entry, _ in result.best_checkpoints or []]
+    whole = [path for path in reported if _is_whole(path, progress)]
+    best = run_dir / _CHECKPOINTS / shelf.BEST
+    if not _is_whole(best, progress):
+        judged = [path for path in whole if checkpoint.read_report(path)[SCORE] is not None]
+        best = min(judged, key=lambda path: float(checkpoint.read_report(path)[SCORE]), default=best)
+    if not whole or not best.exists():
+        raise RunError(f"a finished run has a whole checkpoint; {run_dir / _CHECKPOINTS} has none. Train it again.")
+    shelf.replace(best, run_dir / "best")
+    shelf.replace(max(whole), run_dir / "last")
+    return checkpoint.read_report(best)
 
 
-def _judge(
-    config: TrainConfig, best: Path, figures: Mapping[str, Any], progress: Callable[[str], None]
-) -> dict[str, float]:
-    show = Progress(progress, f"NLL of {config.evaluation.split}")
-    table = evaluate_nll(best, config.data.dataset, config.evaluation, config.workers.num, show)
-    test = {f"{config.evaluation.split}/{name}": value for name, value in table.summary().items()}
-    return {f"best/val/{config.training.monitor}": figures[SCORE], **test}
+def _is_whole(folder: Path, progress: Callable[[str], None]) -> bool:
+    try:
+        checkpoint.verify(folder)
+    except checkpoint.CheckpointError as error:
+        progress(f"warning: a checkpoint is not kept: {error}")
+        return False
+    return True
 
 
 def _record(tracked: TrackedRun, run_dir: Path, metrics: Mapping[str, float], step: int) -> None:

@@ -1,11 +1,9 @@
 """What one Ray Train worker does, from its first line to its last report."""
 
 import math
-import sys
-import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
+from ray.train import CheckpointUploadMode
 from ray.util.queue import Queue
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -26,6 +25,7 @@ from dmvae.data.loader import read_epoch, read_rows
 from dmvae.data.order import EpochOrder
 from dmvae.data.split import Split
 from dmvae.model import DMVAE
+from dmvae.platform import shelf
 from dmvae.platform.spool import MetricSpool, TrackedRun
 from dmvae.training import (
     CheckpointDue,
@@ -33,6 +33,7 @@ from dmvae.training import (
     Logged,
     NonFiniteLossError,
     Share,
+    StepSkipped,
     TrainState,
     Workers,
     build_optimizer,
@@ -40,9 +41,7 @@ from dmvae.training import (
 )
 
 SCORE = "score"
-"""The reported figure by which Ray keeps checkpoints: smaller is better."""
-_NEVER_BEST = sys.float_info.max
-"""The score of a checkpoint within an epoch, kept as the newest only; Ray's snapshot turns an infinity into null."""
+"""The reported figure that chooses the best checkpoint: smaller is better; None within an epoch."""
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.float32}
 _BLOCK_ROWS = 256
 
@@ -74,22 +73,25 @@ def work(payload: dict[str, Any]) -> dict[str, Any]:
     rank, num = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
     torch.set_num_threads(max(1, int(task.config.workers.cpus)))
-    state, data, fault = None, None, ""
-    try:
-        state = _build_state(task.config, device)
-        data = WorkerData(task.config, rank, num, state.model.dtype)
-        _resume(state, task.queue)
-    except (ValueError, OSError) as error:
-        fault = str(error)
-    fault = _agree(fault, num)
-    if fault or state is None or data is None:
-        return {"failure": fault}
-    workers = Workers(state.model) if num == 1 else _distribute(state.model, num, device)
-    with task.tracked.spool() if rank == 0 else nullcontext() as spool:
+    state, data, spool, fault = None, None, None, ""
+    with ExitStack() as stack:
+        try:
+            state = _build_state(task.config, device)
+            data = WorkerData(task.config, rank, num, state.model.dtype)
+            _resume(state, task.queue)
+            spool = stack.enter_context(task.tracked.spool()) if rank == 0 else None
+        except (ValueError, OSError) as error:
+            fault = str(error)
+        fault = _agree(fault, num)
+        if fault or state is None or data is None:
+            return {"failure": fault}
+        workers = Workers(state.model) if num == 1 else _distribute(state.model, num, device)
         try:
             _train(state, data, task, workers, spool)
         except NonFiniteLossError as error:
             return {"failure": _agree(str(error), num)}
+        except DiskError as error:
+            return {"failure": str(error)}
     return {"epochs": state.position.epoch, "best": state.best}
 
 
@@ -99,16 +101,21 @@ def _train(
     steps = data.steps_per_epoch
     done = state.position.epoch * steps + state.position.step
     recorder = None if spool is None else Recorder(task, spool, task.config.training.epochs * steps, done)
-    score = _NEVER_BEST
+    score, is_best = None, False
     for event in train(state, data, task.config, workers):
         if isinstance(event, CheckpointDue):
-            _report(state, task, event.global_step, score)
-            score = _NEVER_BEST
-            continue
-        if isinstance(event, EpochEnded):
-            score = event.metrics[f"val/{task.config.training.monitor}"]
-        if recorder is not None:
-            recorder.record(event)
+            report = {"step": event.global_step, SCORE: score}
+            _report(state, task, report, is_best, workers.num, recorder)
+            score, is_best = None, False
+        elif isinstance(event, StepSkipped):
+            fault = _agree(event.fault, workers.num)
+            if recorder is not None:
+                recorder.say(f"warning: a step is left out ({state.skipped} so far): {fault}")
+        else:
+            if isinstance(event, EpochEnded):
+                score, is_best = event.metrics[f"val/{task.config.training.monitor}"], event.improved
+            if recorder is not None:
+                recorder.record(event)
 
 
 class WorkerData:
@@ -179,37 +186,77 @@ def _distribute(model: DMVAE, num: int, device: torch.device) -> Workers:
         find_unused_parameters=True,
         gradient_as_bucket_view=True,
     )
-    return Workers(wrapped, num, _sum_over_workers, wrapped.no_sync)
+    return Workers(wrapped, num, _sum_over_workers, _first_workers_clock, wrapped.no_sync)
 
 
-def _report(state: TrainState, task: WorkerTask, step: int, score: float) -> None:
-    """Write a checkpoint (rank 0) and hand it to Ray, which keeps the newest and the best."""
-    metrics = {"step": step, SCORE: score}
-    if ray.train.get_context().get_world_rank() != 0:
-        ray.train.report(metrics)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoint.save(state, task.run, Path(folder))
-        ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
+class DiskError(Exception):
+    """The first worker cannot write; raised on every worker alike."""
+
+
+def _report(
+    state: TrainState,
+    task: WorkerTask,
+    report: dict[str, Any],
+    is_best: bool,
+    num: int,
+    recorder: "Recorder | None",
+) -> None:
+    """Write a checkpoint (rank 0) and tell Ray, once all workers know that it is there.
+
+    Raises:
+        DiskError: if it, or a figure since the last one, could not be written.
+    """
+    folder = Path(ray.train.get_context().get_storage().experiment_fs_path)
+    written, fault = None, ""
+    if recorder is not None:
+        try:
+            recorder.raise_fault()
+            written = shelf.put(state, task.run, report, folder, is_best)
+        except OSError as error:
+            fault = str(error)
+    fault = _agree(fault, num)
+    if fault:
+        raise DiskError(
+            f"a run needs a disk that takes its checkpoints and figures; got {fault}. Make room; the same command goes "
+            f"on from the last checkpoint in {folder}, which is whole."
+        )
+    checkpoint_there = None if written is None else ray.train.Checkpoint.from_directory(str(written))
+    ray.train.report(report, checkpoint=checkpoint_there, checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD)
 
 
 class Recorder:
-    """What rank 0 does with the figures: MLflow's through the spool, a person's on the screen."""
+    """What rank 0 does with the figures: MLflow's through the spool, a person's on the screen.
+
+    A spool that cannot be written does not stop one worker among several; `raise_fault` says so when all can stop.
+    """
 
     def __init__(self, task: WorkerTask, spool: MetricSpool, total_steps: int, done: int) -> None:
         self._training, self._queue, self._spool = task.config.training, task.queue, spool
         self._total_steps, self._first = total_steps, done
         self._start = self._printed = time.monotonic()
         self._loss = math.nan
+        self._fault: OSError | None = None
 
     def record(self, event: Logged) -> None:
         """Take down an event's figures; print a line every epoch, and every ten seconds of a long one."""
-        self._spool.log(event.metrics, event.global_step)
+        try:
+            self._spool.log(event.metrics, event.global_step)
+        except OSError as error:
+            self._fault = error
         self._loss = event.metrics.get("train/loss", self._loss)
         due = time.monotonic() - self._printed > 10
         if isinstance(event, EpochEnded) or due:
-            self._queue.put(self._line(event))
+            self.say(self._line(event))
             self._printed = time.monotonic()
+
+    def say(self, line: str) -> None:
+        """Show a line to the person who waits."""
+        self._queue.put(line)
+
+    def raise_fault(self) -> None:
+        """Raise what kept a figure from being written, if anything did."""
+        if self._fault is not None:
+            raise self._fault
 
     def _line(self, event: Logged) -> str:
         line = f"epoch {event.epoch + 1}/{self._training.epochs}  step {event.global_step}  loss {self._loss:.3f}"
@@ -226,6 +273,12 @@ def _sum_over_workers(tensor: Tensor) -> Tensor:
     total = tensor.clone()
     dist.all_reduce(total)
     return total
+
+
+def _first_workers_clock() -> float:
+    reading = torch.tensor([time.monotonic()], dtype=torch.float64)
+    dist.broadcast(reading, 0)
+    return float(reading)
 
 
 def _agree(message: str, num: int) -> str:

@@ -1,12 +1,6 @@
 """Real runs on a real Ray cluster, recorded in a real MLflow database."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 from mlflow import MlflowClient
-from ray.util.state import list_actors
 from safetensors.torch import load_file
 
 from dmvae.config.training import TrainConfig
 from dmvae.model import DMVAE
 from dmvae.platform.evaluation import evaluate_nll
 from dmvae.platform.trainer import RunError, TrainSummary, train_run
-from tests.runs import make_config
+from tests.cluster.kills import KillAt, logged, start_driver, wait_for
+from tests.runs import make_config, train_here
 
 
 class Screen(list[str]):
@@ -54,13 +48,13 @@ def same_bits(one: TrainSummary, other: TrainSummary) -> bool:
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> tuple[TrainSummary, Screen]:
     folder = tmp_path_factory.mktemp("two")
-    return run(make_config(folder, dataset, workers={"num": 2}, training={"epochs": 3}))
+    return run(make_config(folder, dataset, workers={"num": 2}, training={"epochs": 6}))
 
 
 def test_two_workers_and_one_have_the_same_loss_curve(
     two: tuple[TrainSummary, Screen], dataset: Path, tmp_path: Path
 ) -> None:
-    one, _ = run(make_config(tmp_path, dataset, training={"epochs": 3}))
+    one, _ = run(make_config(tmp_path, dataset, training={"epochs": 6}))
     for name in ("train/loss", "val/loss", "train/gradient_norm"):
         ours, theirs = curve(one, name), curve(two[0], name)
         assert len(ours) >= 3
@@ -90,7 +84,7 @@ def test_a_run_is_recorded_as_a_person_would_look_for_it(two: tuple[TrainSummary
     for kept in ("best", "last"):
         files = {Path(file.path).name for file in client.list_artifacts(summary.run_id, f"checkpoints/{kept}")}
         assert {"model.json", "model.safetensors", "checksums.json", "run.json"} <= files
-    assert any("epoch 3/3" in line and "rows/s" in line and "left" in line for line in screen)
+    assert any("epoch 6/6" in line and "rows/s" in line and "left" in line for line in screen)
 
 
 def test_the_test_figure_is_that_of_the_best_checkpoint_however_many_compute_it(
@@ -110,38 +104,25 @@ def test_a_finished_run_says_so_and_goes_on_only_with_more_epochs(
 ) -> None:
     summary, _ = two
     folder = summary.run_dir.parents[1]
-    again, screen = run(make_config(folder, dataset, workers={"num": 2}, training={"epochs": 3}))
+    again, screen = run(make_config(folder, dataset, workers={"num": 2}, training={"epochs": 6}))
     assert again.was_finished
     assert not screen
     changed = {"training": {"epochs": 2, "batch_size": 16}, "model": {"latent_dim": 3}}
     with pytest.raises(RunError) as refusal:
         train_run(make_config(folder, dataset, **changed), Screen())
-    for words in ("latent_dim: 2 in the run, 3 asked for", "batch_size: 32 in the run, 16", "epochs: 3 in the run, 2"):
+    for words in ("latent_dim: 2 in the run, 3 asked for", "batch_size: 32 in the run, 16", "epochs: 6 in the run, 2"):
         assert words in str(refusal.value)
 
 
-class Killer(threading.Thread):
-    """Kill one training worker of this cluster with SIGKILL once the run has written two checkpoints."""
-
-    def __init__(self, run_dir: Path) -> None:
-        super().__init__(daemon=True)
-        self.checkpoints, self.killed = run_dir / "checkpoints", False
-
-    def run(self) -> None:
-        while len(list(self.checkpoints.glob("checkpoint_*"))) < 2:
-            time.sleep(0.02)
-        workers = list_actors(filters=[("class_name", "=", "RayTrainWorker"), ("state", "=", "ALIVE")])
-        os.kill(workers[-1].pid, signal.SIGKILL)
-        self.killed = True
-
-
-def test_a_killed_worker_changes_no_bit_of_the_result(dataset: Path, tmp_path: Path) -> None:
-    changes: dict[str, Any] = {"workers": {"num": 2}, "training": {"epochs": 30, "checkpoint_steps": 4}}
-    straight, _ = run(make_config(tmp_path, dataset, "straight", **changes))
-    killer = Killer(tmp_path / "runs" / "killed")
-    killer.start()
+def test_a_killed_worker_changes_no_bit_of_the_result(
+    two: tuple[TrainSummary, Screen], dataset: Path, tmp_path: Path
+) -> None:
+    straight, _ = two
+    killer = KillAt(tmp_path / "runs" / "killed", step=10)
+    changes: dict[str, Any] = {"workers": {"num": 2}, "training": {"epochs": 6, "checkpoint_steps": 4}}
     killed, screen = run(make_config(tmp_path, dataset, "killed", **changes))
-    assert killer.killed
+    killer.join()
+    assert 10 <= killer.at < 36
     assert any(line.startswith("resuming after") for line in screen)
     assert same_bits(straight, killed)
     for name in ("train/loss", "val/loss"):
@@ -150,28 +131,19 @@ def test_a_killed_worker_changes_no_bit_of_the_result(dataset: Path, tmp_path: P
 
 def test_a_killed_driver_s_run_goes_on_by_the_same_command(dataset: Path, tmp_path: Path) -> None:
     config = make_config(tmp_path, dataset, training={"epochs": 40, "checkpoint_steps": 2})
-    file = tmp_path / "run.json"
-    file.write_text(config.model_dump_json())
-    program = (
-        "import sys\n"
-        "from pathlib import Path\n"
-        "from dmvae.config.training import TrainConfig\n"
-        "from dmvae.platform.trainer import train_run\n"
-        f"train_run(TrainConfig.model_validate_json(Path({str(file)!r}).read_text()), print)\n"
-    )
-    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-    driver = subprocess.Popen([sys.executable, "-c", program], env=environment, cwd=Path(__file__).parents[2])
-    checkpoints = tmp_path / "runs" / "run" / "checkpoints"
-    while len(list(checkpoints.glob("checkpoint_*"))) < 2:
-        assert driver.poll() is None, "the run ended before it could be killed"
-        time.sleep(0.05)
+    run_dir = tmp_path / "runs" / "run"
+    driver = start_driver(config, tmp_path)
+    wait_for(lambda: logged(run_dir) >= 20)
+    assert driver.poll() is None, "the run ended before it could be killed"
     driver.kill()
     driver.wait()
     resumed, screen = run(config)
     assert any(line.startswith("resuming after") for line in screen)
-    straight, _ = run(make_config(tmp_path, dataset, "straight", training={"epochs": 40, "checkpoint_steps": 2}))
-    assert same_bits(straight, resumed)
-    assert curve(straight, "train/loss") == curve(resumed, "train/loss")
+    state, figures = train_here(config)
+    assert all(torch.equal(tensor, last_weights(resumed)[name]) for name, tensor in state.model.state_dict().items())
+    assert curve(resumed, "train/loss") == [
+        values["train/loss"] for values in figures.values() if "train/loss" in values
+    ]
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_at_once_with_its_place(dataset: Path, tmp_path: Path) -> None:
@@ -183,6 +155,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_at_once_with_its_place(dataset: 
     assert recorded.info.status == "FAILED"
 
 
+@pytest.mark.acceptance
 def test_a_new_run_may_start_from_weights(two: tuple[TrainSummary, Screen], dataset: Path, tmp_path: Path) -> None:
     best = two[0].run_dir / "best"
     config = make_config(tmp_path, dataset, init_from=str(best), optim={"learning_rate": 1e-30})

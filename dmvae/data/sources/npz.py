@@ -1,6 +1,9 @@
 """Rows from the arrays of one `.npz` file; the convention is that of `NpzSource`."""
 
+import struct
+import tokenize
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +31,26 @@ def read_npz(source: NpzSource) -> Rows:
         raise DatasetError(f"{source.path}: {error}") from error
 
 
+# what zipfile and numpy raise on damaged files, by what is damaged
+_UNREADABLE = (
+    ValueError, OSError, EOFError, LookupError, SyntaxError, MemoryError, ArithmeticError, TypeError, RuntimeError,
+    struct.error, tokenize.TokenError, zlib.error, zipfile.BadZipFile,
+)  # fmt: skip
+
+
 def _load(path: Path) -> dict[str, Array]:
     if not path.is_file():
         raise DatasetError(f"a source is a file that exists; got {str(path)!r}. Correct source.path.")
     try:
-        file = np.load(path, allow_pickle=False)
-        if isinstance(file, np.ndarray):
-            raise DatasetError(f"{path}: a source holds named arrays; got one array. Save it with numpy.savez.")
-        with file:
-            return {name: file[name] for name in file.files}
+        with path.open("rb") as stream:
+            file = np.load(stream, allow_pickle=False)
+            if isinstance(file, np.ndarray):
+                raise DatasetError(f"{path}: a source holds named arrays; got one array. Save it with numpy.savez.")
+            with file:
+                return {name: file[name] for name in file.files}
     except DatasetError:
         raise
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except _UNREADABLE as error:
         raise DatasetError(
             f"{path}: a source is an .npz file of numbers and strings; got: {error}. Save it with numpy.savez."
         ) from error

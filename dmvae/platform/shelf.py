@@ -1,0 +1,114 @@
+"""A run's checkpoints on disk, and Ray's list of them.
+
+A checkpoint is written where it stays, under a name that appears when it is whole, and then made known to Ray. Ray
+overwrites its list in place; so before a run starts, the list is made anew from what is there.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
+
+from dmvae import checkpoint
+from dmvae.platform.lane import write_atomically
+from dmvae.training import TrainState
+
+BEST = "best"
+NUM_KEPT = 3
+"""Checkpoints that stay, the newest; the best one has a copy of its own."""
+_PREFIX, _BROKEN = "checkpoint_", "broken_"
+_NAMES = f"{_PREFIX}[0-9]*"  # not Ray's list, which begins alike
+
+
+def put(state: TrainState, run: dict[str, Any], report: dict[str, Any], folder: Path, is_best: bool) -> Path:
+    """Write a checkpoint into `folder`, and a copy as its `best`; return the checkpoint.
+
+    Args:
+        state: of the run.
+        run: as `run.json` keeps it.
+        report: what Ray is told of it, with `step`.
+        folder: of all checkpoints of the run.
+        is_best: whether it is the best so far.
+
+    Raises:
+        OSError: if the disk does not take it; the ones that were there are untouched.
+    """
+    target = _free_name(folder, report["step"])
+    checkpoint.save(state, run, target, report)
+    if is_best:
+        replace(target, folder / BEST)
+    return target
+
+
+def replace(source: Path, target: Path) -> None:
+    """Put a copy of a folder in the place of another, which is there until the copy is whole.
+
+    Raises:
+        OSError: if the disk does not take it.
+    """
+    partial, old = target.with_name(f".{target.name}.partial"), target.with_name(f".{target.name}.old")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(source, partial)
+    except (OSError, shutil.Error) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(f"{target} could not be written: {error}") from error
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    partial.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def mend(folder: Path, say: Callable[[str], None]) -> list[Path]:
+    """Make Ray's list agree with the whole checkpoints in `folder`, and return them, oldest first.
+
+    What a kill left half written is removed. A broken checkpoint is named and set aside.
+    """
+    for left in [*folder.glob(".*.partial"), *folder.glob(".*.old")]:
+        if left.name == f".{BEST}.old" and not (folder / BEST).exists():
+            left.rename(folder / BEST)
+        else:
+            shutil.rmtree(left)
+    whole = []
+    for found in sorted(folder.glob(_NAMES)):
+        try:
+            checkpoint.verify(found)
+            whole.append(found)
+        except checkpoint.CheckpointError as error:
+            say(f"warning: a checkpoint is not used, the one before it is: {error}")
+            shutil.rmtree(folder / f"{_BROKEN}{found.name}", ignore_errors=True)
+            found.rename(folder / f"{_BROKEN}{found.name}")
+    if folder.exists():
+        write_atomically(folder / CHECKPOINT_MANAGER_SNAPSHOT_FILENAME, json.dumps(_snapshot(whole)))
+    return whole
+
+
+def _free_name(folder: Path, step: int) -> Path:
+    """A name sorts by step, then by attempt: Ray would take two reports of one name for one folder."""
+    names = (folder / f"{_PREFIX}{step:010d}_{attempt:03d}" for attempt in range(1000))
+    return next(name for name in names if not name.exists() and not (folder / f"{_BROKEN}{name.name}").exists())
+
+
+def _snapshot(checkpoints: list[Path]) -> dict[str, Any]:
+    """Write what Ray 2.60 reads at the start of a run."""
+    entries = [
+        {"version": 0, "checkpoint_dir_name": path.name, "metrics": checkpoint.read_report(path)}
+        for path in checkpoints
+    ]
+    return {
+        "ray_version": ray.__version__,
+        "checkpoint_results": entries,
+        "checkpoint_report_indices": list(range(len(entries))),
+        "latest_checkpoint_result": entries[-1] if entries else None,
+        "pending_training_results": [],
+        "pending_validation_specs": [],
+        "current_report_index": len(entries),
+        "validated_checkpoint_dir_names": [],
+        "timed_out_validation_checkpoint_dir_names": [],
+        "failed_validation_checkpoint_dir_names": [],
+    }

@@ -1,0 +1,79 @@
+"""The figures of rows that are not trained on: the objective's terms, and how much of the latents is used."""
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from dmvae.batch import Batch
+from dmvae.config.training import TrainConfig
+from dmvae.model import DMVAE
+from dmvae.noise import chain, row_keys, standard_normal
+from dmvae.objective import Noise, TermSums, negative_bounds, term_names
+
+ACTIVE_VARIANCE = 0.01
+"""A latent dimension is active when its posterior's mean varies more than this over rows (Burda et al. 2016)."""
+_VALIDATE = 2  # second part of a noise key; training has another
+
+
+def draw_noise(model: DMVAE, keys: Int64[Tensor, " row"]) -> Noise:
+    """Draw the objective's noise of each row from its key."""
+    normals = standard_normal(keys.to(model.device), Noise.width(model.config), dtype=model.dtype)
+    return Noise.from_normals(normals, model.config)
+
+
+def autocast(model: DMVAE, config: TrainConfig) -> AbstractContextManager[Any]:
+    """Return the context in which the model computes in the precision asked for."""
+    enabled = config.training.precision == "bfloat16"
+    return torch.autocast(model.device.type, torch.bfloat16) if enabled else nullcontext()
+
+
+def validate(
+    model: DMVAE, blocks: Iterable[Batch], config: TrainConfig, add: Callable[[Tensor], Tensor]
+) -> tuple[dict[str, float], dict[str, Float[Tensor, " dim"]]]:
+    """Evaluate the objective's terms on a split with noise that belongs to the rows, the same every epoch.
+
+    Args:
+        model: what is evaluated, in eval mode; it is left in training mode.
+        blocks: this worker's rows, with ids.
+        config: the seed of the noise, and the precision.
+        add: sums a float64 tensor over the workers.
+
+    Returns:
+        `loss` and each named term in nats per row; and per latent block (`shared`, each modality) the variance over
+        rows of the posterior's mean in each dimension: its activity (Burda et al. 2016).
+    """
+    names = term_names(model.config)
+    sums = TermSums(names, *torch.zeros(2, len(names), dtype=torch.float64, device=model.device))
+    dims = {"shared": model.config.latent_dim, **model.config.private_dims}
+    moments = {name: torch.zeros(3, dim, dtype=torch.float64, device=model.device) for name, dim in dims.items()}
+    model.eval()
+    with torch.no_grad(), autocast(model, config):
+        for batch in blocks:
+            assert batch.ids is not None
+            observed = model.observe(batch)
+            noise = draw_noise(model, chain(config.seed, _VALIDATE, row_keys(batch.ids)))
+            sums = (
+                sums + negative_bounds(model.config, observed, model.decode_functions, model.likelihoods, noise).terms
+            )
+            moments["shared"] += _moments(model.combine(observed, len(batch))[0].mean)
+            for name, part in observed.items():
+                moments[name] += _moments(part.private.mean)
+    model.train()
+    total, count = add(torch.stack((sums.total, sums.count)))
+    means = {name: float(value) for name, value in TermSums(names, total, count).means().items()}
+    loss = sum(means[source] for source in model.config.source_names)
+    return {"loss": loss, **means}, {name: _variance(add(table)) for name, table in moments.items()}
+
+
+def _moments(mean: Float[Tensor, "row dim"]) -> Float[Tensor, "3 dim"]:
+    mean = mean.double()
+    return torch.stack((torch.ones_like(mean).sum(0), mean.sum(0), mean.square().sum(0)))
+
+
+def _variance(moments: Float[Tensor, "3 dim"]) -> Float[Tensor, " dim"]:
+    count = moments[0].clamp(min=1)
+    return moments[2] / count - (moments[1] / count).square()

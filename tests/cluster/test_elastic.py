@@ -1,0 +1,121 @@
+"""The run is the same run on any number of workers, and when that number changes in mid-epoch."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+
+from dmvae.config.training import TrainConfig
+from dmvae.platform.cluster import resources
+from dmvae.platform.trainer import RunError, train_run
+from tests.cluster.kills import KillAt, first_worker, logged, metrics_of, start_driver, wait_for, workers
+from tests.runs import make_config, make_dataset, train_here
+
+STEPS = 100
+TOLERANCE = {"float64": 1e-9, "float32": 1e-3}
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """27 steps an epoch."""
+    return make_dataset(tmp_path_factory.mktemp("elastic"), rows=1200)
+
+
+def configure(folder: Path, dataset: Path, precision: str = "float64", **workers: Any) -> TrainConfig:
+    training = {"epochs": 4, "checkpoint_steps": 5, "precision": precision}
+    return make_config(folder, dataset, training=training, workers=workers)
+
+
+def assert_same_curves(run_dir: Path, straight: dict[int, dict[str, float]], tolerance: float) -> None:
+    for name in ("train/loss", "train/kl_shared/joint", "val/loss"):
+        expected = {step: figures[name] for step, figures in straight.items() if name in figures}
+        found = metrics_of(run_dir, name)
+        assert list(found) == list(expected)
+        assert len(found) >= STEPS or name == "val/loss"
+        np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=tolerance)
+
+
+def run_from_two_to_one_to_three(folder: Path, dataset: Path, precision: str) -> list[str]:
+    """Stop a run on 2 workers in mid-epoch, go on with 1, stop it again, and end it with 3."""
+    screen: list[str] = []
+    for num, step in ((2, 12), (1, 40)):
+        killer = KillAt(folder / "runs" / "run", step)
+        with pytest.raises(RunError, match="goes on from the last checkpoint"):
+            train_run(configure(folder, dataset, precision, num=num, max_failures=0), screen.append)
+        killer.join()
+        assert killer.at < STEPS
+    train_run(configure(folder, dataset, precision, num=3), screen.append)
+    return screen
+
+
+def test_a_run_on_two_then_one_then_three_workers_has_the_loss_curve_of_one(dataset: Path, tmp_path: Path) -> None:
+    _, straight = train_here(configure(tmp_path, dataset))
+    screen = run_from_two_to_one_to_three(tmp_path, dataset, "float64")
+    resumed = [line for line in screen if line.startswith("resuming after")]
+    assert len(resumed) == 2
+    assert not any(line.endswith("and 0 steps") for line in resumed), "a change in mid-epoch"
+    assert_same_curves(tmp_path / "runs" / "run", straight, TOLERANCE["float64"])
+
+
+@pytest.mark.acceptance
+def test_one_two_three_and_changing_workers_agree_in_float32_too(dataset: Path, tmp_path: Path) -> None:
+    _, straight = train_here(configure(tmp_path, dataset, "float32"))
+    run_from_two_to_one_to_three(tmp_path, dataset, "float32")
+    assert_same_curves(tmp_path / "runs" / "run", straight, TOLERANCE["float32"])
+
+
+@pytest.mark.acceptance
+@pytest.mark.parametrize("precision", ["float64", "float32"])
+@pytest.mark.parametrize("num", [1, 2, 3])
+def test_the_loss_curve_does_not_depend_on_the_number_of_workers(
+    num: int, precision: str, dataset: Path, tmp_path: Path
+) -> None:
+    _, straight = train_here(configure(tmp_path, dataset, precision))
+    train_run(configure(tmp_path, dataset, precision, num=num), lambda line: None)
+    assert_same_curves(tmp_path / "runs" / "run", straight, TOLERANCE[precision])
+
+
+@pytest.mark.acceptance
+def test_an_elastic_run_takes_a_node_that_comes_and_does_without_one_that_goes(dataset: Path, tmp_path: Path) -> None:
+    """This cluster has four CPUs and a worker takes four: a second worker needs a second node."""
+    elastic = {"num": 2, "min_num": 1, "resize_seconds": 2.0, "cpus": 4}
+    changes: dict[str, Any] = {"training": {"epochs": 60, "checkpoint_steps": 5}, "workers": elastic}
+    config = make_config(tmp_path, dataset, **changes)
+    driver = start_driver(config, tmp_path)
+    run_dir = tmp_path / "runs" / "run"
+    wait_for(lambda: logged(run_dir) >= 10)
+    assert len(workers()) == 1
+    alone = first_worker(run_dir)
+    node = add_node()
+    try:
+        wait_for(lambda: len(workers()) == 2 and first_worker(run_dir) != alone)
+        joined = logged(run_dir)
+        wait_for(lambda: logged(run_dir) >= joined + 10)
+        assert logged(run_dir) < 60 * 27, "the run went on while the node was there"
+    finally:
+        os.killpg(node.pid, signal.SIGKILL)
+    assert driver.wait(400) == 0
+    said = (tmp_path / "driver.log").read_text()
+    assert said.count("resuming after") >= 2
+    _, straight = train_here(config)
+    assert_same_curves(run_dir, straight, TOLERANCE["float64"])
+
+
+def add_node() -> subprocess.Popen[bytes]:
+    """Let a second node of four CPUs join this cluster, in a process group of its own."""
+    ray_command = str(Path(sys.executable).with_name("ray"))
+    address = ray.get_runtime_context().gcs_address
+    command = [ray_command, "start", f"--address={address}", "--num-cpus=4", "--block"]
+    quiet = subprocess.DEVNULL
+    for _ in range(3):  # on a busy machine a node may give itself up while it starts
+        node = subprocess.Popen(command, start_new_session=True, stdout=quiet, stderr=quiet)
+        wait_for(lambda node=node: node.poll() is not None or resources()["CPU"] >= 8)
+        if node.poll() is None:
+            return node
+    pytest.fail("no second node starts on this machine")

@@ -1,0 +1,172 @@
+"""Runs that are killed, whose checkpoints break, or whose disk is full: what they end with."""
+
+import os
+import random
+import re
+import signal
+import statistics
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dmvae import checkpoint
+from dmvae.config.training import TrainConfig
+from dmvae.platform.trainer import RunError, train_run
+from tests.cluster.kills import (
+    KillAt,
+    first_worker,
+    is_writing,
+    logged,
+    metrics_of,
+    start_driver,
+    wait_for,
+)
+from tests.runs import make_config, make_dataset, train_here
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """27 steps an epoch."""
+    return make_dataset(tmp_path_factory.mktemp("kills"), rows=1200)
+
+
+def newest(run_dir: Path) -> Path:
+    return max((run_dir / "checkpoints").glob("checkpoint_[0-9]*"))
+
+
+def stop_at(config: TrainConfig, step: int) -> None:
+    """Have a run killed, which has no failures to spare."""
+    killer = KillAt(Path(config.runs_dir) / config.name, step)
+    workers = config.workers.model_copy(update={"max_failures": 0})
+    with pytest.raises(RunError, match="goes on from the last checkpoint"):
+        train_run(config.model_copy(update={"workers": workers}), lambda line: None)
+    killer.join()
+
+
+def test_a_broken_checkpoint_and_ray_s_torn_list_are_left_behind(large: Path, tmp_path: Path) -> None:
+    config = make_config(tmp_path, large, training={"epochs": 3, "checkpoint_steps": 5})
+    run_dir = tmp_path / "runs" / "run"
+    stop_at(config, 32)
+    broken = newest(run_dir)
+    content = bytearray((broken / "model.safetensors").read_bytes())
+    content[len(content) // 2] ^= 4
+    (broken / "model.safetensors").write_bytes(content)
+    (ray_list,) = (run_dir / "checkpoints").glob("*snapshot.json")
+    ray_list.write_bytes(ray_list.read_bytes()[:100])
+    before = checkpoint.read_report(max(p for p in broken.parent.glob("checkpoint_[0-9]*") if p != broken))["step"]
+    (run_dir / "checkpoints" / ".checkpoint_9.partial").mkdir()
+
+    screen: list[str] = []
+    train_run(config, screen.append)
+    (warning,) = (line for line in screen if line.startswith("warning: a checkpoint is not used, the one before it is"))
+    assert str(broken / "model.safetensors") in warning
+    epochs, steps = divmod(before, 27)
+    assert f"resuming after {epochs} epochs and {steps} steps" in screen
+    state, figures = train_here(config)
+    ended = load_file(run_dir / "last" / "model.safetensors")
+    assert all(torch.equal(tensor, ended[name]) for name, tensor in state.model.state_dict().items())
+    expected = {step: values["train/loss"] for step, values in figures.items() if "train/loss" in values}
+    assert metrics_of(run_dir, "train/loss") == expected
+    assert not list((run_dir / "checkpoints").glob(".checkpoint_*"))
+
+
+@contextmanager
+def small_disk(folder: Path, kilobytes: int) -> Iterator[Path]:
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "none", str(folder)], check=False)
+    if mounted.returncode:
+        pytest.skip("a small disk needs the right to mount one")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.mark.acceptance
+def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint_whole(large: Path, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", 2000) as disk:
+        changes: dict[str, Any] = {"training": {"epochs": 3, "checkpoint_steps": 5}, "workers": {"num": 2}}
+        config = make_config(disk, large, **changes, tracking={"uri": f"sqlite:///{tmp_path}/mlflow.db"})
+        filler, run_dir = disk / "filler", disk / "runs" / "run"
+        watcher = threading.Thread(target=fill_when, args=(filler, lambda: logged(run_dir) >= 12), daemon=True)
+        watcher.start()
+        with pytest.raises(RunError, match=r"No space left on device.*Make room; the same command goes on") as stopped:
+            train_run(config, lambda line: None)
+        watcher.join()
+        assert len(str(stopped.value).splitlines()) == 1
+        kept = newest(run_dir)
+        checkpoint.verify(kept)
+        step = checkpoint.read_report(kept)["step"]
+        filler.unlink()
+        screen: list[str] = []
+        train_run(config, screen.append)
+        assert f"resuming after {step // 27} epochs and {step % 27} steps" in screen
+        found = metrics_of(run_dir, "train/loss")
+    _, figures = train_here(config)
+    expected = {step: values["train/loss"] for step, values in figures.items() if "train/loss" in values}
+    assert list(found) == list(expected)
+    np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-9)
+
+
+def fill_when(filler: Path, condition: Callable[[], bool]) -> None:
+    """Fill a disk to its last byte once something is the case."""
+    wait_for(condition)
+    with filler.open("wb", buffering=0) as file, suppress(OSError):
+        while file.write(b"x" * 4096):
+            pass
+
+
+@pytest.mark.acceptance
+def test_ten_kills_at_random_steps_change_no_bit_of_the_result(large: Path, tmp_path: Path) -> None:
+    """Workers and drivers, in the middle of an epoch and of a checkpoint's writing."""
+    wide = {"architectures": {"left": {"hidden_dims": [512, 512]}, "right": {"hidden_dims": [512, 512]}}}
+    changes: dict[str, Any] = {
+        "model": wide,
+        "workers": {"num": 2, "max_failures": 10},
+        "training": {"epochs": 10, "checkpoint_steps": 5},
+    }
+    straight, killed = (make_config(tmp_path, large, name, **changes) for name in ("straight", "killed"))
+    train_run(straight, lambda line: None)
+    run_dir = tmp_path / "runs" / "killed"
+    draw = random.Random(5)
+    steps = sorted(draw.sample(range(10, 10 * 27 - 40, 9), 10))
+    kinds = [(who, when) for who in ("worker", "driver") for when in ("step", "step", "step", "write", "write")]
+    draw.shuffle(kinds)
+    driver, notes = start_driver(killed, tmp_path), []
+    for (who, when), step in zip(kinds, steps, strict=True):
+        wait_for(lambda step=step: logged(run_dir) >= step)
+        if when == "write":
+            wait_for(lambda: is_writing(run_dir))
+        os.kill(first_worker(run_dir) if who == "worker" else driver.pid, signal.SIGKILL)
+        begun, at, torn = time.monotonic(), logged(run_dir), is_writing(run_dir)
+        resumptions = (tmp_path / "driver.log").read_text().count("resuming after")
+        if who == "driver":
+            driver.wait()
+            driver = start_driver(killed, tmp_path)
+        wait_for(lambda n=resumptions: (tmp_path / "driver.log").read_text().count("resuming after") > n)
+        resumed = time.monotonic() - begun
+        found = re.findall(r"resuming after (\d+) epochs and (\d+) steps", (tmp_path / "driver.log").read_text())[-1]
+        lost = at - (int(found[0]) * 27 + int(found[1]))
+        wait_for(lambda at=at: logged(run_dir) > at)
+        notes.append((who, when, at, torn, lost, resumed, time.monotonic() - begun))
+        print(f"{who} at step {at} ({when}, torn {torn}): {lost} steps lost, {resumed:.1f} s to resume", flush=True)
+    assert driver.wait(400) == 0
+    before, after = (
+        load_file(tmp_path / "runs" / name / "last" / "model.safetensors") for name in ("straight", "killed")
+    )
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    for name in ("train/loss", "val/loss"):
+        assert metrics_of(tmp_path / "runs" / "straight", name) == metrics_of(run_dir, name)
+    assert sum(torn for _, when, _, torn, *_ in notes if when == "write") >= 2, "some were killed in the write itself"
+    assert all(lost <= 10 for *_, lost, _, _ in notes), "a checkpoint is due every 5 steps; one may be half written"
+    print(f"median seconds to resume: {statistics.median(note[5] for note in notes):.1f}")
