@@ -108,13 +108,13 @@ def prepare_dataset(folder: Path, source: dict[str, Any]) -> Path:
 
 
 def train_model(dataset: Path, model: dict[str, Any], epochs: int, seed: int) -> DMVAE:
-    """Train in this process and return the model of the best epoch."""
+    """Train in this process and return the model after its last epoch."""
     tree = {
         "name": "run",
         "seed": seed,
         "data": {"dataset": str(dataset)},
         "model": model,
-        "training": {"epochs": epochs, "monitor": "joint"},
+        "training": {"epochs": epochs},
     }
     config = resolve(TrainConfig.model_validate(tree), open_dataset(dataset))
     torch.manual_seed(seed)
