@@ -1,8 +1,8 @@
 """The command line: what a person types, and what a person reads when it is wrong."""
 
+import os
 import subprocess
 import sys
-import time
 import tomllib
 from pathlib import Path
 
@@ -41,9 +41,11 @@ def test_help_lists_settings_loads_no_torch_and_takes_under_a_second(verb: str) 
     )
     fastest = float("inf")
     for _ in range(3):
-        start = time.perf_counter()
+        before = os.times()  # of processor time: the machine may be busy
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-        fastest = min(fastest, time.perf_counter() - start)
+        after = os.times()
+        spent = after.children_user - before.children_user + after.children_system - before.children_system
+        fastest = min(fastest, spent)
         assert done.returncode == 0, done.stderr
     assert "options" in done.stdout
     assert fastest < 1.0
