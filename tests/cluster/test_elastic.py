@@ -100,6 +100,7 @@ def test_an_elastic_run_takes_a_node_that_comes_and_does_without_one_that_goes(d
         assert logged(run_dir) < 60 * 27, "the run went on while the node was there"
     finally:
         os.killpg(node.pid, signal.SIGKILL)
+        node.wait()
     assert driver.wait(400) == 0
     said = (tmp_path / "driver.log").read_text()
     assert said.count("resuming after") >= 2
