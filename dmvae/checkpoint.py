@@ -145,7 +145,7 @@ def _restore_moments(state: TrainState, tensors: dict[str, torch.Tensor]) -> Non
         parameter, _, key = name.rpartition("/")
         # Adam counts its steps in float32 whatever the weights are
         target = parameters[parameter]
-        moved = value.clone() if key == "step" else value.clone().to(target.device, target.dtype)
+        moved = value.clone().to(target.device) if key == "step" else value.clone().to(target.device, target.dtype)
         state.optimizer.state[target][key] = moved
 
 

@@ -70,11 +70,14 @@ def run_verb(name: str, argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has gone, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except ValidationError as error:
+        print(f"error: {explain(error, 'settings', verb.config())}", file=sys.stderr)
+        return 1
     except (CommandError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; what was finished is kept, and the same command goes on from there", file=sys.stderr)
+        print("interrupted; start the same command again: it goes on from what is finished, if it can", file=sys.stderr)
         return 130
     return 0
 
@@ -102,7 +105,9 @@ def parse(config: type[S], prog: str, summary: str, argv: Sequence[str], first: 
         while fault is not None and not isinstance(fault, ValidationError):
             fault = fault.__context__
         if fault is not None:  # tyro would print pydantic's words in a frame
-            raise CommandError(explain(fault, "command line", config)) from None
+            section = _section_named(fault.title, config)
+            where = f"command line: {section}" if section else "command line"
+            raise CommandError(explain(fault, where, config)) from None
         sys.stderr.write(messages.getvalue())
         raise
 
@@ -139,6 +144,12 @@ def explain(error: ValidationError, where: str, config: type[BaseModel]) -> str:
             message += f"; got {fault['input']!r}"
         lines.append(f"{where}: {key + ': ' if key else ''}{message}")
     return "\n".join(lines)
+
+
+def _section_named(title: str, config: type[BaseModel]) -> str:
+    """Return the setting that holds the section of a class's name, if it is one of `config`'s."""
+    classes = {getattr(field.annotation, "__name__", ""): name for name, field in config.model_fields.items()}
+    return classes.get(title, "")
 
 
 def _meant(config: type[BaseModel], location: tuple[int | str, ...]) -> str:

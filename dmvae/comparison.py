@@ -57,10 +57,13 @@ class Quality:
 
         Returns:
             PCA's mean exact NLL in nats per row, how much higher it is than the model's, and that difference's
-            standard error over rows; nothing where a modality is no float with a density under PCA.
+            standard error over rows.
+
+        Raises:
+            ValueError: if `rivals_fault` has a reason.
         """
-        if not self._is_float:
-            return {}
+        if self.rivals_fault:
+            raise ValueError(self.rivals_fault)
         pca = ProbabilisticPCA.fit(_blocks(self.train), self._latent_dim)
         theirs = -np.concatenate([pca.log_prob(batch).numpy() for batch in _blocks(self.split)])
         difference = theirs - nll
@@ -103,7 +106,7 @@ class Quality:
         Raises:
             ValueError: if the rows have no labels.
         """
-        self.check_labels()
+        check_labels(self.train, self.split)
         train, test = collect(self.model, [self.fit_rows], True), collect(self.model, self._rows(), True)
         return {f"probe/{name}": share.rate for name, share in probe_labels(train, test).items()}
 
@@ -166,26 +169,13 @@ class Quality:
         Raises:
             ValueError: if the rows have no labels.
         """
-        self.check_labels()
+        check_labels(self.train, self.split)
         return {name: fit_classifier(self.fit_rows, name) for name in self.model.config.modalities}
-
-    def check_labels(self) -> None:
-        """Check that both splits have labels.
-
-        Raises:
-            ValueError: if one has none.
-        """
-        if not self.has_labels:
-            raise ValueError(
-                f"coherence and probes compare classes, so both splits have labels; got {self.train.name!r} and "
-                f"{self.split.name!r} of {self.split.folder}, of which one has none. Leave these measures out."
-            )
 
     @cached_property
     def has_labels(self) -> bool:
         """Whether both splits have labels."""
-        found = [split.labels() for split in (self.train, self.split)]
-        return all(labels is not None and bool((labels >= 0).any()) for labels in found)
+        return has_labels(self.train) and has_labels(self.split)
 
     @cached_property
     def _num_labels(self) -> int:
@@ -206,8 +196,15 @@ class Quality:
         return tuple(name for name in self.model.config.modalities if infos[name].dtype != "int64")
 
     @property
-    def _is_float(self) -> bool:
-        return self._float_modalities == self.model.config.modalities
+    def rivals_fault(self) -> str:
+        """Why PCA's density cannot be compared with the model's; empty if it can."""
+        config = self.model.config
+        others = sorted({dist for dist in config.distributions.values() if dist not in ("normal", "laplace")})
+        if others or self._float_modalities != config.modalities:
+            return f"probabilistic PCA is a density of floats, and cannot be compared with {others or ['integers']}"
+        if self._latent_dim >= sum(map(math.prod, config.shapes.values())):
+            return f"probabilistic PCA has fewer latent dimensions than the data; the model has {self._latent_dim}"
+        return ""
 
     def _sources(self, target: str) -> Iterator[tuple[str, ...]]:
         others = [name for name in self.model.config.modalities if name != target]
@@ -225,3 +222,23 @@ def first_rows(split: Split, num: int = MAX_FIT_ROWS) -> Batch:
 
 def _blocks(split: Split) -> Iterator[Batch]:
     return (batch for _, batch in read_rows(split, _BLOCK_ROWS))
+
+
+def has_labels(split: Split) -> bool:
+    """Tell whether any row of a split has a label."""
+    labels = split.labels()
+    return labels is not None and bool((labels >= 0).any())
+
+
+def check_labels(*splits: Split) -> None:
+    """Check that each split has labels.
+
+    Raises:
+        ValueError: if one has none.
+    """
+    without_any = [split.name for split in splits if not has_labels(split)]
+    if without_any:
+        raise ValueError(
+            f"coherence and probes compare classes, so the splits have labels; {without_any} of {splits[0].folder} "
+            "has none. Leave these measures out."
+        )

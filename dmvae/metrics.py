@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dmvae.batch import Batch
 from dmvae.density import LatentDensity
+from dmvae.likelihood import Categorical
 from dmvae.model import DMVAE, Modalities
 from dmvae.noise import chain, row_keys
 
@@ -182,7 +183,7 @@ def predicted_class_share(
         return Share()
     generator = generator_of(model, rows, seed)
     predicted = model.predict(given, "all", gen_mod, return_mean=return_mean, generator=generator, density=density)
-    return _recognised(classifier, model.likelihoods[gen_mod].mean(predicted[gen_mod]), rows)
+    return _recognised(classifier, _shown(model, gen_mod, predicted[gen_mod]), rows)
 
 
 def joint_coherence(
@@ -198,10 +199,14 @@ def joint_coherence(
     """
     generator = torch.Generator(model.device).manual_seed(seed)
     drawn = model.decode(model.generate_from_prior(num_samples, generator, density))
-    seen = [
-        classifier.predict(_flat(model.likelihoods[name].mean(drawn[name]))) for name, classifier in classifiers.items()
-    ]
+    seen = [classifier.predict(_flat(_shown(model, name, drawn[name]))) for name, classifier in classifiers.items()]
     return Share(int(np.all([classes == seen[0] for classes in seen], axis=0).sum()), num_samples)
+
+
+def _shown(model: DMVAE, name: str, output: Tensor) -> Tensor:
+    """Return a decoder's output as values such as the data's: the mean, or of categories the likeliest."""
+    likelihood = model.likelihoods[name]
+    return output.argmax(-1) if isinstance(likelihood, Categorical) else likelihood.mean(output)
 
 
 def posterior_mean_sums(model: DMVAE, rows: Batch | Iterable[Batch]) -> dict[str, MeanSums]:

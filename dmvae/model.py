@@ -28,11 +28,12 @@ Modalities = str | Iterable[str]
 class ModelOutput(dict[str, Any]):
     """Named results, by key and by attribute."""
 
+    def __getattribute__(self, name: str) -> Any:
+        # before a dict's own methods: a modality may be called `values`
+        return self[name] if name in self else super().__getattribute__(name)
+
     def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(f"no {name!r} among {sorted(self)}") from None
+        raise AttributeError(f"no {name!r} among {sorted(self)}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,7 +137,12 @@ class DMVAE(nn.Module):
         bound = negative_bounds(
             self.config, observed, self.decode_functions, self.likelihoods, noise, divergence_weight
         )
-        return DMVAEOutput(bound.row_loss.sum() / max(len(batch), 1), bound.row_loss, bound.terms)
+        row_loss = bound.row_loss
+        if torch.is_grad_enabled() and not row_loss.requires_grad:
+            # nothing is observed; a worker with such rows, or none, still joins the reduction of gradients, with zeros.
+            # It has to be done here, inside what DDP wraps
+            row_loss = row_loss + 0.0 * torch.stack([p.sum() for p in self.parameters()]).sum()
+        return DMVAEOutput(row_loss.sum() / max(len(batch), 1), row_loss, bound.terms)
 
     def observe(self, inputs: MultimodalRows, modalities: Modalities = "all") -> dict[str, Observed]:
         """Encode each modality of the rows that have it; a modality that no row has is left out.

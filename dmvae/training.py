@@ -66,7 +66,7 @@ class TrainState:
 
     def record_validation(self, figure: float, optim: OptimConfig) -> bool:
         """Take note of an epoch's validation figure; tell whether it is the best so far."""
-        is_best = self.best is None or figure < self.best
+        is_best = math.isfinite(figure) and (self.best is None or figure < self.best)
         if is_best:
             self.best, self.epochs_since_best = figure, 0
         else:
@@ -200,14 +200,17 @@ def _accumulate(
         with nullcontext() if last else workers.without_reduction(), autocast(state.model, config):
             output = workers.forward(part, draw_noise(state.model, keys), divergence_weight)
             loss = output.row_loss.sum() * (workers.num / share.global_rows)
-            if not loss.requires_grad:  # no row of this part has anything: join the reduction with zeros
-                loss = loss + 0.0 * sum(p.sum() for p in state.model.parameters())
         if not math.isfinite(float(loss.detach())):
             culprits = culprits or _name_culprits(part, output)
             loss = loss * math.nan  # every gradient shows it, on every worker
         loss.backward()
         terms = output.terms if terms is None else terms + output.terms
     assert terms is not None
+    for parameter in state.model.parameters():
+        if parameter.grad is None:
+            # of a modality that no row of the global batch has, as far as this worker can know; others may have got
+            # zeros from the reduction, and the optimiser treats None and zero differently
+            parameter.grad = torch.zeros_like(parameter)
     return terms, culprits
 
 

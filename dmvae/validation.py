@@ -66,7 +66,7 @@ def validate(
     total, count = add(torch.stack((sums.total, sums.count)))
     means = {name: float(value) for name, value in TermSums(names, total, count).means().items()}
     loss = sum(means[source] for source in model.config.source_names)
-    return {"loss": loss, **means}, {name: _variance(add(table)) for name, table in moments.items()}
+    return {**means, "loss": loss}, {name: _variance(add(table)) for name, table in moments.items()}
 
 
 def _moments(mean: Float[Tensor, "row dim"]) -> Float[Tensor, "3 dim"]:

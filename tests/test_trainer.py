@@ -5,12 +5,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tomli_w
 from pydantic import ValidationError
 
 from dmvae.cli import run_verb
+from dmvae.config.data import PrepareConfig
+from dmvae.config.training import TrainConfig
 from dmvae.data.dataset import open_dataset
+from dmvae.data.prepare import prepare
 from dmvae.platform.trainer import RunError, resolve, train_run
 from tests.runs import make_config, make_dataset
 
@@ -37,6 +41,10 @@ def test_the_dataset_fills_in_shapes_and_likelihoods(dataset: Path, tmp_path: Pa
         ({"evaluation": {"split": "holdout"}}, ["holdout", "test"]),
         ({"data": {"dataset": "/nowhere"}}, ["/nowhere"]),
         ({"init_from": "/nowhere"}, ["/nowhere", "model.json"]),
+        ({"evaluation": {"measures": ["coherence"]}}, ["labels", "has none"]),
+        ({"evaluation": {"modalities": ["middle"]}}, ["evaluation.modalities", "middle"]),
+        ({"training": {"monitor": "log_likelihood/joint/left"}}, ["log_likelihood/joint/left"]),
+        ({"model": {"decoders_dist": {"left": "categorical"}}}, ["'left' is float32", "integers"]),
         ({"tracking": {"uri": "http://127.0.0.1:9"}}, ["127.0.0.1:9"]),
     ],
 )
@@ -52,6 +60,8 @@ def test_what_cannot_work_is_refused_before_anything_is_written(
     message = capsys.readouterr().err
     assert message.startswith("error: ")
     assert "Traceback" not in message
+    assert "pydantic" not in message
+    assert "input_value" not in message
     for word in words:
         assert word in message
     assert not (tmp_path / "runs" / "run" / "run.json").exists()
@@ -108,3 +118,18 @@ def test_numbers_of_workers_that_cannot_be_are_refused(
 ) -> None:
     with pytest.raises(ValidationError, match=words):
         make_config(tmp_path, dataset, workers=workers)
+
+
+def test_a_modality_called_like_a_figure_is_refused(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    source = tmp_path / "rows.npz"
+    np.savez(source, loss=rng.normal(size=(60, 2)), other=rng.normal(size=(60, 2)))
+    folder = prepare(
+        PrepareConfig.model_validate(
+            {"dataset": str(tmp_path / "data"), "source": {"path": str(source), "kind": "npz"}}
+        ),
+        progress=lambda text: None,
+    )
+    config = TrainConfig.model_validate({"name": "x", "data": {"dataset": str(folder)}})
+    with pytest.raises(ValueError, match=r"\['loss'\]"):
+        resolve(config, open_dataset(folder))

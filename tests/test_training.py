@@ -158,6 +158,13 @@ def test_plateau_halves_after_epochs_without_a_better_figure(dataset: Path) -> N
     assert (state.halvings, state.best) == (2, 2.0)
 
 
+def test_a_figure_that_is_no_number_is_never_the_best(dataset: Path) -> None:
+    state = build(configure(dataset))
+    figures = [math.nan, 3.0, math.nan, 1.0]
+    assert [state.record_validation(figure, OptimConfig()) for figure in figures] == [False, True, False, True]
+    assert state.best == 1.0
+
+
 def test_patience_ends_a_run_that_does_not_get_better(dataset: Path) -> None:
     config = configure(dataset, training={"epochs": 30, "patience": 2}, optim={"learning_rate": 1e-30})
     _, events = run(config)

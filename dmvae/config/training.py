@@ -51,7 +51,8 @@ class TrainingConfig(Section):
     batch_size: Size = 128
     """Rows of one step over all workers."""
     micro_batch_size: Size | None = None
-    """Rows that a worker decodes at once; bounds memory and changes no result."""
+    """Rows that a worker decodes at once; bounds memory and changes no result (without dropout and batch
+    normalisation)."""
     precision: Literal["float32", "float64", "bfloat16"] = "float32"
     """`bfloat16` is autocast over float32 weights."""
     divergence_warmup_steps: Count = 0

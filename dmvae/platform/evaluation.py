@@ -15,6 +15,7 @@ import torch
 
 from dmvae.batch import Batch
 from dmvae.bound import negative_bound
+from dmvae.checkpoint import RUN_CONFIG
 from dmvae.comparison import Quality
 from dmvae.config.evaluation import EvaluateConfig, EvaluationConfig
 from dmvae.data.dataset import Dataset, open_dataset
@@ -23,6 +24,7 @@ from dmvae.metrics import has
 from dmvae.missing import without
 from dmvae.model import DMVAE, MODEL_CONFIG, MODEL_WEIGHTS
 from dmvae.nll import NLLEstimate
+from dmvae.platform.checks import check_fit, check_measures, check_support
 from dmvae.platform.cluster import local_cluster, resources
 from dmvae.platform.lane import write_atomically
 from dmvae.platform.rows import BLOCK_ROWS, Columns, RowStore
@@ -218,6 +220,8 @@ def _only(batch: Batch, names: Sequence[str]) -> Batch:
 def _estimates(
     args: tuple[str, str, EvaluationConfig], workers: int, todo: Sequence[int]
 ) -> Iterator[tuple[int, Columns]]:
+    # an actor that the cluster has no CPU for would be given a block and never answer
+    workers = min(workers, int(resources().get("CPU", 1))) if workers > 1 else workers
     if workers <= 1:
         if todo:
             yield from map(_Evaluator(*args).estimate, todo)
@@ -256,10 +260,8 @@ def judge(
     """
     extras = extras or Extras()
     model, split = DMVAE.load(model_dir), dataset.split(config.split)
-    _check_modalities(model, config)
+    check_measures(model.config, config, dataset, train_split)
     quality = Quality(model, dataset.split(train_split), split)
-    if {"coherence", "probes"} & set(config.measures):
-        quality.check_labels()
     progress(f"NLL of {config.split}: {len(split):,} rows, {config.num_draws} draws each")
     show = Progress(progress, f"NLL of {config.split}")
     store = None if extras.output is None else RowStore(extras.output, _key(model_dir, config, dataset))
@@ -274,8 +276,12 @@ def judge(
     for measure in config.measures:
         progress(f"judging {measure}")
         if measure == "rivals":
-            whole = config.modalities is None and table.is_density
-            figures |= quality.rivals(table.columns["nll"]) if whole else {}
+            fault = quality.rivals_fault or (
+                "" if config.modalities is None else "evaluation.modalities leaves some out"
+            )
+            figures |= {} if fault else quality.rivals(table.columns["nll"])
+            if fault:
+                progress(f"rivals are left out: {fault}")
         elif measure == "robustness":
             figures |= quality.robustness(extras.missing_rates)
         else:
@@ -290,21 +296,36 @@ def evaluate(config: EvaluateConfig, progress: Callable[[str], None]) -> dict[st
         ValueError: if model and dataset do not fit, the split does not exist, or labels are needed and not there.
     """
     dataset = open_dataset(config.dataset)
-    check_fit(DMVAE.load(config.model), dataset)
+    model_dir = Path(config.model)
+    model = DMVAE.load(model_dir)
+    check_fit(model, dataset)
+    check_support(model.config, dataset.split(config.evaluation.split), model.dtype)
+    _note_other_dataset(model_dir, dataset, progress)
     for name, info in dataset.manifest.modalities.items():
         if info.log_jacobian:
             progress(f"{name}: add {info.log_jacobian:.3f} nats a row that has it for the NLL of the stored values")
-    output = Path(config.output or Path(config.model, f"evaluation-{config.evaluation.split}"))
+    output = Path(config.output or _output(model_dir, config.evaluation.split))
     extras = Extras(output, config.density_components, config.missing_rates)
     with local_cluster(config.workers) if config.workers > 1 else nullcontext():
-        figures = judge(
-            Path(config.model), dataset, config.evaluation, config.train_split, config.workers, progress, extras
-        )
+        figures = judge(model_dir, dataset, config.evaluation, config.train_split, config.workers, progress, extras)
     summary = {"figures": figures, "settings": config.model_dump(mode="json")}
     write_atomically(output / "summary.json", json.dumps(summary, indent=2) + "\n")
     progress(f"per row   {output / 'rows.parquet'}")
     progress(f"summary   {output / 'summary.json'}")
     return figures
+
+
+def _output(model_dir: Path, split: str) -> Path:
+    """Return a folder for results: beside a run's checkpoint, which may be replaced, else in the model's."""
+    is_run = (model_dir.absolute().parent / RUN_CONFIG).is_file()
+    return model_dir.parent / f"evaluation-{model_dir.name}-{split}" if is_run else model_dir / f"evaluation-{split}"
+
+
+def _note_other_dataset(model_dir: Path, dataset: Dataset, progress: Callable[[str], None]) -> None:
+    file = model_dir / RUN_CONFIG
+    trained = json.loads(file.read_text()).get("dataset", {}).get("fingerprint") if file.is_file() else None
+    if trained not in (None, dataset.manifest.fingerprint):
+        progress("note: this is not the dataset that the model was trained on; values may be scaled otherwise")
 
 
 def _key(model_dir: Path, config: EvaluationConfig, dataset: Dataset) -> str:
@@ -314,27 +335,6 @@ def _key(model_dir: Path, config: EvaluationConfig, dataset: Dataset) -> str:
     # the chunk changes no draw, only the last bits of sums
     settings = config.model_dump(mode="json", exclude={"chunk", "measures"})
     return json.dumps([*weights, dataset.manifest.fingerprint, settings], sort_keys=True)
-
-
-def _check_modalities(model: DMVAE, config: EvaluationConfig) -> None:
-    known = model.config.modalities
-    unknown = [name for name in config.modalities or () if name not in known]
-    if unknown or config.modalities == ():
-        raise ValueError(
-            f"evaluation.modalities names modalities of the model, {list(known)}; got {unknown or 'none'}. "
-            "Leave it out for all."
-        )
-
-
-def check_fit(model: DMVAE, dataset: Dataset) -> None:
-    """Check that a model has the modalities and shapes of a dataset.
-
-    Raises:
-        ValueError: saying what differs.
-    """
-    found, own = dict(dataset.manifest.input_dims), model.config.shapes
-    if found != own:
-        raise ValueError(f"a model is judged on data of its own modalities {own}; {dataset.path} has {found}.")
 
 
 class Progress:

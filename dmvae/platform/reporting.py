@@ -11,7 +11,7 @@ from dmvae.config.report import ReportConfig
 from dmvae.data.dataset import open_dataset
 from dmvae.latents import collect, fit_density
 from dmvae.model import DMVAE, MODEL_CONFIG
-from dmvae.platform.evaluation import check_fit
+from dmvae.platform.checks import check_fit
 from dmvae.platform.spool import RUN_FILE, TrackedRun
 
 _MISSING_RATES = (0.0, 0.25, 0.5, 0.75)

@@ -319,8 +319,15 @@ def _dataset_input(record: DatasetRecord) -> DatasetInput:
 def _environment() -> dict[str, str]:
     """Return the versions, the host, the user and, in a checkout, the commit that a run was started with."""
     versions = {f"version.{name}": version(name) for name in ("torch", "ray", "mlflow")}
-    source = {"mlflow.source.type": "JOB", "mlflow.source.name": "dmvae", "mlflow.user": getuser()}
+    source = {"mlflow.source.type": "JOB", "mlflow.source.name": "dmvae", "mlflow.user": _user()}
     return {"version.python": python_version(), **versions, "host": gethostname(), **source, **_commit()}
+
+
+def _user() -> str:
+    try:
+        return getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        return str(os.getuid())
 
 
 def _commit() -> dict[str, str]:

@@ -12,16 +12,13 @@ from ray.train import CheckpointConfig, FailureConfig, Result, RunConfig, Scalin
 from ray.train.torch import TorchTrainer
 from torch import nn
 
-from dmvae import checkpoint, likelihood
-from dmvae.config.model import DMVAEConfig
+from dmvae import checkpoint
 from dmvae.config.training import TrainConfig
 from dmvae.data.dataset import Dataset, open_dataset
-from dmvae.data.loader import read_rows
 from dmvae.data.manifest import Manifest
-from dmvae.data.split import Split
 from dmvae.model import DMVAE
-from dmvae.objective import term_names
 from dmvae.platform import shelf
+from dmvae.platform.checks import check_data
 from dmvae.platform.cluster import local_cluster, messages, resources
 from dmvae.platform.evaluation import judge
 from dmvae.platform.lane import write_atomically
@@ -97,6 +94,7 @@ def train_run(config: TrainConfig, progress: Callable[[str], None]) -> TrainSumm
             with messages(progress) as queue:
                 result = _fit(resolved, run_dir, WorkerTask(_absolute(resolved), record, tracked, queue))
             best = _keep_checkpoints(result, run_dir, progress)
+            _record(tracked, run_dir)
             figures = judge(
                 run_dir / "best",
                 dataset,
@@ -106,7 +104,8 @@ def train_run(config: TrainConfig, progress: Callable[[str], None]) -> TrainSumm
                 progress,
             )
         metrics = {f"best/val/{resolved.training.monitor}": best[SCORE], **figures}
-        _record(tracked, run_dir, metrics, step=int(best["step"]))
+        with tracked.spool() as spool:
+            spool.log(metrics, int(best["step"]))
         write_atomically(run_dir / _RESULT, json.dumps(_result(resolved, metrics, tracked), indent=2) + "\n")
     return TrainSummary(run_dir, metrics, tracked.run_id, scrub(tracked.uri), was_finished=False)
 
@@ -130,8 +129,14 @@ def resolve(config: TrainConfig, dataset: Dataset) -> TrainConfig:
     model["decoders_dist"] = proposed | (model.get("decoders_dist") or {})
     params = dict(model.get("decoder_dist_params") or {})
     for name, info in manifest.modalities.items():
-        if model["decoders_dist"][name] == "categorical":
-            params[name] = {"classes": info.classes} | params.get(name, {})
+        if model["decoders_dist"][name] != "categorical":
+            continue
+        if info.classes is None:
+            raise ValueError(
+                f"a categorical modality is a column of integers; {name!r} is {info.dtype}. "
+                f"Choose another likelihood for it, or prepare it as integers."
+            )
+        params[name] = {"classes": info.classes} | params.get(name, {})
     model["decoder_dist_params"] = params or None
     resolved = TrainConfig.model_validate({**config.model_dump(), "model": model})
     observed = dataset.split(config.data.train_split).observed
@@ -141,7 +146,12 @@ def resolve(config: TrainConfig, dataset: Dataset) -> TrainConfig:
             f"every modality is observed in some training row; {never} are in none of split "
             f"{config.data.train_split!r} of {config.data.dataset}. Prepare the data again without them."
         )
-    figures = ("loss", *term_names(resolved.model))
+    taken = sorted({"loss", "gradient_norm", "learning_rate", "skipped_steps"} & set(resolved.model.modalities))
+    if taken:
+        raise ValueError(
+            f"a run records figures of the names {taken}, so no modality of it has one. Rename the column."
+        )
+    figures = ("loss", *resolved.model.source_names)
     if config.training.monitor not in figures:
         raise ValueError(
             f"training.monitor names a validation figure; got {config.training.monitor!r}. Known: {', '.join(figures)}."
@@ -158,48 +168,6 @@ def resolve(config: TrainConfig, dataset: Dataset) -> TrainConfig:
     return resolved
 
 
-def check_data(config: TrainConfig, dataset: Dataset) -> None:
-    """Check the rows that a run reads: what `Split.verify` does, that ids occur once, and `check_support`.
-
-    Args:
-        config: resolved.
-        dataset: its.
-
-    Raises:
-        ValueError: naming the split or shard, the column and the first such row.
-    """
-    for name in (config.data.train_split, config.data.val_split, config.evaluation.split):
-        split = dataset.split(name)
-        split.verify()
-        split.check_ids()
-        check_support(config.model, split)
-
-
-def check_support(config: DMVAEConfig, split: Split) -> None:
-    """Check that observed values are such as the likelihoods can judge, where reading does not promise it.
-
-    Raises:
-        ValueError: naming the modality, its likelihood and the first row.
-    """
-    likelihoods = {name: likelihood.build(config, name) for name in config.modalities}
-    # what may be any float or any class; uint8 is in [0, 1] when read
-    doubtful = [name for name, info in split.manifest.modalities.items() if info.dtype != "uint8"]
-    doubtful = [name for name in doubtful if config.distributions[name] in ("bernoulli", "categorical")]
-    for _, batch in read_rows(split, 8192) if doubtful else ():
-        for name in doubtful:
-            mask = (batch.masks or {}).get(name, torch.ones(len(batch), dtype=torch.bool))
-            if likelihoods[name].in_support(batch.data[name][mask]):
-                continue
-            row = next(i for i in mask.nonzero().flatten().tolist()
-                       if not likelihoods[name].in_support(batch.data[name][i]))  # fmt: skip
-            assert batch.ids is not None
-            raise ValueError(
-                f"split {split.name!r}, column {name!r}, id {batch.ids[row]}: a value is out of the range of the "
-                f"{config.distributions[name]} likelihood (bernoulli: [0, 1]; categorical: 0 to classes - 1). "
-                f"Choose another likelihood for it, or correct the data."
-            )
-
-
 def _absolute(config: TrainConfig) -> TrainConfig:
     """Make paths hold in processes that start elsewhere."""
     data = config.data.model_copy(update={"dataset": str(Path(config.data.dataset).absolute())})
@@ -209,8 +177,11 @@ def _absolute(config: TrainConfig) -> TrainConfig:
 
 def _check_weights(model: DMVAE, folder: str) -> None:
     own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in DMVAE.load(folder).state_dict().items()}
+    loaded = DMVAE.load(folder)
+    found = {name: tuple(tensor.shape) for name, tensor in loaded.state_dict().items()}
     differing = sorted(name for name in own.keys() | found.keys() if own.get(name) != found.get(name))
+    if not differing and loaded.config.distributions != model.config.distributions:
+        differing = ["decoders_dist"]
     if differing:
         raise ValueError(f"init_from is a folder with weights of the same model; {folder} differs in {differing[:5]}.")
 
@@ -226,15 +197,19 @@ def _check_same_run(run_dir: Path, record: Mapping[str, Any]) -> None:
         return
     before, now = _flatten(json.loads(file.read_text())), _flatten(record)
     differing = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
-    refused = [key for key in differing if not key.startswith(_MAY_CHANGE) and key != "training.epochs"]
+    # what a run is judged by may be mended until it has been judged
+    free = _MAY_CHANGE if (run_dir / _RESULT).is_file() else (*_MAY_CHANGE, "evaluation.")
+    refused = [key for key in differing if not key.startswith(free) and key != "training.epochs"]
     if now["training.epochs"] < before["training.epochs"]:
         refused.append("training.epochs")
     if refused:
         lines = "\n".join(f"  {key}: {before.get(key)!r} in the run, {now.get(key)!r} asked for" for key in refused)
+        is_empty = not any((run_dir / _CHECKPOINTS).glob("*/"))
+        way_out = f"remove {run_dir}, which has no checkpoint yet" if is_empty else "choose another name"
         raise RunError(
             f"a run goes on with the settings that it began with (epochs may grow; workers, tracking, patience, "
             f"log_steps, checkpoint_* and skip_nonfinite may change); {run_dir} differs:\n{lines}\nChange them back, "
-            f"or choose another name."
+            f"or {way_out}."
         )
 
 
@@ -281,6 +256,8 @@ def _announce(config: TrainConfig, progress: Callable[[str], None]) -> None:
         layers = DMVAE(config.model).modules()
     if any(isinstance(layer, nn.Dropout | nn.modules.batchnorm._BatchNorm) for layer in layers):
         progress("note: with dropout or batch normalisation the result depends on the number of workers")
+    if device == "CPU" and config.training.precision == "bfloat16":
+        progress("note: bfloat16 is for GPUs; on CPUs it saves no time")
 
 
 def _fit(config: TrainConfig, run_dir: Path, task: WorkerTask) -> Result:
@@ -336,10 +313,14 @@ def _keep_checkpoints(result: Result, run_dir: Path, progress: Callable[[str], N
     whole = [path for path in reported if _is_whole(path, progress)]
     best = run_dir / _CHECKPOINTS / shelf.BEST
     if not _is_whole(best, progress):
-        judged = [path for path in whole if checkpoint.read_report(path)[SCORE] is not None]
-        best = min(judged, key=lambda path: float(checkpoint.read_report(path)[SCORE]), default=best)
+        scores = {path: checkpoint.read_report(path)[SCORE] for path in whole}
+        judged = {path: score for path, score in scores.items() if score is not None and math.isfinite(score)}
+        best = min(judged, key=lambda path: judged[path], default=best)
     if not whole or not best.exists():
-        raise RunError(f"a finished run has a whole checkpoint; {run_dir / _CHECKPOINTS} has none. Train it again.")
+        raise RunError(
+            f"a finished run has a whole checkpoint with a finite validation figure; "
+            f"{run_dir / _CHECKPOINTS} has none. Train it again."
+        )
     shelf.replace(best, run_dir / "best")
     shelf.replace(max(whole), run_dir / "last")
     return checkpoint.read_report(best)
@@ -354,8 +335,7 @@ def _is_whole(folder: Path, progress: Callable[[str], None]) -> bool:
     return True
 
 
-def _record(tracked: TrackedRun, run_dir: Path, metrics: Mapping[str, float], step: int) -> None:
+def _record(tracked: TrackedRun, run_dir: Path) -> None:
     with tracked.spool() as spool:
-        spool.log(metrics, step)
         for name in ("best", "last"):
             spool.artifact(run_dir / name, "checkpoints")

@@ -37,6 +37,7 @@ from dmvae.training import (
     TrainState,
     Workers,
     build_optimizer,
+    is_finished,
     train,
 )
 
@@ -85,6 +86,11 @@ def work(payload: dict[str, Any]) -> dict[str, Any]:
         fault = _agree(fault, num)
         if fault or state is None or data is None:
             return {"failure": fault}
+        if rank == 0 and is_finished(state, task.config) and state.position.epoch < task.config.training.epochs:
+            task.queue.put(
+                f"no better figure for {state.epochs_since_best} epochs stopped this run after {state.position.epoch}; "
+                "raise training.patience to train it further"
+            )
         workers = Workers(state.model) if num == 1 else _distribute(state.model, num, device)
         try:
             _train(state, data, task, workers, spool)
@@ -276,7 +282,8 @@ def _sum_over_workers(tensor: Tensor) -> Tensor:
 
 
 def _first_workers_clock() -> float:
-    reading = torch.tensor([time.monotonic()], dtype=torch.float64)
+    # NCCL knows no tensors in the host's memory
+    reading = torch.tensor([time.monotonic()], dtype=torch.float64, device=ray.train.torch.get_device())
     dist.broadcast(reading, 0)
     return float(reading)
 
