@@ -105,9 +105,7 @@ def parse(config: type[S], prog: str, summary: str, argv: Sequence[str], first: 
         while fault is not None and not isinstance(fault, ValidationError):
             fault = fault.__context__
         if fault is not None:  # tyro would print pydantic's words in a frame
-            section = _section_named(fault.title, config)
-            where = f"command line: {section}" if section else "command line"
-            raise CommandError(explain(fault, where, config)) from None
+            raise CommandError(explain(fault, "command line", config, _section_named(fault.title, config))) from None
         sys.stderr.write(messages.getvalue())
         raise
 
@@ -130,14 +128,22 @@ def read_toml(config: type[S], file: Path) -> S:
         raise CommandError(explain(error, str(file), config)) from None
 
 
-def explain(error: ValidationError, where: str, config: type[BaseModel]) -> str:
-    """Write a validation error as one line per fault: place, key, law, value, and what was probably meant."""
+def explain(error: ValidationError, where: str, config: type[BaseModel], section: str = "") -> str:
+    """Write a validation error as one line per fault: place, key, law, value, and what was probably meant.
+
+    Args:
+        error: pydantic's.
+        where: the file, or the command line.
+        config: what was validated, for what was meant.
+        section: the setting that holds what was validated, if it is a part of `config`.
+    """
     lines = []
     for fault in error.errors(include_url=False):
-        key = ".".join(str(part) for part in fault["loc"] if not str(part).startswith(("function-", "dict[")))
+        path = (*filter(None, [section]), *fault["loc"])
+        key = ".".join(str(part) for part in path if not str(part).startswith(("function-", "dict[")))
         message = fault["msg"].removeprefix("Value error, ")
         if fault["type"] == "extra_forbidden":
-            message = f"there is no such setting{_meant(config, fault['loc'])}"
+            message = f"there is no such setting{_meant(config, path)}"
         elif fault["type"] == "missing":
             message = "this setting is required"
         elif fault["type"] != "value_error":
@@ -147,7 +153,7 @@ def explain(error: ValidationError, where: str, config: type[BaseModel]) -> str:
 
 
 def _section_named(title: str, config: type[BaseModel]) -> str:
-    """Return the setting that holds the section of a class's name, if it is one of `config`'s."""
+    """Return the setting of `config` whose section is of the class `title`; empty if there is none."""
     classes = {getattr(field.annotation, "__name__", ""): name for name, field in config.model_fields.items()}
     return classes.get(title, "")
 
