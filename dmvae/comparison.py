@@ -17,7 +17,7 @@ from dmvae.imputation import INTERVALS, held_out_errors, join, rival_errors, riv
 from dmvae.latents import collect, probe_labels
 from dmvae.metrics import (
     Classifier,
-    Share,
+    Proportion,
     classifier_accuracy,
     conditional_coherence,
     fit_classifier,
@@ -154,7 +154,7 @@ class Quality:
                         )
                         for batch in self._rows()
                     )
-                    figures[f"{key}/coherence/{name}"] = sum(shares, Share()).rate
+                    figures[f"{key}/coherence/{name}"] = sum(shares, Proportion()).rate
         return figures
 
     @cached_property

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dmvae.batch import Batch
 from dmvae.density import GaussianMixture, LatentDensity
-from dmvae.metrics import Share, batches, generator_of, has
+from dmvae.metrics import Proportion, batches, generator_of, has
 from dmvae.model import DMVAE
 
 
@@ -68,7 +68,7 @@ def fit_density(model: DMVAE, rows: Batch | Iterable[Batch], num_components: int
     return LatentDensity(GaussianMixture.fit(latents.block("shared")[0], num_components, seed), joint)
 
 
-def probe_labels(train: Latents, test: Latents) -> dict[str, Share]:
+def probe_labels(train: Latents, test: Latents) -> dict[str, Proportion]:
     """Count the test rows whose label a linear classifier reads off the shared latent, and off each private one.
 
     Logistic regression on standardised latents. A disentangled model has a high share for `shared` and, where labels
@@ -89,7 +89,7 @@ def probe_labels(train: Latents, test: Latents) -> dict[str, Share]:
         x, y = _labelled(train, name)
         probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000)).fit(x, y)
         x, y = _labelled(test, name)
-        shares[name] = Share(int((probe.predict(x) == y).sum()), len(y)) if len(y) else Share()
+        shares[name] = Proportion(int((probe.predict(x) == y).sum()), len(y)) if len(y) else Proportion()
     return shares
 
 

@@ -34,7 +34,7 @@ class Classifier(Protocol):
 
 
 @dataclass(frozen=True)
-class Share:
+class Proportion:
     """How many of some rows have a property.
 
     Attributes:
@@ -45,8 +45,8 @@ class Share:
     hits: int = 0
     rows: int = 0
 
-    def __add__(self, other: "Share") -> "Share":
-        return Share(self.hits + other.hits, self.rows + other.rows)
+    def __add__(self, other: "Proportion") -> "Proportion":
+        return Proportion(self.hits + other.hits, self.rows + other.rows)
 
     @property
     def rate(self) -> float:
@@ -114,13 +114,13 @@ def fit_classifier(rows: Batch | Iterable[Batch], modality: str) -> Classifier:
     return classifier
 
 
-def classifier_accuracy(classifier: Classifier, rows: Batch | Iterable[Batch], modality: str) -> Share:
+def classifier_accuracy(classifier: Classifier, rows: Batch | Iterable[Batch], modality: str) -> Proportion:
     """Count real rows whose class is recognised: the ceiling of what `conditional_coherence` can be.
 
     Rows without the modality or a label do not count.
     """
     parts = (_labelled(batch, modality) for batch in batches(rows))
-    return sum((_recognised(classifier, batch.data[modality], batch) for batch in parts if len(batch)), Share())
+    return sum((_recognised(classifier, batch.data[modality], batch) for batch in parts if len(batch)), Proportion())
 
 
 def conditional_coherence(
@@ -132,7 +132,7 @@ def conditional_coherence(
     return_mean: bool = False,
     seed: int = 0,
     density: LatentDensity | None = None,
-) -> Share:
+) -> Proportion:
     """Count rows of which `predict(rows, cond_mod, gen_mod)` shows the row's own class to a classifier.
 
     What is shown is the likelihood's mean. Only `cond_mod` is given to the model; rows without all of it or without a
@@ -153,7 +153,7 @@ def conditional_coherence(
 
     Source: Shi et al. 2019, cross coherence.
     """
-    counted = Share()
+    counted = Proportion()
     for batch in batches(rows):
         names = _as_names(model, cond_mod)
         chosen = _labelled(batch, *names)
@@ -174,13 +174,13 @@ def predicted_class_share(
     density: LatentDensity | None = None,
     return_mean: bool = False,
     seed: int = 0,
-) -> Share:
+) -> Proportion:
     """Count labelled rows of which the prediction of `gen_mod` from `given`, the same rows, shows the row's class."""
     assert rows.labels is not None
     chosen = rows.labels.cpu() >= 0
     rows, given = rows[chosen], given[chosen]
     if len(rows) == 0:
-        return Share()
+        return Proportion()
     generator = generator_of(model, rows, seed)
     predicted = model.predict(given, "all", gen_mod, return_mean=return_mean, generator=generator, density=density)
     return _recognised(classifier, _shown(model, gen_mod, predicted[gen_mod]), rows)
@@ -192,7 +192,7 @@ def joint_coherence(
     num_samples: int = 2000,
     seed: int = 0,
     density: LatentDensity | None = None,
-) -> Share:
+) -> Proportion:
     """Count samples from the prior, or a density in its place, in all modalities of which classifiers see one class.
 
     Source: Shi et al. 2019, joint coherence.
@@ -200,7 +200,7 @@ def joint_coherence(
     generator = torch.Generator(model.device).manual_seed(seed)
     drawn = model.decode(model.generate_from_prior(num_samples, generator, density))
     seen = [classifier.predict(_flat(_shown(model, name, drawn[name]))) for name, classifier in classifiers.items()]
-    return Share(int(np.all([classes == seen[0] for classes in seen], axis=0).sum()), num_samples)
+    return Proportion(int(np.all([classes == seen[0] for classes in seen], axis=0).sum()), num_samples)
 
 
 def _shown(model: DMVAE, name: str, output: Tensor) -> Tensor:
@@ -259,8 +259,8 @@ def _labelled(batch: Batch, *modalities: str) -> Batch:
     return batch[torch.stack([*present, batch.labels.cpu() >= 0]).all(0)]
 
 
-def _recognised(classifier: Classifier, values: Tensor, batch: Batch) -> Share:
-    return Share(int((classifier.predict(_flat(values)) == _labels(batch)).sum()), len(batch))
+def _recognised(classifier: Classifier, values: Tensor, batch: Batch) -> Proportion:
+    return Proportion(int((classifier.predict(_flat(values)) == _labels(batch)).sum()), len(batch))
 
 
 def _flat(values: Tensor) -> Array:

@@ -7,33 +7,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from dmvae import likelihood, networks
 from dmvae.batch import Batch, MultimodalRows
 from dmvae.config.model import DMVAEConfig
 from dmvae.density import LatentDensity
-from dmvae.gaussian import DiagGaussian, product_of_experts
+from dmvae.encoding import at_least_float32, combine, conform, observe, present
+from dmvae.folder import MODEL_CONFIG as MODEL_CONFIG
+from dmvae.folder import MODEL_WEIGHTS as MODEL_WEIGHTS
+from dmvae.folder import check_weights, read_folder, write_folder
+from dmvae.gaussian import DiagGaussian
+from dmvae.generation import ModelOutput as ModelOutput
+from dmvae.generation import decode_latents, draw_latents, draw_seed, sample_latents
 from dmvae.nll import NLLEstimate, joint_nll
 from dmvae.objective import Decode, Noise, Observed, TermSums, negative_bounds
 
-MODEL_CONFIG = "model.json"
-MODEL_WEIGHTS = "model.safetensors"
-
 Modalities = str | Iterable[str]
 """`"all"`, one modality's name, or several names."""
-
-
-class ModelOutput(dict[str, Any]):
-    """Named results, by key and by attribute."""
-
-    def __getattribute__(self, name: str) -> Any:
-        # before a dict's own methods: a modality may be called `values`
-        return self[name] if name in self else super().__getattribute__(name)
-
-    def __getattr__(self, name: str) -> Any:
-        raise AttributeError(f"no {name!r} among {sorted(self)}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,31 +141,15 @@ class DMVAE(nn.Module):
 
         Encoders see present rows only.
         """
-        batch = self._batch(inputs)
-        observed: dict[str, Observed] = {}
-        for name in self._names(modalities, "modalities"):
-            if name not in batch.data or len(batch) == 0:
-                continue
-            values, mask = batch.data[name], (batch.masks or {}).get(name)
-            if mask is None or bool(mask.all()):
-                present, rows = torch.ones(len(batch), dtype=torch.bool, device=values.device), None
-            else:
-                present, rows = mask, mask.nonzero().squeeze(1)
-                values = values.index_select(0, rows)
-            if len(values) == 0:
-                continue
-            output = self.encoders[name](values)
-            shared = _gaussian(output.embedding, output.log_covariance)
-            private = _gaussian(output.style_embedding, output.style_log_covariance)
-            observed[name] = Observed(present, rows, values, shared, private)
-        return observed
+        names = self._names(modalities, "modalities")
+        return observe(self._batch(inputs), {name: self.encoders[name] for name in names})
 
     @property
     def decode_functions(self) -> dict[str, Decode]:
         """Per modality, [z_s, z_p] to the likelihood's parameters."""
 
         def function(decoder: nn.Module) -> Decode:
-            return lambda z: _at_least_float32(decoder(z).reconstruction)
+            return lambda z: at_least_float32(decoder(z).reconstruction)
 
         return {name: function(decoder) for name, decoder in self.decoders.items()}
 
@@ -190,21 +166,7 @@ class DMVAE(nn.Module):
     def combine(self, observed: Mapping[str, Observed], num_rows: int) -> tuple[DiagGaussian, dict[str, DiagGaussian]]:
         """Return the shared posterior and the private ones of all rows from what `observe` returned."""
         zeros = torch.zeros(num_rows, self.config.latent_dim, dtype=self.dtype, device=self.device)
-        nowhere = torch.zeros(1, num_rows, dtype=torch.bool, device=self.device)
-        parts = observed.values()
-        shared = product_of_experts(
-            torch.stack([zeros, *(part.scatter(part.shared.mean) for part in parts)]),
-            torch.stack([zeros, *(part.scatter(part.shared.log_var) for part in parts)]),
-            torch.cat([nowhere, *(part.present[None] for part in parts)]),
-        )
-        private = {}
-        for name, dim in self.config.private_dims.items():
-            if name in observed:
-                part = observed[name]
-                private[name] = DiagGaussian(part.scatter(part.private.mean), part.scatter(part.private.log_var))
-            else:
-                private[name] = DiagGaussian(zeros.new_zeros(num_rows, dim), zeros.new_zeros(num_rows, dim))
-        return shared, private
+        return combine(observed, zeros, self.config.private_dims)
 
     def encode(
         self,
@@ -234,23 +196,8 @@ class DMVAE(nn.Module):
         with _inference(self):
             observed = self.observe(batch, self._names(cond_mod, "cond_mod"))
             shared, private = self.combine(observed, len(batch))
-
-        def draw(gaussian: DiagGaussian) -> Tensor:
-            many = gaussian.mean.expand(N, *gaussian.mean.shape)
-            if not return_mean:
-                many = gaussian.sample(_randn_like(many, generator))
-            return many
-
-        z, modalities_z = draw(shared), {name: draw(gaussian) for name, gaussian in private.items()}
-        if density is not None:
-            present = {name: part.present for name, part in observed.items()}
-            z, modalities_z = _fill_in(density, z, modalities_z, present, return_mean, _on_cpu(generator))
-
-        def shape(many: Tensor) -> Tensor:
-            return many.flatten(0, 1) if flatten else many.squeeze(0) if N == 1 else many
-
-        private_z = {name: shape(many) for name, many in modalities_z.items()}
-        return ModelOutput(z=shape(z), modalities_z=private_z, one_latent_space=False)
+        present = {name: part.present for name, part in observed.items()}
+        return draw_latents(shared, private, present, N, return_mean, flatten, generator, density)
 
     def decode(self, embedding: Mapping[str, Any], modalities: Modalities = "all") -> ModelOutput:
         """Decode latents as `encode` and `generate_from_prior` return them.
@@ -259,14 +206,8 @@ class DMVAE(nn.Module):
             the decoder's output per modality (logits for bernoulli and categorical), with the latents'
             leading dimensions; `likelihoods[m].mean` brings it to the data's scale.
         """
-        z, private = embedding["z"], embedding["modalities_z"]
-        outputs = ModelOutput()
         with _inference(self):
-            for name, decode in self._decode_functions_of(modalities, "modalities").items():
-                latent = torch.cat((z, private[name]), dim=-1)
-                output = decode(latent.reshape(-1, latent.shape[-1]))
-                outputs[name] = output.reshape(*latent.shape[:-1], *output.shape[1:])
-        return outputs
+            return decode_latents(self._decode_functions_of(modalities, "modalities"), embedding)
 
     def predict(
         self,
@@ -290,14 +231,7 @@ class DMVAE(nn.Module):
         """Sample all latents from the prior, or a density in its place, `(n_samples, dim)`; `decode` takes them."""
         if n_samples < 1:
             raise ValueError(f"n_samples is at least 1; got {n_samples}.")
-        if density is not None:
-            shared, drawn = density.sample(n_samples, _on_cpu(generator))
-            latents = {name: latent.to(self.device, self.dtype) for name, latent in drawn.items()}
-            return ModelOutput(z=shared.to(self.device, self.dtype), modalities_z=latents, one_latent_space=False)
-        z = torch.empty(n_samples, self.config.latent_dim, dtype=self.dtype, device=self.device)
-        private = {name: z.new_empty(n_samples, dim) for name, dim in self.config.private_dims.items()}
-        modalities_z = {name: _randn_like(latent, generator) for name, latent in private.items()}
-        return ModelOutput(z=_randn_like(z, generator), modalities_z=modalities_z, one_latent_space=False)
+        return sample_latents(self.config, n_samples, self.dtype, self.device, generator, density)
 
     def joint_nll(
         self,
@@ -326,7 +260,7 @@ class DMVAE(nn.Module):
         proposal: str = "refined",
     ) -> Float[Tensor, ""]:
         """Return the estimated joint negative log-likelihood summed over rows, in nats."""
-        return self.joint_nll(inputs, K, batch_size_K, seed=_draw_seed(generator), proposal=proposal).nll.sum()
+        return self.joint_nll(inputs, K, batch_size_K, seed=draw_seed(generator), proposal=proposal).nll.sum()
 
     def compute_cond_nll(
         self,
@@ -350,32 +284,19 @@ class DMVAE(nn.Module):
         overlap = [name for name in wanted if name in given]
         if overlap:
             raise ValueError(f"pred_mods are predicted from subset, so they do not overlap; got {overlap} in both.")
-        batch, seed = self._batch(inputs), _draw_seed(generator)
+        batch, seed = self._batch(inputs), draw_seed(generator)
         if batch.ids is None:
             batch = replace(batch, ids=torch.arange(len(batch)))
         results = {}
         for name in wanted:
-            rows = batch[_present(batch, name)]
+            rows = batch[present(batch, name)]
             with_it = self.joint_nll(rows, K, batch_size_K, seed, (*given, name), proposal).nll
             results[name] = (with_it - self.joint_nll(rows, K, batch_size_K, seed, given, proposal).nll).mean()
         return results
 
     def save(self, dir: str | Path) -> None:  # noqa: A002 (the seed's name)
         """Write `model.json` and `model.safetensors` into a folder, each whole or not at all."""
-        from safetensors.torch import save_file
-
-        folder = Path(dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        # the format refuses tensors that share storage (tied weights) and strides: hence copies
-        tensors = {
-            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-            for name, tensor in self.state_dict().items()
-        }
-        weights, config = (folder / f".{file}.partial" for file in (MODEL_WEIGHTS, MODEL_CONFIG))
-        save_file(tensors, weights)
-        config.write_text(self.config.model_dump_json(indent=2) + "\n")
-        weights.replace(folder / MODEL_WEIGHTS)
-        config.replace(folder / MODEL_CONFIG)
+        write_folder(Path(dir), self.config, self.state_dict())
 
     @classmethod
     def load(
@@ -391,33 +312,10 @@ class DMVAE(nn.Module):
             ValueError: if a file cannot be read, the model was made with networks given by hand and they are not
                 given here, or the weights do not belong to the config.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        folder = Path(dir)
-        absent = [file for file in (MODEL_CONFIG, MODEL_WEIGHTS) if not (folder / file).is_file()]
-        if absent:
-            raise FileNotFoundError(
-                f"a model's folder holds {MODEL_CONFIG} and {MODEL_WEIGHTS}; {folder} lacks {absent}."
-            )
-        try:
-            config = DMVAEConfig.model_validate_json((folder / MODEL_CONFIG).read_bytes())
-        except ValueError as error:
-            raise ValueError(f"{folder / MODEL_CONFIG} holds a DMVAEConfig; {error}") from error
-        try:
-            tensors = load_file(folder / MODEL_WEIGHTS)
-        except SafetensorError as error:
-            raise ValueError(f"{folder / MODEL_WEIGHTS} holds tensors; it cannot be read: {error}.") from error
+        config, tensors = read_folder(Path(dir))
         with torch.random.fork_rng(devices=[]):  # loading leaves the caller's random numbers alone
             model = cls(config, encoders, decoders)
-        expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        if expected != found:
-            differing = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
-            raise ValueError(
-                f"{folder / MODEL_WEIGHTS} holds the weights of {MODEL_CONFIG} beside it; "
-                f"they differ in {differing[:5]}."
-            )
+        check_weights(Path(dir), model.state_dict(), tensors)
         # the file's tensors are not aligned as torch's own, and sums over them would differ in the last bit
         model.load_state_dict({name: tensor.clone() for name, tensor in tensors.items()}, assign=True)
         return model.eval()
@@ -433,24 +331,7 @@ class DMVAE(nn.Module):
         )
 
     def _batch(self, inputs: MultimodalRows) -> Batch:
-        """Check names and shapes, and bring values to the model's floating-point type."""
-        stray = sorted(set(inputs.data) - set(self.config.modalities))
-        if stray:
-            raise ValueError(f"data holds modalities of the model {list(self.config.modalities)}; got {stray}.")
-        data, likelihoods = {}, self.likelihoods
-        for name, values in inputs.data.items():
-            if tuple(values.shape[1:]) != self.config.shapes[name]:
-                raise ValueError(
-                    f"a row of {name!r} has shape {self.config.shapes[name]}; got values {tuple(values.shape)}."
-                )
-            categorical = isinstance(likelihoods[name], likelihood.Categorical)
-            if categorical and values.is_floating_point():
-                raise ValueError(f"a categorical modality's values are int64; got {values.dtype} for {name!r}.")
-            data[name] = values.to(self.device, torch.int64 if categorical else self.dtype)
-        masks = getattr(inputs, "masks", None)
-        if masks is not None:
-            masks = {name: mask.to(self.device) for name, mask in masks.items()}
-        return Batch(data, masks, getattr(inputs, "labels", None), getattr(inputs, "ids", None))
+        return conform(inputs, self.config, self.likelihoods, self.dtype, self.device)
 
     def _names(self, modalities: Modalities, argument: str) -> tuple[str, ...]:
         known = self.config.modalities
@@ -490,64 +371,3 @@ def _check_custom(config: DMVAEConfig, custom: tuple[str, ...]) -> None:
     absent = sorted(set(config.custom_architectures) - set(custom))
     if absent:
         raise ValueError(f"this model was made with networks of its own; give them again: {', '.join(absent)}.")
-
-
-def _gaussian(mean: Tensor, log_var: Tensor) -> DiagGaussian:
-    return DiagGaussian(_at_least_float32(mean), _at_least_float32(log_var))
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    # autocast's networks return half precision, in which a sum over a modality's elements has no accurate digit left
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
-def _present(batch: Batch, name: str) -> Tensor:
-    if name not in batch.data:
-        return torch.zeros(len(batch), dtype=torch.bool)
-    mask = (batch.masks or {}).get(name)
-    return torch.ones(len(batch), dtype=torch.bool, device=batch.data[name].device) if mask is None else mask
-
-
-def _fill_in(
-    density: LatentDensity,
-    z: Float[Tensor, "draw row shared"],
-    private: Mapping[str, Float[Tensor, "draw row _"]],
-    present: Mapping[str, Bool[Tensor, " row"]],
-    return_mean: bool,
-    generator: torch.Generator | None,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Put a density's latents in the place of the prior's: of a row with nothing z_s, of a modality not given z_p."""
-    nowhere = torch.zeros(z.shape[1], dtype=torch.bool, device=z.device)
-    anything = torch.stack([nowhere, *present.values()]).any(0)
-    if not bool(anything.all()):
-        shape = z[:, ~anything].shape
-        drawn = (
-            density.shared.mean.expand(shape)
-            if return_mean
-            else density.shared.sample(shape[0] * shape[1], generator).reshape(shape)
-        )
-        z = z.clone()
-        z[:, ~anything] = drawn.to(z)
-    filled = {}
-    for name, values in private.items():
-        absent = ~present.get(name, nowhere)
-        filled[name] = values
-        if bool(absent.any()):
-            filled[name] = values.clone()
-            filled[name][:, absent] = density.private(name, z[:, absent], return_mean, generator)
-    return z, filled
-
-
-def _randn_like(tensor: Tensor, generator: torch.Generator | None) -> Tensor:
-    return torch.randn(tensor.shape, dtype=tensor.dtype, device=tensor.device, generator=generator)
-
-
-def _on_cpu(generator: torch.Generator | None) -> torch.Generator | None:
-    if generator is None or generator.device.type == "cpu":
-        return generator
-    return torch.Generator().manual_seed(_draw_seed(generator))
-
-
-def _draw_seed(generator: torch.Generator | None) -> int:
-    device = generator.device if generator is not None else torch.device("cpu")
-    return int(torch.randint(2**62, (), dtype=torch.int64, generator=generator, device=device))

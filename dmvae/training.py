@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from dmvae.batch import Batch
 from dmvae.cadence import CheckpointClock
 from dmvae.config.training import OptimConfig, TrainConfig
+from dmvae.metrics import ACTIVE_VARIANCE
 from dmvae.model import DMVAE, DMVAEOutput
 from dmvae.noise import chain
 from dmvae.objective import TermSums, term_names
-from dmvae.validation import ACTIVE_VARIANCE, autocast, draw_noise, validate
+from dmvae.validation import autocast, draw_noise, validate
 
 _TRAIN = 1  # second part of a noise key; validation has another
 

@@ -14,8 +14,6 @@ from dmvae.model import DMVAE
 from dmvae.noise import chain, row_keys, standard_normal
 from dmvae.objective import Noise, TermSums, negative_bounds, term_names
 
-ACTIVE_VARIANCE = 0.01
-"""A latent dimension is active when its posterior's mean varies more than this over rows (Burda et al. 2016)."""
 _VALIDATE = 2  # second part of a noise key; training has another
 
 

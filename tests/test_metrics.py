@@ -10,7 +10,7 @@ import torch
 from dmvae import DMVAE, Batch
 from dmvae.metrics import (
     ACTIVE_VARIANCE,
-    Share,
+    Proportion,
     classifier_accuracy,
     conditional_coherence,
     fit_classifier,
@@ -46,7 +46,7 @@ def test_coherence_of_means_is_the_share_of_predictions_with_the_row_s_class(mod
     hits = (predicted[:, 0, 0] > 0).long() == batch.labels
     counted = batch.masks["b"] & (batch.labels >= 0)
     share = conditional_coherence(model, batch, Sign(), "b", "a", return_mean=True)
-    assert share == Share(int((hits & counted).sum()), int(counted.sum()))
+    assert share == Proportion(int((hits & counted).sum()), int(counted.sum()))
     assert 0 < share.hits < share.rows
 
 
@@ -56,7 +56,7 @@ def test_coherence_of_draws_has_the_rate_of_predict(model: DMVAE) -> None:
     counted = batch.labels >= 0
     draws = model.predict(batch, "b", "a", N=2000).a
     rate = ((draws[:, :, 0, 0] > 0).long() == batch.labels)[:, counted].double().mean()
-    shares = sum((conditional_coherence(model, batch, Sign(), "b", "a", seed=seed) for seed in range(50)), Share())
+    shares = sum((conditional_coherence(model, batch, Sign(), "b", "a", seed=seed) for seed in range(50)), Proportion())
     assert abs(shares.rate - float(rate)) < 4 * shares.se
 
 
@@ -65,7 +65,7 @@ def test_coherence_adds_over_batches_and_depends_on_seed_and_ids_alone(model: DM
     parts = [batch[:50], batch[50:51], batch[51:]]
     for return_mean in (False, True):
         one_by_one = (conditional_coherence(model, part, Sign(), "b", "a", return_mean) for part in parts)
-        assert conditional_coherence(model, parts, Sign(), "b", "a", return_mean) == sum(one_by_one, Share())
+        assert conditional_coherence(model, parts, Sign(), "b", "a", return_mean) == sum(one_by_one, Proportion())
     torch.manual_seed(5)
     again = conditional_coherence(model, batch, Sign(), "b", "a", seed=1)
     assert conditional_coherence(model, batch, Sign(), "b", "a", seed=1) == again
@@ -78,7 +78,7 @@ def test_coherence_reads_the_given_modality_only(model: DMVAE) -> None:
     assert conditional_coherence(model, without, Sign(), "b", "a") == conditional_coherence(
         model, batch, Sign(), "b", "a"
     )
-    assert conditional_coherence(model, without, Sign(), "a", "b") == Share(0, 0)
+    assert conditional_coherence(model, without, Sign(), "a", "b") == Proportion(0, 0)
 
 
 def test_coherence_refuses_rows_without_labels_and_unknown_modalities(model: DMVAE) -> None:
@@ -90,9 +90,9 @@ def test_coherence_refuses_rows_without_labels_and_unknown_modalities(model: DMV
 
 
 def test_a_share_without_rows_is_nan_and_adds_nothing() -> None:
-    assert math.isnan(Share().rate)
-    assert math.isnan(Share().se)
-    share = Share(1, 4) + Share()
+    assert math.isnan(Proportion().rate)
+    assert math.isnan(Proportion().se)
+    share = Proportion(1, 4) + Proportion()
     assert (share.rate, share.se) == (0.25, math.sqrt(0.25 * 0.75 / 4))
 
 
@@ -109,7 +109,7 @@ def test_a_classifier_learns_the_observed_labelled_rows() -> None:
     assert accuracy.rows == int((mask & (labels >= 0)).sum())
     assert accuracy.rate > 0.95
     assert accuracy == classifier_accuracy(classifier, batch, "a")
-    assert classifier_accuracy(classifier, batch, "b") == Share(0, 0)
+    assert classifier_accuracy(classifier, batch, "b") == Proportion(0, 0)
 
 
 def test_repeated_rows_change_no_classifier() -> None:

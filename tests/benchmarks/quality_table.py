@@ -25,7 +25,14 @@ from dmvae.data.prepare import prepare
 from dmvae.density import LatentDensity
 from dmvae.imputation import held_out_errors, rival_errors, rivals
 from dmvae.latents import collect, fit_density, probe_labels
-from dmvae.metrics import Classifier, Share, classifier_accuracy, conditional_coherence, fit_classifier, joint_coherence
+from dmvae.metrics import (
+    Classifier,
+    Proportion,
+    classifier_accuracy,
+    conditional_coherence,
+    fit_classifier,
+    joint_coherence,
+)
 from dmvae.model import DMVAE
 from dmvae.platform.trainer import resolve
 from dmvae.platform.worker import WorkerData
@@ -71,9 +78,9 @@ class Judge:
             "rmse": float(np.mean([part.rmse for part in errors])),
             "cover50": float(np.mean([part.coverage[0] for part in errors])),
             "cover90": float(np.mean([part.coverage[1] for part in errors])),
-            "coherence 1->1": sum(from_one, Share()).rate,
-            "others->1": sum(from_others, Share()).rate,
-            "means": sum(of_means, Share()).rate,
+            "coherence 1->1": sum(from_one, Proportion()).rate,
+            "others->1": sum(from_others, Proportion()).rate,
+            "means": sum(of_means, Proportion()).rate,
             "joint": joint_coherence(model, self.classifiers, density=density).rate,
         }
 

@@ -1,0 +1,102 @@
+"""From incomplete rows to posteriors: inputs are checked, encoded where they are present, and combined."""
+
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from dmvae import likelihood
+from dmvae.batch import Batch, MultimodalRows
+from dmvae.config.model import DMVAEConfig
+from dmvae.gaussian import DiagGaussian, product_of_experts
+from dmvae.objective import Observed
+
+
+def conform(
+    inputs: MultimodalRows,
+    config: DMVAEConfig,
+    likelihoods: Mapping[str, likelihood.Likelihood],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Batch:
+    """Check names and shapes, and bring values to a model's floating-point type and device.
+
+    Raises:
+        ValueError: for a modality, a shape or a type of values that is not the model's.
+    """
+    stray = sorted(set(inputs.data) - set(config.modalities))
+    if stray:
+        raise ValueError(f"data holds modalities of the model {list(config.modalities)}; got {stray}.")
+    data = {}
+    for name, values in inputs.data.items():
+        if tuple(values.shape[1:]) != config.shapes[name]:
+            raise ValueError(f"a row of {name!r} has shape {config.shapes[name]}; got values {tuple(values.shape)}.")
+        categorical = isinstance(likelihoods[name], likelihood.Categorical)
+        if categorical and values.is_floating_point():
+            raise ValueError(f"a categorical modality's values are int64; got {values.dtype} for {name!r}.")
+        data[name] = values.to(device, torch.int64 if categorical else dtype)
+    masks = getattr(inputs, "masks", None)
+    if masks is not None:
+        masks = {name: mask.to(device) for name, mask in masks.items()}
+    return Batch(data, masks, getattr(inputs, "labels", None), getattr(inputs, "ids", None))
+
+
+def observe(batch: Batch, encoders: Mapping[str, nn.Module]) -> dict[str, Observed]:
+    """Encode each modality of the rows that have it; a modality that no row has is left out."""
+    observed: dict[str, Observed] = {}
+    for name, encoder in encoders.items():
+        if name not in batch.data or len(batch) == 0:
+            continue
+        values, mask = batch.data[name], (batch.masks or {}).get(name)
+        if mask is None or bool(mask.all()):
+            here, rows = torch.ones(len(batch), dtype=torch.bool, device=values.device), None
+        else:
+            here, rows = mask, mask.nonzero().squeeze(1)
+            values = values.index_select(0, rows)
+        if len(values) == 0:
+            continue
+        output = encoder(values)
+        shared = _gaussian(output.embedding, output.log_covariance)
+        private = _gaussian(output.style_embedding, output.style_log_covariance)
+        observed[name] = Observed(here, rows, values, shared, private)
+    return observed
+
+
+def combine(
+    observed: Mapping[str, Observed], zeros: Float[Tensor, "row shared"], private_dims: Mapping[str, int]
+) -> tuple[DiagGaussian, dict[str, DiagGaussian]]:
+    """Return the shared posterior and the private ones of all rows; `zeros` has the rows, type and device."""
+    nowhere = torch.zeros(1, len(zeros), dtype=torch.bool, device=zeros.device)
+    parts = observed.values()
+    shared = product_of_experts(
+        torch.stack([zeros, *(part.scatter(part.shared.mean) for part in parts)]),
+        torch.stack([zeros, *(part.scatter(part.shared.log_var) for part in parts)]),
+        torch.cat([nowhere, *(part.present[None] for part in parts)]),
+    )
+    private = {}
+    for name, dim in private_dims.items():
+        if name in observed:
+            part = observed[name]
+            private[name] = DiagGaussian(part.scatter(part.private.mean), part.scatter(part.private.log_var))
+        else:
+            private[name] = DiagGaussian(zeros.new_zeros(len(zeros), dim), zeros.new_zeros(len(zeros), dim))
+    return shared, private
+
+
+def present(batch: Batch, name: str) -> Bool[Tensor, " row"]:
+    """Tell which rows have a modality, on the device of its values."""
+    if name not in batch.data:
+        return torch.zeros(len(batch), dtype=torch.bool)
+    mask = (batch.masks or {}).get(name)
+    return torch.ones(len(batch), dtype=torch.bool, device=batch.data[name].device) if mask is None else mask
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Return half-precision values, which autocast's networks return, as float32."""
+    # in half precision a sum over a modality's elements has no accurate digit left
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _gaussian(mean: Tensor, log_var: Tensor) -> DiagGaussian:
+    return DiagGaussian(at_least_float32(mean), at_least_float32(log_var))
