@@ -32,10 +32,15 @@ def main() -> None:
     for part in arguments.only:
         found = import_module(f"tests.benchmarks.{part}").results()
         for result in found:
-            print(f"{result.work:<48} {result.figure:6.2f}{result.unit}  ({result.low:.2f} to {result.high:.2f})", flush=True)
+            print(
+                f"{result.work:<48} {result.figure:6.2f}{result.unit}  ({result.low:.2f} to {result.high:.2f})",
+                flush=True,
+            )
         results += found
     facts = machine()
-    (arguments.folder / "speed.json").write_text(json.dumps({"machine": facts, "results": list(map(asdict, results))}, indent=2))
+    (arguments.folder / "speed.json").write_text(
+        json.dumps({"machine": facts, "results": list(map(asdict, results))}, indent=2)
+    )
     (arguments.folder / "speed.md").write_text(markdown(results, facts))
     print(f"table     {arguments.folder / 'speed.md'}")
 

@@ -15,7 +15,13 @@ from dmvae.model import DMVAE
 
 PACKAGES = ("multivae==1.0.3", "pythae==0.1.2")
 _UNUSED = (
-    *("torchvision", "torchvision.utils", "torchvision.transforms", "torchvision.datasets", "torchvision.datasets.utils"),
+    *(
+        "torchvision",
+        "torchvision.utils",
+        "torchvision.transforms",
+        "torchvision.datasets",
+        "torchvision.datasets.utils",
+    ),
     *("torchvision.models", "nltk", "nltk.tokenize", "imageio"),
 )
 FOLDER = Path(__file__).parents[2] / "build" / "multivae"

@@ -68,9 +68,13 @@ def compare(
     for number in range(repeats):
         order = (ours, theirs) if number % 2 else (theirs, ours)  # neither always runs on the other's warm caches
         times = {side: _time(side) for side in order}
-        pairs.append([theirs_time / ours_time for theirs_time, ours_time in zip(times[theirs], times[ours], strict=True)])
+        pairs.append(
+            [theirs_time / ours_time for theirs_time, ours_time in zip(times[theirs], times[ours], strict=True)]
+        )
     cpu, wall = ([pair[kind] for pair in pairs] for kind in (0, 1))
-    return Result(work, against, statistics.median(cpu), statistics.median(wall), min(cpu), max(cpu), at_least, aim, note=note)
+    return Result(
+        work, against, statistics.median(cpu), statistics.median(wall), min(cpu), max(cpu), at_least, aim, note=note
+    )
 
 
 def _time(side: Callable[[], object]) -> tuple[float, float]:
@@ -100,10 +104,9 @@ def markdown(results: list[Result], facts: dict[str, str]) -> str:
     for result in results:
         limits = ["" if limit is None else f"{limit:g}{result.unit}" for limit in (result.at_least, result.aim)]
         kept = "" if result.at_least is None else "kept" if result.is_kept else "missed"
-        lines.append(
-            f"| {result.work} | {result.against} | {result.figure:.2f}{result.unit} | "
-            f"{result.low:.2f} to {result.high:.2f} | {result.wall:.2f}{result.unit} | {limits[0]} | {limits[1]} | {kept} |"
-        )
+        figure, wall = f"{result.figure:.2f}{result.unit}", f"{result.wall:.2f}{result.unit}"
+        spread = f"{result.low:.2f} to {result.high:.2f}"
+        lines.append("| " + " | ".join([result.work, result.against, figure, spread, wall, *limits, kept]) + " |")
     notes = [f"- {result.work}: {result.note}" for result in results if result.note]
     measured = ", ".join(f"{name} {value}" for name, value in facts.items())
     return "\n".join([*lines, "", *notes, "", f"Measured with {measured}.", ""])

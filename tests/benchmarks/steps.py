@@ -35,7 +35,7 @@ def conv_modalities(num: int) -> DMVAEConfig:
     names = [f"m{number}" for number in range(num)]
     return DMVAEConfig.model_validate(
         {
-            "input_dims": {name: (3, 28, 28) for name in names},
+            "input_dims": dict.fromkeys(names, (3, 28, 28)),
             "latent_dim": 20,
             "modalities_specific_dim": 10,
             "architectures": dict.fromkeys(names, CONV),
@@ -48,7 +48,7 @@ def small_mlps(num: int) -> DMVAEConfig:
     names = [f"m{number}" for number in range(num)]
     return DMVAEConfig.model_validate(
         {
-            "input_dims": {name: (32,) for name in names},
+            "input_dims": dict.fromkeys(names, (32,)),
             "latent_dim": 10,
             "modalities_specific_dim": 4,
             "architectures": dict.fromkeys(names, SMALL),
