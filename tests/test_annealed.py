@@ -13,7 +13,7 @@ def test_annealing_is_the_closed_form_within_its_error() -> None:
     reference = annealed_log_prob(model, batch, temperatures=120, chains=32)
     error = reference.log_prob - exact_log_prob(model, batch)
     assert reference.accepted > 0.6
-    assert float(reference.se.max()) < 0.2
+    assert float(reference.se.max()) < 0.3
     assert float((error.abs() <= 3 * reference.se).double().mean()) >= 0.95
     # the mean of p^ / p is 1
     assert abs(float(error.exp().mean()) - 1) < 4 * float(reference.se.square().sum().sqrt()) / len(batch)
