@@ -81,8 +81,9 @@ class Judge:
         return found | ({"conditional_nll": _average(parts)} if parts else {})
 
     def _imputation(self, model: DMVAE) -> dict[str, Merit]:
-        """Root mean square error of a modality predicted from the row's others, in its standard deviations over the
-        training rows; the mean over modalities.
+        """Root mean square error of a modality predicted from the row's others; the mean over modalities.
+
+        In units of the modality's standard deviation over the training rows.
         """
         found, parts = {}, []
         for name, deviation in self._deviations.items():

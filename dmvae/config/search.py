@@ -1,6 +1,5 @@
 """A search over configurations: what `jobs.search` reads."""
 
-import copy
 import json
 import math
 import tomllib
@@ -85,7 +84,7 @@ class RetrainConfig(Section):
     """`train` it again in a run of its own, with as many workers as asked; take the trial's `checkpoint` and judge it;
     or `none` of this."""
     name: Name | None = None
-    """Of that run. None: the search's, followed by `-best`."""
+    """Of that run. None: the search's, followed by the trial's number."""
     epochs: Size | None = None
     """Of that run. None: as many as a trial's."""
     workers: Size | None = None
@@ -147,7 +146,9 @@ class SearchConfig(Section):
         try:
             return tomllib.loads(Path(base).read_text())
         except (OSError, ValueError) as error:
-            raise ValueError(f"base is a training configuration or the name of its TOML file; {base}: {error}") from None
+            raise ValueError(
+                f"base is a training configuration or the name of its TOML file; {base}: {error}"
+            ) from None
 
     @field_validator("space", mode="after")
     @classmethod
@@ -173,14 +174,16 @@ class SearchConfig(Section):
             raise ValueError("the Gaussian process takes at most three objectives. Use sampler = 'nsga2' or 'tpe'.")
         if (self.grace_epochs or 1) > self.base.training.epochs:
             raise ValueError(
-                f"grace_epochs is at most the epochs of a trial; got {self.grace_epochs} with {self.base.training.epochs}."
+                f"grace_epochs is at most a trial's epochs, {self.base.training.epochs}; got {self.grace_epochs}."
             )
         for point in self.start_from:
             stray = sorted(point.keys() - self.space.keys())
             if stray:
                 raise ValueError(f"start_from gives values of settings that are searched; got {stray}.")
         if self.gpus_per_trial and self.base.workers.num > 1:
-            raise ValueError("gpus_per_trial is of trials with one worker; each of several workers takes one. Remove it.")
+            raise ValueError(
+                "gpus_per_trial is of trials with one worker; each of several workers takes one. Remove it."
+            )
         return self
 
     @property
@@ -211,7 +214,9 @@ def _in_order(space: Mapping[str, Domain]) -> list[tuple[str, Domain]]:
     return list(ordered.items())
 
 
-def lay_over(base: TrainConfig, chosen: Mapping[str, Value], name: str, modalities: tuple[str, ...] = ()) -> TrainConfig:
+def lay_over(
+    base: TrainConfig, chosen: Mapping[str, Value], name: str, modalities: tuple[str, ...] = ()
+) -> TrainConfig:
     """Return the base configuration with settings changed by path, validated.
 
     A path may go on below a number that holds for all modalities: `model.beta` stays one number, and
@@ -221,18 +226,22 @@ def lay_over(base: TrainConfig, chosen: Mapping[str, Value], name: str, modaliti
         ValidationError: if a path does not exist or a value breaks a law.
         ValueError: if a path leads into a value that has no parts.
     """
-    tree = copy.deepcopy(base.model_dump(exclude_unset=True))
+    tree, everything = base.model_dump(exclude_unset=True), base.model_dump()
     for path, value in chosen.items():
         *parents, last = path.split(".")
-        place = tree
+        place, known = tree, everything
         for depth, part in enumerate(parents):
-            below = place.get(part)
+            known = known.get(part, {}) if isinstance(known, dict) else {}
+            # a default counts where it is one number for all
+            below = place.get(part, known if isinstance(known, int | float) else None)
             if below is None:
                 below = {}
             elif isinstance(below, int | float) and modalities and depth == len(parents) - 1:
                 below = dict.fromkeys(modalities, below)
             elif not isinstance(below, dict):
-                raise ValueError(f"a searched setting exists; {path!r} leads into {part} = {below!r}, which has no parts.")
+                raise ValueError(
+                    f"a searched setting exists; {path!r} leads into {part} = {below!r}, which has no parts."
+                )
             place[part] = below
             place = below
         place[last] = value

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from dmvae.config.search import Domain, SearchConfig, Value
@@ -163,12 +164,10 @@ def _values(config: SearchConfig, result: TrialResult) -> list[float] | None:
 
 
 def sampler(config: SearchConfig, num_known: int) -> optuna.samplers.BaseSampler:
-    """Return the sampler that proposes; its random numbers differ after every restart, or it would draw points again."""
+    """Return the sampler; after a restart its random numbers are others, or it would draw points again."""
     seed = (config.seed * 1_000_003 + num_known) % 2**32
     if config.sampler == "tpe":
-        return optuna.samplers.TPESampler(
-            n_startup_trials=config.startup_trials, constant_liar=True, seed=seed
-        )
+        return optuna.samplers.TPESampler(n_startup_trials=config.startup_trials, constant_liar=True, seed=seed)
     if config.sampler == "gp":
         return optuna.samplers.GPSampler(n_startup_trials=config.startup_trials, seed=seed)
     if config.sampler == "nsga2":
@@ -176,9 +175,9 @@ def sampler(config: SearchConfig, num_known: int) -> optuna.samplers.BaseSampler
     return optuna.samplers.RandomSampler(seed=seed)
 
 
-def directions(config: SearchConfig) -> list[str]:
+def directions(config: SearchConfig) -> list[StudyDirection]:
     """Everything is minimised: `SearchConfig.signed` has seen to it."""
-    return ["minimize"] * (len(config.objectives) if config.is_multiple else 1)
+    return [StudyDirection.MINIMIZE] * (len(config.objectives) if config.is_multiple else 1)
 
 
 def export(config: SearchConfig, trials: list[Trial], file: Path) -> optuna.Study:

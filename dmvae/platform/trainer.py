@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ray.train import CheckpointConfig, FailureConfig, Result, RunConfig, ScalingConfig, TrainingFailedError, UserCallback
+from ray.train import (
+    CheckpointConfig,
+    FailureConfig,
+    Result,
+    RunConfig,
+    ScalingConfig,
+    TrainingFailedError,
+    UserCallback,
+)
 from ray.train.torch import TorchTrainer
 from torch import nn
 
@@ -85,7 +93,7 @@ def train_run(config: TrainConfig, progress: Callable[[str], None]) -> TrainSumm
     run_dir.mkdir(parents=True, exist_ok=True)
     params = {key: value for key, value in record.items() if key != "dataset"}
     with open_run(
-        resolved.tracking, resolved.name, run_dir / "tracking", params, dataset=_dataset_record(resolved, dataset)
+        resolved.tracking, resolved.name, run_dir / "tracking", params, dataset=dataset_record(resolved, dataset)
     ) as tracked:
         write_atomically(run_dir / checkpoint.RUN_CONFIG, json.dumps(record, indent=2) + "\n")
         with local_cluster(math.ceil(resolved.workers.num * resolved.workers.cpus)):
@@ -196,7 +204,7 @@ def _check_same_run(run_dir: Path, record: Mapping[str, Any]) -> None:
     file = run_dir / checkpoint.RUN_CONFIG
     if not file.is_file():
         return
-    before, now = _flatten(json.loads(file.read_text())), _flatten(record)
+    before, now = leaves(json.loads(file.read_text())), leaves(record)
     differing = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
     # what a run is judged by may be mended until it has been judged
     free = _MAY_CHANGE if (run_dir / _RESULT).is_file() else (*_MAY_CHANGE, "evaluation.")
@@ -214,10 +222,11 @@ def _check_same_run(run_dir: Path, record: Mapping[str, Any]) -> None:
         )
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return `{"optim": {"learning_rate": 1e-3}}` as `{"optim.learning_rate": 1e-3}`."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        flat |= leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return flat
 
 
@@ -238,7 +247,8 @@ def _read_result(run_dir: Path, config: TrainConfig) -> TrainSummary | None:
     )
 
 
-def _dataset_record(config: TrainConfig, dataset: Dataset) -> DatasetRecord:
+def dataset_record(config: TrainConfig, dataset: Dataset) -> DatasetRecord:
+    """Return what MLflow shows of the dataset behind a run."""
     manifest = dataset.manifest
     profile = {name: {"rows": split.rows, "observed": split.observed} for name, split in manifest.splits.items()}
     source = Path(config.data.dataset).absolute()
@@ -277,7 +287,7 @@ def fit(config: TrainConfig, run_dir: Path, task: WorkerTask, callbacks: Sequenc
             storage_path=str(run_dir),
             failure_config=FailureConfig(max_failures=config.workers.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=shelf.NUM_KEPT),
-            callbacks=list(callbacks),
+            callbacks=list(callbacks),  # type: ignore[arg-type]  # typed as Ray's former class
         ),
     )
     try:

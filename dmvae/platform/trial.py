@@ -2,9 +2,10 @@
 
 import json
 import math
+import shutil
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,11 @@ from dmvae.data.dataset import open_dataset
 from dmvae.merit import Judge, Merit
 from dmvae.model import DMVAE
 from dmvae.platform import shelf
-from dmvae.platform.spool import MetricSpool, TrackedRun
+from dmvae.platform.spool import TrackedRun
 from dmvae.platform.study import PARAMS, RESULT, TrialResult, write_result
 from dmvae.platform.tracking import open_run
-from dmvae.platform.trainer import RunError, build_record, fit, keep_checkpoints, resolve
-from dmvae.platform.worker import SCORE, WorkerData, WorkerTask, build_state
+from dmvae.platform.trainer import RunError, fit, keep_checkpoints, resolve, run_record
+from dmvae.platform.worker import WorkerData, WorkerTask, build_state
 from dmvae.training import (
     EpochEnded,
     Logged,
@@ -35,7 +36,7 @@ from dmvae.training import (
     train,
 )
 
-TRIAL, EPOCH = "trial", "epoch"
+TRIAL, EPOCH, BEST = "trial", "epoch", "best"
 _CHECKPOINT_SECONDS = 10.0  # between two checkpoints of a trial in this process; a kill costs as much
 
 
@@ -89,14 +90,19 @@ def run_trial(drawn: dict[str, Any], task: TrialTask) -> None:
             params,
             tags={"mlflow.parentRunId": task.parent, "trial": str(number)},
         ) as tracked:
-            result = _outcome(task, folder, params, tracked)
+            try:
+                result = _outcome(task, folder, params, tracked)
+            except SystemExit:  # how Tune ends a trial that the scheduler has stopped
+                with tracked.spool() as spool:
+                    spool.end("KILLED", f"stopped early by {config.scheduler}")
+                raise
             with tracked.spool() as spool:
                 spool.log({f"trial/{name}": value for name, value in result.figures.items()}, result.epochs)
                 spool.end("FINISHED" if result.status == "complete" else "FAILED", result.reason)
         write_result(folder, result)
     done = TrialResult(**json.loads((folder / RESULT).read_text()))
     if done.status == "complete":
-        _tell(config, done.figures, config.base.training.epochs)
+        _tell(config, _values(config, done.figures), config.base.training.epochs)
         return
     raise TrialEndedError(done.reason)
 
@@ -120,52 +126,71 @@ def _train_and_judge(
 ) -> TrialResult:
     config = task.config
     dataset = open_dataset(config.base.data.dataset)
-    laid = lay_over(config.base, params, folder.name, tuple(dataset.manifest.modalities))
-    resolved = resolve(laid, dataset)
-    judge = Judge(
-        dataset.split(resolved.data.train_split),
-        dataset.split(resolved.data.val_split),
-        config.judged_rows,
-        config.num_draws,
-        config.seed,
-    )
+    resolved = resolve(lay_over(config.base, params, folder.name, tuple(dataset.manifest.modalities)), dataset)
     with torch.device("meta"):
         size = sum(p.numel() for p in DMVAE(resolved.model).parameters())
     if size > config.limits.get("parameters", math.inf):
         reason = f"{size} parameters, beyond the limit of {config.limits['parameters']:g}"
         return TrialResult("infeasible", 0, {"parameters": float(size)}, reason, tracked.run_id)
-
-    def judged(model: DMVAE, seconds: Merit | None = None) -> dict[str, float]:
-        names = [name for name in config.objectives if name != "seconds_per_step"]
-        merits = judge.merits(model.eval(), names) | ({} if seconds is None else {"seconds_per_step": seconds})
-        model.train()
-        return {f"{n}{end}": v for n, m in merits.items() for end, v in (("", m.value), ("_se", m.se))}
-
-    if resolved.workers.num > 1:
-        model, seconds = _train_nested(task, resolved, dataset.manifest.fingerprint, folder, tracked, judged)
-    else:
-        model, seconds = _train_here(task, resolved, dataset.manifest.fingerprint, folder, tracked, judged)
-    figures = judged(model, seconds) | {"parameters": float(size)}
-    took = time.monotonic() - begun
+    judge, record = RungJudge(config), run_record(resolved, dataset.manifest)
+    train_trial = _train_here if resolved.workers.num == 1 else _train_nested
+    model, seconds = train_trial(task, resolved, record, folder, tracked, judge)
+    figures = {"parameters": float(size), **judge.figures(model, seconds)}
+    took, epochs = time.monotonic() - begun, resolved.training.epochs
+    with tracked.spool() as spool:
+        spool.artifact(folder / BEST, "model")
+    if not all(map(math.isfinite, config.signed(figures))):
+        return TrialResult("failed", epochs, figures, "an objective is not finite", tracked.run_id, took)
     if seconds.value > config.limits.get("seconds_per_step", math.inf):
         reason = f"{seconds.value:g} seconds a step, beyond the limit of {config.limits['seconds_per_step']:g}"
-        return TrialResult("infeasible", resolved.training.epochs, figures, reason, tracked.run_id, took)
-    return TrialResult("complete", resolved.training.epochs, figures, "", tracked.run_id, took)
+        return TrialResult("infeasible", epochs, figures, reason, tracked.run_id, took)
+    return TrialResult("complete", epochs, figures, "", tracked.run_id, took)
 
 
-Judged = Callable[..., dict[str, float]]
+@dataclass(frozen=True)
+class RungJudge:
+    """Judges a model by the study's objectives; it travels to other processes, and reads rows where it arrives."""
+
+    config: SearchConfig
+
+    def figures(self, model: DMVAE, seconds: Merit) -> dict[str, float]:
+        """Return every objective and its standard error as `NAME_se`, the model's own mode left as it was."""
+        training = model.training
+        merits = self._judge.merits(model.eval(), self.config.objectives) | {"seconds_per_step": seconds}
+        model.train(training)
+        return {f"{n}{end}": v for n, m in merits.items() for end, v in (("", m.value), ("_se", m.se))}
+
+    def __call__(self, model: DMVAE, event: EpochEnded) -> dict[str, float]:
+        """Return what a trial reports at the end of an epoch: its figures where it may be stopped."""
+        seconds = self.config.base.training.batch_size / event.metrics["train/rows_per_second"]
+        told = {"seconds": seconds, EPOCH: float(event.epoch + 1)}
+        if event.epoch + 1 in rungs(self.config):
+            told |= _values(self.config, self.figures(model, Merit(seconds)))
+        return told
+
+    @cached_property
+    def _judge(self) -> Judge:
+        config, data = self.config, self.config.base.data
+        dataset = open_dataset(data.dataset)
+        return Judge(
+            dataset.split(data.train_split),
+            dataset.split(data.val_split),
+            config.judged_rows,
+            config.num_draws,
+            config.seed,
+        )
 
 
 def _train_here(
-    task: TrialTask, config: TrainConfig, fingerprint: str, folder: Path, tracked: TrackedRun, judged: Judged
+    task: TrialTask, config: TrainConfig, record: dict[str, Any], folder: Path, tracked: TrackedRun, judge: RungJudge
 ) -> tuple[DMVAE, Merit]:
     """Train in this process; return the best epoch's model and the seconds that a step took."""
     torch.set_num_threads(max(1, int(config.workers.cpus)))
     use_gpu = torch.cuda.is_available() and config.workers.device != "cpu"
     state = build_state(config, torch.device("cuda" if use_gpu else "cpu"))
-    kept = _Kept(folder, build_record(config, fingerprint))
-    kept.resume(state)
-    data, written, times = WorkerData(config, 0, 1, state.model.dtype), time.monotonic(), list[float]()
+    kept = _Kept(folder, record)
+    times = kept.resume(state)
+    data, written = WorkerData(config, 0, 1, state.model.dtype), time.monotonic()
     with tracked.spool() as spool:
         for event in train(state, data, config, Workers(state.model)):
             if not isinstance(event, Logged):
@@ -173,15 +198,17 @@ def _train_here(
             spool.log(event.metrics, event.global_step)
             if not isinstance(event, EpochEnded):
                 continue
-            times.append(config.training.batch_size / event.metrics["train/rows_per_second"])
+            told = judge(state.model, event)
+            times.append(told["seconds"])
             if event.improved:
                 kept.remember(state.model)
-            # the epoch's end is counted here, though the loop says so one event later
             if time.monotonic() - written > _CHECKPOINT_SECONDS or is_finished(state, config):
-                kept.write(state)
+                kept.write(state, times)
                 written = time.monotonic()
-            _report_rung(task.config, event.epoch + 1, state.model, judged, spool, event.global_step, times)
-    return kept.best(), _seconds(times)
+            if event.epoch + 1 in rungs(task.config):
+                spool.log({f"rung/{name}": told[name] for name in task.config.objectives}, event.global_step)
+                _tell(task.config, told, event.epoch + 1)
+    return DMVAE.load(folder / BEST), _seconds(times)
 
 
 class _Kept:
@@ -194,14 +221,17 @@ class _Kept:
         self._folder, self._run = folder, run
         self._weights: DMVAE | None = None
         for left in folder.glob(".*.partial"):
-            shelf.remove(left)
+            shutil.rmtree(left)
 
-    def resume(self, state: TrainState) -> None:
-        """Go back to the checkpoint, if there is a whole one."""
-        try:
-            checkpoint.load(state, self._folder / "checkpoint")
-        except checkpoint.CheckpointError:
-            return  # none yet, or one that a kill left broken: from the beginning
+    def resume(self, state: TrainState) -> list[float]:
+        """Go back to the newest checkpoint that is whole, if there is any; return the seconds of its epochs' steps."""
+        for folder in reversed(self._checkpoints):
+            try:
+                checkpoint.load(state, folder)
+            except checkpoint.CheckpointError:
+                continue
+            return list(checkpoint.read_report(folder)["seconds"])
+        return []
 
     def remember(self, model: DMVAE) -> None:
         """Hold on to the weights as they are now."""
@@ -209,42 +239,35 @@ class _Kept:
             self._weights = DMVAE(model.config).to(model.device, model.dtype)
         self._weights.load_state_dict(model.state_dict())
 
-    def write(self, state: TrainState) -> None:
-        """Write the best model, if it is new, and the checkpoint, each in one move."""
+    def write(self, state: TrainState, seconds: list[float]) -> None:
+        """Write the best model, if it is new, then the checkpoint; what it takes the place of goes afterwards."""
         if self._weights is not None:
-            draft = self._folder / ".best.partial"
-            shelf.remove(draft)
+            draft = self._folder / ".weights.partial"
             self._weights.save(draft)
-            shelf.exchange(draft, self._folder / "best")
+            shelf.replace(draft, self._folder / BEST)
+            shutil.rmtree(draft)
             self._weights = None
-        fresh = self._folder / ".fresh.partial"
-        shelf.remove(fresh)
-        checkpoint.save(state, self._run, fresh)
-        shelf.exchange(fresh, self._folder / "checkpoint")
+        done = self._checkpoints
+        target = self._folder / f"checkpoint_{state.position.epoch:06d}"
+        if target not in done:
+            checkpoint.save(state, self._run, target, {"seconds": seconds})
+        for old in done[:-1]:  # the one before stays, for the case that this one breaks
+            shutil.rmtree(old)
 
-    def best(self) -> DMVAE:
-        """Return the model of the best epoch."""
-        return DMVAE.load(self._folder / "best")
+    @property
+    def _checkpoints(self) -> list[Path]:
+        return sorted(self._folder.glob("checkpoint_[0-9]*"))
 
 
 def _train_nested(
-    task: TrialTask, config: TrainConfig, fingerprint: str, folder: Path, tracked: TrackedRun, judged: Judged
+    task: TrialTask, config: TrainConfig, record: dict[str, Any], folder: Path, tracked: TrackedRun, judge: RungJudge
 ) -> tuple[DMVAE, Merit]:
-    """Train with a TorchTrainer of its own; its first worker judges at the rungs."""
-    record = build_record(config, fingerprint)
-    shelf.mend(folder / "checkpoints", task.queue.put)
-    at = rungs(task.config)
+    """Train with a TorchTrainer of its own, whose first worker judges; this process only waits."""
     times: list[float] = []
-
-    def judge_epoch(model: DMVAE, epoch: int, rows_per_second: float) -> dict[str, float]:
-        seconds = config.training.batch_size / rows_per_second
-        figures = _values(task.config, judged(model, Merit(seconds))) if epoch in at else {}
-        return {EPOCH: epoch, "seconds": seconds, **figures}
-
-    worker_task = WorkerTask(config, record, tracked, task.queue, judge_epoch)
-    result = fit(config, folder, worker_task, [_Forward(task.config, times)])
+    shelf.mend(folder / "checkpoints", task.queue.put)
+    result = fit(config, folder, WorkerTask(config, record, tracked, task.queue, judge), [_Forward(task.config, times)])
     keep_checkpoints(result, folder, task.queue.put)
-    return DMVAE.load(folder / "best"), _seconds(times)
+    return DMVAE.load(folder / BEST), _seconds(times)
 
 
 class _Forward(ray.train.UserCallback):
@@ -253,12 +276,13 @@ class _Forward(ray.train.UserCallback):
     def __init__(self, config: SearchConfig, times: list[float]) -> None:
         self._config, self._times = config, times
 
-    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:  # noqa: ARG002
-        first = metrics[0]
-        if "seconds" in first:
-            self._times.append(first["seconds"])
-        if set(value_names(self._config)) <= first.keys():
-            tune.report({name: first[name] for name in (*value_names(self._config), EPOCH)})
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        """Take one report of all workers."""
+        told = metrics[0]
+        if "seconds" in told:
+            self._times.append(told["seconds"])
+        if told.get(EPOCH) in rungs(self._config):
+            _tell(self._config, told, int(told[EPOCH]))
 
 
 def _seconds(times: list[float]) -> Merit:
@@ -269,20 +293,12 @@ def _seconds(times: list[float]) -> Merit:
     return Merit(mean, spread)
 
 
-def _report_rung(
-    config: SearchConfig, epoch: int, model: DMVAE, judged: Judged, spool: MetricSpool, step: int, times: list[float]
-) -> None:
-    if epoch in rungs(config):
-        figures = judged(model, _seconds(times))
-        spool.log({f"rung/{name}": value for name, value in figures.items()}, step)
-        _tell(config, figures, epoch)
-
-
 def _values(config: SearchConfig, figures: dict[str, float]) -> dict[str, float]:
-    return dict(zip(value_names(config), config.signed(figures), strict=True)) | {
-        name: value for name, value in figures.items() if math.isfinite(value)
-    }
+    """Add what is compared to the figures; one that is not finite is left out, as Ray's files cannot hold it."""
+    compared = dict(zip(value_names(config), config.signed(figures), strict=True))
+    return {name: value for name, value in (figures | compared).items() if math.isfinite(value)}
 
 
 def _tell(config: SearchConfig, figures: dict[str, float], epoch: int) -> None:
-    tune.report({**_values(config, figures), EPOCH: epoch})
+    if set(value_names(config)) <= figures.keys():
+        tune.report({**figures, EPOCH: epoch})
