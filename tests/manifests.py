@@ -19,7 +19,7 @@ from dmvae.config.section import Section
 
 ROOT = Path(__file__).parents[1]
 _KUBERAY = Path(__file__).parent / "kuberay" / "rayjob.v1.schema.json"
-_COMMAND = re.compile(r"(?:python -m jobs\.|\bdmvae )(" + "|".join(VERBS) + r") ([^`\n]*)")
+_COMMAND = re.compile(r"(?:python -m jobs\.|\bdmvae |cluster/slurm\.sh )(" + "|".join(VERBS) + r") ([^`\n]*)")
 
 
 def faults(file: Path) -> list[str]:
@@ -68,7 +68,8 @@ def _by_autoscaler(document: dict[str, Any]) -> list[str]:
 
 
 def _by_schema(document: Any, schema: dict[str, Any]) -> list[str]:
-    return [f"{error.json_path}: {error.message}" for error in jsonschema.Draft7Validator(schema).iter_errors(document)]
+    validator = jsonschema.validators.validator_for(schema, jsonschema.Draft7Validator)(schema)
+    return [f"{error.json_path}: {error.message}" for error in validator.iter_errors(document)]
 
 
 @cache
