@@ -168,6 +168,12 @@ def _meant(config: type[BaseModel], location: tuple[int | str, ...]) -> str:
     return f"; did you mean {close[0]!r}?" if close else f" (known: {', '.join(fields)})" if fields else ""
 
 
+def _init_config() -> type[Section]:
+    from dmvae.config.init import InitConfig
+
+    return InitConfig
+
+
 def _prepare_config() -> type[Section]:
     from dmvae.config.data import PrepareConfig
 
@@ -198,11 +204,26 @@ def _sync_config() -> type[Section]:
     return SyncConfig
 
 
+def _init(config: Any) -> None:
+    from importlib.resources import files
+
+    folder = Path(config.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for shipped in sorted(files("dmvae").joinpath("configs").iterdir(), key=lambda entry: entry.name):
+        target = folder / shipped.name
+        if target.exists():
+            _say(f"kept      {target}")
+        elif target.suffix == ".toml":
+            target.write_bytes(shipped.read_bytes())
+            _say(f"written   {target}")
+    _say(f"next      {command('prepare')} {folder / 'digits.toml'}")
+
+
 def _prepare(config: Any) -> None:
     from dmvae.data.prepare import prepare
 
     folder = prepare(config, progress=_say)
-    _say(f"next      python -m jobs.train CONFIG.toml --data.dataset {folder}")
+    _say(f"next      {command('train')} CONFIG.toml --data.dataset {folder}")
 
 
 def _train(config: Any) -> None:
@@ -223,7 +244,7 @@ def _train(config: Any) -> None:
     if summary.tracking_uri.startswith("sqlite:"):
         _say(f"look at it               mlflow ui --backend-store-uri {summary.tracking_uri}")
     _say(
-        f"next                     python -m jobs.evaluate --model {summary.run_dir / 'best'} "
+        f"next                     {command('evaluate')} --model {summary.run_dir / 'best'} "
         f"--dataset {config.data.dataset}"
     )
 
@@ -260,11 +281,17 @@ def _sync(config: Any) -> None:
         )
 
 
+def command(verb: str) -> str:
+    """Return how to call a verb the way that this process was called."""
+    return f"dmvae {verb}" if Path(sys.argv[0]).stem == "dmvae" else f"python -m jobs.{verb}"
+
+
 def _say(text: str) -> None:
     print(text, flush=True)
 
 
 VERBS: dict[str, Verb] = {
+    "init": Verb("Write the configurations that come with the package, to start from.", _init_config, _init, "folder"),
     "prepare": Verb("Convert incomplete multimodal data into a dataset of Arrow shards.", _prepare_config, _prepare),
     "train": Verb("Train a DMVAE with Ray Train workers; the same command resumes.", _train_config, _train),
     "evaluate": Verb("Estimate the negative log-likelihood of a split under a model.", _evaluate_config, _evaluate),

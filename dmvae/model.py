@@ -102,12 +102,21 @@ class DMVAE(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
-        return next(self.parameters()).device
+        return self._parameter.device
 
     @property
     def dtype(self) -> torch.dtype:
         """Floating-point type of the parameters."""
-        return next(p.dtype for p in self.parameters() if p.is_floating_point())
+        return self._parameter.dtype
+
+    @property
+    def _parameter(self) -> nn.Parameter:
+        # a step asks often, and torch walks all modules to list parameters: hence one module's own
+        for module in self.modules():
+            for parameter in module._parameters.values():
+                if parameter is not None and parameter.is_floating_point():
+                    return parameter
+        raise AssertionError("a model has parameters")
 
     def forward(
         self, inputs: MultimodalRows, noise: Noise | None = None, divergence_weight: float = 1.0
@@ -125,9 +134,13 @@ class DMVAE(nn.Module):
             noise = Noise.from_normals(
                 torch.randn(len(batch), width, dtype=self.dtype, device=self.device), self.config
             )
-        observed = self.observe(batch)
         bound = negative_bounds(
-            self.config, observed, self.decode_functions, self.likelihoods, noise, divergence_weight
+            self.config,
+            observe(batch, self.encoders),
+            self.decode_functions,
+            self.likelihoods,
+            noise,
+            divergence_weight,
         )
         row_loss = bound.row_loss
         if torch.is_grad_enabled() and not row_loss.requires_grad:

@@ -245,6 +245,6 @@ def _sum_over_rows(names: tuple[str, ...], totals: tuple[Tensor, ...], counts: t
     """Add tables `(..., row)` up over rows, without gradient, in float64 so that long sums lose nothing."""
 
     def add_up(tables: tuple[Tensor, ...]) -> Tensor:
-        return torch.cat([table.detach().flatten(0, -2).sum(-1, dtype=torch.float64) for table in tables])
+        return torch.cat([table.detach().flatten(0, -2) for table in tables]).sum(-1, dtype=torch.float64)
 
     return TermSums(names, add_up(totals), add_up(counts))

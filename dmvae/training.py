@@ -155,7 +155,7 @@ def train_epoch(
         NonFiniteLossError: on every worker alike, before the weights are touched.
     """
     state.model.train()
-    total = config.training.epochs * steps_per_epoch
+    total, parameters = config.training.epochs * steps_per_epoch, list(state.model.parameters())
     for share in shares:
         done = state.position.epoch * steps_per_epoch + share.step
         rate = learning_rate(config.optim, done, total, state.halvings)
@@ -164,7 +164,12 @@ def train_epoch(
         state.optimizer.zero_grad(set_to_none=True)
         _seed_dropout(state, config, share)
         terms, culprits = _accumulate(state, share, config, workers, done)
-        norm = float(nn.utils.clip_grad_norm_(state.model.parameters(), config.optim.clip_norm or math.inf))
+        for parameter in parameters:
+            if parameter.grad is None:
+                # of a modality that no row of the global batch has, as far as this worker can know; others may have got
+                # zeros from the reduction, and the optimiser treats None and zero differently
+                parameter.grad = torch.zeros_like(parameter)
+        norm = _clip(parameters, config.optim.clip_norm)
         fault = "" if math.isfinite(norm) else _fault(state, share.step, culprits)
         if fault:
             if state.skipped >= config.training.skip_nonfinite:
@@ -177,6 +182,13 @@ def train_epoch(
             state.optimizer.step()
         state.position = replace(state.position, step=share.step + 1)
         yield StepReport(share.step, terms, norm, rate, share.global_rows, fault)
+
+
+def _clip(parameters: list[nn.Parameter], clip_norm: float | None) -> float:
+    """Scale the gradient down to the norm asked for, if it is longer; return its norm before."""
+    if clip_norm is not None:
+        return float(nn.utils.clip_grad_norm_(parameters, clip_norm))
+    return float(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
 
 
 def _fault(state: TrainState, step: int, culprits: str) -> str:
@@ -194,7 +206,7 @@ def _accumulate(
     divergence_weight = min(1.0, (done + 1) / warmup) if warmup else 1.0
     terms, culprits = None, ""
     for first in firsts:
-        part = share.batch[first : first + size]
+        part = share.batch if size >= len(share.batch) else share.batch[first : first + size]
         places = torch.arange(share.first + first, share.first + first + len(part))
         keys = chain(config.seed, _TRAIN, state.position.epoch, share.step, places)
         last = first == firsts[-1]
@@ -207,11 +219,6 @@ def _accumulate(
         loss.backward()
         terms = output.terms if terms is None else terms + output.terms
     assert terms is not None
-    for parameter in state.model.parameters():
-        if parameter.grad is None:
-            # of a modality that no row of the global batch has, as far as this worker can know; others may have got
-            # zeros from the reduction, and the optimiser treats None and zero differently
-            parameter.grad = torch.zeros_like(parameter)
     return terms, culprits
 
 
