@@ -58,7 +58,7 @@ def report(config: ReportConfig, progress: Callable[[str], None]) -> Path:
         progress("coherence")
         drawn.append(pictures.coherence_matrix(quality.coherence()))
     progress("removing modalities")
-    drawn.append(pictures.missing_curves(quality.robustness(_MISSING_RATES)))
+    drawn.append(pictures.missing_curves(quality.robustness(quality.removal(_MISSING_RATES))))
     facts = {
         "model": str(model_dir),
         "dataset": f"{config.dataset}, split {config.split}: {len(split):,} rows",

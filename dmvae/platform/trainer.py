@@ -28,7 +28,7 @@ from dmvae.model import DMVAE
 from dmvae.platform import shelf
 from dmvae.platform.checks import check_data
 from dmvae.platform.cluster import local_cluster, messages, resources
-from dmvae.platform.evaluation import judge
+from dmvae.platform.evaluation import Extras, judge
 from dmvae.platform.lane import write_atomically
 from dmvae.platform.spool import TrackedRun, scrub
 from dmvae.platform.tracking import DatasetRecord, open_run, tracking_uri
@@ -110,6 +110,7 @@ def train_run(config: TrainConfig, progress: Callable[[str], None]) -> TrainSumm
                 resolved.data.train_split,
                 resolved.workers.num,
                 progress,
+                Extras(device=resolved.workers.device),
             )
         metrics = {f"best/val/{resolved.training.monitor}": best[SCORE], **figures}
         with tracked.spool() as spool:
