@@ -117,7 +117,7 @@ def read_toml(config: type[S], file: Path) -> S:
         CommandError: if it is not there, is not TOML, or breaks a law of the configuration.
     """
     try:
-        return config.model_validate(tomllib.loads(file.read_text()))
+        return config.model_validate(config.located(tomllib.loads(file.read_text()), file.parent))
     except FileNotFoundError:
         raise CommandError(f"{file}: there is no such file.") from None
     except IsADirectoryError:

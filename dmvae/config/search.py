@@ -97,7 +97,7 @@ class SearchConfig(Section):
     name: Name
     """Of the study: its folder is `runs_dir/name`, and the same name goes on with it."""
     base: TrainConfig
-    """What every trial starts from: a training configuration, or the name of its TOML file."""
+    """What every trial starts from: a training configuration, or the name of its TOML file beside this one."""
     trials: Size
     """The budget: how many configurations are tried in all; a finished study goes on when this grows."""
     space: dict[str, Domain] = Field(default_factory=lambda: dict(DEFAULT_SPACE))
@@ -149,6 +149,12 @@ class SearchConfig(Section):
             raise ValueError(
                 f"base is a training configuration or the name of its TOML file; {base}: {error}"
             ) from None
+
+    @classmethod
+    def located(cls, tree: dict[str, Any], folder: Path) -> dict[str, Any]:
+        """Return a TOML file's content, `base` being read from the file's folder if it names a file."""
+        base = tree.get("base")
+        return {**tree, "base": str(folder / base)} if isinstance(base, str) else tree
 
     @field_validator("space", mode="after")
     @classmethod
