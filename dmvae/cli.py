@@ -117,7 +117,7 @@ def read_toml(config: type[S], file: Path) -> S:
         CommandError: if it is not there, is not TOML, or breaks a law of the configuration.
     """
     try:
-        return config.model_validate(tomllib.loads(file.read_text()))
+        return config.model_validate(config.located(tomllib.loads(file.read_text()), file.parent))
     except FileNotFoundError:
         raise CommandError(f"{file}: there is no such file.") from None
     except IsADirectoryError:
@@ -186,6 +186,12 @@ def _train_config() -> type[Section]:
     return TrainConfig
 
 
+def _search_config() -> type[Section]:
+    from dmvae.config.search import SearchConfig
+
+    return SearchConfig
+
+
 def _evaluate_config() -> type[Section]:
     from dmvae.config.evaluation import EvaluateConfig
 
@@ -249,6 +255,33 @@ def _train(config: Any) -> None:
     )
 
 
+def _search(config: Any) -> None:
+    from dmvae.platform.lane import TrackingError
+    from dmvae.platform.search import search
+    from dmvae.platform.trainer import RunError
+
+    try:
+        found = search(config, progress=_say)
+    except (RunError, TrackingError) as error:
+        raise CommandError(str(error)) from None
+    for trial in found.best:
+        figures = "  ".join(f"{name} {trial.result.figures[name]:.4g}" for name in config.objectives if trial.result)
+        _say(f"{'best trial' if len(found.best) == 1 else 'of the Pareto front':<24} {trial.number}: {figures}")
+        for path, value in trial.params.items():
+            _say(f"  {path:<40} {value}")
+    for name, value in found.retrained.metrics.items() if found.retrained else ():
+        _say(f"{name:<24} {value:.4f}")
+    _say(f"{'best configuration':<24} {found.study_dir / 'best.toml'}")
+    _say(
+        f"{'all trials':<24} {found.study_dir / 'trials.json'}; optuna-dashboard sqlite:///{found.study_dir}/optuna.db"
+    )
+    _say(f"{'MLflow run':<24} {found.run_id} of experiment {config.base.tracking.experiment}")
+    if found.tracking_uri.startswith("sqlite:"):
+        _say(f"{'look at it':<24} mlflow ui --backend-store-uri {found.tracking_uri}")
+    if found.retrained:
+        _say(f"{'best model':<24} {found.retrained.run_dir / 'best'}")
+
+
 def _evaluate(config: Any) -> None:
     from dmvae.platform.evaluation import evaluate
 
@@ -294,6 +327,11 @@ VERBS: dict[str, Verb] = {
     "init": Verb("Write the configurations that come with the package, to start from.", _init_config, _init, "folder"),
     "prepare": Verb("Convert incomplete multimodal data into a dataset of Arrow shards.", _prepare_config, _prepare),
     "train": Verb("Train a DMVAE with Ray Train workers; the same command resumes.", _train_config, _train),
+    "search": Verb(
+        "Search for the best configuration with Ray Tune and Optuna; the same command resumes.",
+        _search_config,
+        _search,
+    ),
     "evaluate": Verb("Estimate the negative log-likelihood of a split under a model.", _evaluate_config, _evaluate),
     "report": Verb("Show a trained model in pictures: PNG files and one HTML page.", _report_config, _report),
     "sync": Verb("Bring records into MLflow that it missed while it was away.", _sync_config, _sync, "folder"),

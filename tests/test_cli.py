@@ -13,7 +13,7 @@ from dmvae.config.evaluation import EvaluateConfig
 from dmvae.config.training import TrainConfig
 
 CONFIGS = Path(__file__).parents[1] / "jobs" / "configs"
-KINDS = {"digits": "prepare", "evaluate": "evaluate", "report": "report"}
+KINDS = {"digits": "prepare", "evaluate": "evaluate", "report": "report", "search": "search"}
 
 
 def write(folder: Path, text: str) -> Path:
