@@ -133,7 +133,8 @@ def _from_starts(rows: Rows, keys: Int64[Tensor, " row"], num: int) -> Component
     middle = encoder_means(rows)
     draws, _ = EncoderProposal(rows, num).draw(keys, 0, num)
     spread = draws.new_tensor([0.0, *(_WIDENED[place % len(_WIDENED)] for place in range(1, num))])
-    starts = middle.unsqueeze(1) + spread.unsqueeze(-1) * (draws - middle.unsqueeze(1)).clamp(-_FAR, _FAR)
+    away = spread.unsqueeze(-1) * (draws - middle.unsqueeze(1))
+    starts = middle.unsqueeze(1) + away.clamp(-_FAR, _FAR)
     gaussians, evidence = [], []
     for first, some in pieces(num, STARTS_AT_ONCE):
         many = rows.select(torch.arange(len(rows), device=keys.device).repeat_interleave(some))
