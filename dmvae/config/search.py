@@ -88,7 +88,7 @@ class RetrainConfig(Section):
     epochs: Size | None = None
     """Of that run. None: as many as a trial's."""
     workers: Size | None = None
-    """Of that run. None: as many as a trial's."""
+    """Of that run. None: as many as the base has."""
 
 
 class SearchConfig(Section):
@@ -119,6 +119,8 @@ class SearchConfig(Section):
     """Epochs before a trial may be stopped. None: a quarter of them."""
     reduction: Annotated[int, Field(ge=2, le=10)] = 3
     """Of asha: one in so many trials goes on at each rung."""
+    workers_per_trial: Size = 1
+    """Processes that train one trial; `base.workers.num` is of the best configuration's own run."""
     max_concurrent: Size | None = None
     """Trials at a time. None: as many as the cluster has room for."""
     gpus_per_trial: Annotated[float, Field(ge=0, le=64)] = 0.0
@@ -186,7 +188,7 @@ class SearchConfig(Section):
             stray = sorted(point.keys() - self.space.keys())
             if stray:
                 raise ValueError(f"start_from gives values of settings that are searched; got {stray}.")
-        if self.gpus_per_trial and self.base.workers.num > 1:
+        if self.gpus_per_trial and self.workers_per_trial > 1:
             raise ValueError(
                 "gpus_per_trial is of trials with one worker; each of several workers takes one. Remove it."
             )

@@ -88,10 +88,10 @@ def search(config: SearchConfig, progress: Callable[[str], None]) -> SearchSumma
     record = {**config.model_dump(mode="json"), "dataset": {"fingerprint": dataset.manifest.fingerprint}}
     _check_same_study(study_dir, record)
     earlier = _earlier(config)
-    placed = config.model_copy(update={"base": _placed(config.base)})
-    workers = config.base.workers
-    with local_cluster(math.ceil(max(workers.num, config.retrain.workers or 1) * workers.cpus)):
-        concurrent = max_concurrent(config)
+    placed = config.model_copy(update={"base": _placed(config)})
+    num = max(config.workers_per_trial, config.retrain.workers or config.base.workers.num)
+    with local_cluster(math.ceil(num * config.base.workers.cpus)):
+        concurrent = max_concurrent(placed)
         study_dir.mkdir(parents=True, exist_ok=True)
         with open_run(
             config.base.tracking,
@@ -473,10 +473,12 @@ def _earlier(config: SearchConfig) -> list[Trial]:
     return [trial for trial in study.trials_of(Path(config.earlier_study)) if trial.result is not None]
 
 
-def _placed(base: TrainConfig) -> TrainConfig:
-    """Make paths and the tracking URI hold in processes that start elsewhere."""
+def _placed(config: SearchConfig) -> TrainConfig:
+    """Return what trials start from, with paths and a tracking URI that hold in processes that start elsewhere."""
+    base = absolute(config.base)
     tracking = base.tracking.model_copy(update={"uri": tracking_uri(base.tracking)})
-    return absolute(base).model_copy(update={"tracking": tracking})
+    workers = base.workers.model_copy(update={"num": config.workers_per_trial, "min_num": None})
+    return base.model_copy(update={"tracking": tracking, "workers": workers})
 
 
 @contextmanager

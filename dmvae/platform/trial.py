@@ -9,9 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import ray.train
 import torch
 from ray import tune
+from ray.tune.integration.ray_train import TuneReportCallback
 from ray.util.queue import Queue
 
 from dmvae import checkpoint
@@ -37,6 +37,7 @@ from dmvae.training import (
 )
 
 TRIAL, EPOCH, BEST = "trial", "epoch", "best"
+_SPEED = "train/rows_per_second"
 _CHECKPOINT_SECONDS = 10.0  # between two checkpoints of a trial in this process; a kill costs as much
 
 
@@ -162,7 +163,7 @@ class RungJudge:
 
     def __call__(self, model: DMVAE, event: EpochEnded) -> dict[str, float]:
         """Return what a trial reports at the end of an epoch: its figures where it may be stopped."""
-        seconds = self.config.base.training.batch_size / event.metrics["train/rows_per_second"]
+        seconds = self.config.base.training.batch_size / event.metrics[_SPEED]
         told = {"seconds": seconds, EPOCH: float(event.epoch + 1)}
         if event.epoch + 1 in rungs(self.config):
             told |= _values(self.config, self.figures(model, Merit(seconds)))
@@ -263,26 +264,25 @@ def _train_nested(
     task: TrialTask, config: TrainConfig, record: dict[str, Any], folder: Path, tracked: TrackedRun, judge: RungJudge
 ) -> tuple[DMVAE, Merit]:
     """Train with a TorchTrainer of its own, whose first worker judges; this process only waits."""
-    times: list[float] = []
     shelf.mend(folder / "checkpoints", task.queue.put)
-    result = fit(config, folder, WorkerTask(config, record, tracked, task.queue, judge), [_Forward(task.config, times)])
+    result = fit(config, folder, WorkerTask(config, record, tracked, task.queue, judge), [_Forward(task.config)])
     keep_checkpoints(result, folder, task.queue.put)
-    return DMVAE.load(folder / BEST), _seconds(times)
+    lines = map(json.loads, (folder / "tracking" / "metrics.jsonl").read_text().splitlines())
+    speeds = [line["metrics"][_SPEED] for line in lines if _SPEED in line.get("metrics", {})]
+    return DMVAE.load(folder / BEST), _seconds([config.training.batch_size / speed for speed in speeds])
 
 
-class _Forward(ray.train.UserCallback):
-    """Hand the first worker's figures on to Tune, where it has any."""
+class _Forward(TuneReportCallback):
+    """Hand the first worker's figures on to Tune where it has been judged; this is called in Ray Train's controller."""
 
-    def __init__(self, config: SearchConfig, times: list[float]) -> None:
-        self._config, self._times = config, times
+    def __init__(self, config: SearchConfig) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._config = config
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
         """Take one report of all workers."""
-        told = metrics[0]
-        if "seconds" in told:
-            self._times.append(told["seconds"])
-        if told.get(EPOCH) in rungs(self._config):
-            _tell(self._config, told, int(told[EPOCH]))
+        if set(value_names(self._config)) <= metrics[0].keys():
+            super().after_report(run_context, metrics, None)
 
 
 def _seconds(times: list[float]) -> Merit:

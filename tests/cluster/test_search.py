@@ -141,8 +141,8 @@ def test_a_search_killed_five_times_ends_as_if_it_had_not(large: Path, tmp_path:
 
 @pytest.mark.acceptance
 def test_trials_of_two_workers_end_on_two_cpus_with_some_stopped(large: Path, tmp_path: Path) -> None:
-    base = {"training": {"epochs": 3}, "workers": {"num": 2}}
-    config = make_search(tmp_path, large, scheduler="asha", grace_epochs=1, base=base, max_concurrent=1)
+    base = {"training": {"epochs": 3}}
+    config = make_search(tmp_path, large, scheduler="asha", grace_epochs=1, base=base, workers_per_trial=2)
     found = search(config, quiet)
     assert len(found.trials) == 4
     assert {trial.result.status for trial in found.trials if trial.result} == {"complete", "stopped"}
