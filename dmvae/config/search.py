@@ -238,8 +238,8 @@ def lay_over(
         place, known = tree, everything
         for depth, part in enumerate(parents):
             known = known.get(part, {}) if isinstance(known, dict) else {}
-            # a default counts where it is one number for all
-            below = place.get(part, known if isinstance(known, int | float) else None)
+            # a default counts where it is one value
+            below = place.get(part, known if isinstance(known, int | float | str) else None)
             if below is None:
                 below = {}
             elif isinstance(below, int | float) and modalities and depth == len(parents) - 1:
