@@ -204,6 +204,18 @@ def _report_config() -> type[Section]:
     return ReportConfig
 
 
+def _register_config() -> type[Section]:
+    from dmvae.config.registry import RegisterConfig
+
+    return RegisterConfig
+
+
+def _promote_config() -> type[Section]:
+    from dmvae.config.registry import PromoteConfig
+
+    return PromoteConfig
+
+
 def _sync_config() -> type[Section]:
     from dmvae.config.tracking import SyncConfig
 
@@ -300,6 +312,29 @@ def _report(config: Any) -> None:
     _say(f"report    {file}")
 
 
+def _register(config: Any) -> None:
+    from dmvae.platform.registry import RegistryError, register
+
+    try:
+        found = register(Path(config.run), config.name, config.tracking)
+    except RegistryError as error:
+        raise CommandError(str(error)) from None
+    _say(f"registered {found.uri}")
+    _say(f"next       python -m jobs.promote --name {found.name} --version {found.version} --dataset DATASET")
+
+
+def _promote(config: Any) -> None:
+    from dmvae.platform.promotion import promote
+    from dmvae.platform.registry import RegistryError
+
+    try:
+        decision = promote(config, progress=_say)
+    except RegistryError as error:
+        raise CommandError(str(error)) from None
+    _say(f"{'promoted' if decision.moved else 'not promoted'}: {decision.reason}")
+    _say(f"champion   models:/{config.name}/{decision.champion}")
+
+
 def _sync(config: Any) -> None:
     from dmvae.platform.tracking import sync
 
@@ -334,5 +369,7 @@ VERBS: dict[str, Verb] = {
     ),
     "evaluate": Verb("Estimate the negative log-likelihood of a split under a model.", _evaluate_config, _evaluate),
     "report": Verb("Show a trained model in pictures: PNG files and one HTML page.", _report_config, _report),
+    "register": Verb("Register a finished run's best model with MLflow.", _register_config, _register, "run"),
+    "promote": Verb("Make a better version of a registered model the champion.", _promote_config, _promote, "name"),
     "sync": Verb("Bring records into MLflow that it missed while it was away.", _sync_config, _sync, "folder"),
 }

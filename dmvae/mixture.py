@@ -70,20 +70,19 @@ class MixtureProposal:
         self, keys: Int64[Tensor, " row"], start: int, num: int
     ) -> tuple[Float[Tensor, "row draw latent"], Float[Tensor, "row draw"]]:
         """Return draws `start` to `start + num` and their log-density in nats."""
-        latents, components = self._draw(keys, start, num)
-        return latents, torch.logsumexp(torch.cat((components, self._log_encoders(latents)), dim=-1), dim=-1)
+        latents, log_q, _ = self.draw_with_shares(keys, start, num)
+        return latents, log_q
 
     def draw_with_shares(
         self, keys: Int64[Tensor, " row"], start: int, num: int
     ) -> tuple[Float[Tensor, "row draw latent"], Float[Tensor, "row draw"], Float[Tensor, "row draw component"]]:
         """Return what `draw` does, and how likely each draw is each component's."""
-        latents, components = self._draw(keys, start, num)
-        log_q = torch.logsumexp(torch.cat((components, self._log_encoders(latents)), dim=-1), dim=-1)
+        latents = self._draw(keys, start, num)
+        components, encoders = self._log_components(latents), self._log_encoders(latents)
+        log_q = torch.logsumexp(torch.cat((components, encoders), dim=-1), dim=-1)
         return latents, log_q, torch.softmax(components, dim=-1)
 
-    def _draw(
-        self, keys: Int64[Tensor, " row"], start: int, num: int
-    ) -> tuple[Float[Tensor, "row draw latent"], Float[Tensor, "row draw component"]]:
+    def _draw(self, keys: Int64[Tensor, " row"], start: int, num: int) -> Float[Tensor, "row draw latent"]:
         stratum = strata(self.counts, start, num, keys.device)
         encoded, _ = self._encoders.draw(keys, start, num)
         noise = normals(keys, _MIXED, start, num, encoded.shape[-1] + 1)
@@ -96,15 +95,18 @@ class MixtureProposal:
         for number, gaussian in enumerate(self._components.gaussians):
             mine = (chosen == number) & (stratum < len(self._spreads)).unsqueeze(-1)
             latents = torch.where(mine, gaussian.sample(noise), latents)
-        return latents, self._log_components(latents)
+        return latents
 
     def _log_components(self, latents: Float[Tensor, "row draw latent"]) -> Float[Tensor, "row draw component"]:
-        shares = [math.log(count / sum(self.counts)) for count in self.counts[:2]]
-        parts = [
-            torch.logaddexp(*(gaussian.log_density(latents, spread) + share
-                              for spread, share in zip(self._spreads, shares, strict=True)))
-            for gaussian in self._components.gaussians
-        ]  # fmt: skip
+        total, dim, parts = sum(self.counts), latents.shape[-1], []
+        offsets = [
+            math.log(count / total) - 0.5 * dim * math.log(2 * math.pi * spread)
+            for count, spread in zip(self.counts, self._spreads, strict=False)
+        ]
+        for gaussian in self._components.gaussians:
+            distance = gaussian.distance(latents)
+            pair = (offset - 0.5 * distance / spread for offset, spread in zip(offsets, self._spreads, strict=True))
+            parts.append(torch.logaddexp(*pair) - gaussian.log_scale.unsqueeze(1))
         return torch.stack(parts, dim=-1) + self._components.weights.log().unsqueeze(1)
 
     def _log_encoders(self, latents: Float[Tensor, "row draw latent"]) -> Float[Tensor, "row draw 1"]:

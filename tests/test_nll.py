@@ -10,12 +10,12 @@ from scipy import stats
 from torch import Tensor, nn
 
 from dmvae import DMVAE, Batch, DMVAEConfig, likelihood, nll
-from dmvae.gaussian import DiagGaussian
 from dmvae.importance import WeightSummary, pareto_shape
 from dmvae.joint import Rows, Term
+from dmvae.mixture import MixtureProposal, fit_mixture
 from dmvae.networks import DecoderOutput
 from dmvae.nll import NLLEstimate
-from dmvae.refinement import RefinedProposal, encoder_means, gauss_newton
+from dmvae.refinement import EncoderProposal, RefinedProposal, encoder_means, gauss_newton
 from tests.linear_gaussian import exact_log_prob, linear_model, sample_rows
 
 SHAPES = {"a": (3,), "b": (4,), "c": (2, 3)}
@@ -435,13 +435,28 @@ def test_weights_are_at_most_ten_times_those_of_encoder_draws():
     )
     rows = Rows(torch.arange(3), observed["a"].shared, terms)
     with torch.no_grad():
-        latents, log_q = RefinedProposal(rows, gauss_newton(rows, encoder_means(rows), 2), 500).draw(rows.keys, 0, 500)
-        encoders = (rows.shared, *(term.private for term in terms))
-        log_encoders = sum(
-            DiagGaussian(part.mean.unsqueeze(1), part.log_var.unsqueeze(1)).log_density(latents[..., block])
-            for part, block in zip(encoders, rows.blocks, strict=True)
-        )
-    assert torch.all(log_q >= log_encoders - math.log(10) - 1e-9)
+        one = RefinedProposal(rows, gauss_newton(rows, encoder_means(rows), 2), 500)
+        several = MixtureProposal(rows, fit_mixture(rows, rows.keys, 2000, 100)[0], 500)
+        for proposal in (one, several):
+            latents, log_q = proposal.draw(rows.keys, 0, 500)
+            assert torch.all(log_q >= EncoderProposal(rows, 500).log_density(latents) - math.log(10) - 1e-9)
+
+
+def test_weights_of_a_mixture_average_to_the_closed_form():
+    model = linear_model({"a": (3,)}, latent_dim=1)
+    batch = sample_rows(model, 4)
+    observed = model.observe(batch)["a"]
+    term = Term(
+        1, observed.values, observed.private, model.decode_functions["a"], model.likelihoods["a"], model.dtype, True
+    )
+    rows = Rows(torch.arange(4), observed.shared, (term,))
+    with torch.no_grad():
+        proposal = MixtureProposal(rows, fit_mixture(rows, rows.keys, 1000, 100)[0], 4000)
+        latents, log_q = proposal.draw(rows.keys, 0, 4000)
+        weights = torch.exp(rows.log_joint(latents) - log_q - exact_log_prob(model, batch).unsqueeze(1))
+    error = weights.std(1) / math.sqrt(4000)
+    assert torch.all((weights.mean(1) - 1).abs() < 4 * error)
+    assert torch.all(error < 0.02)
 
 
 # --- the summary of weights

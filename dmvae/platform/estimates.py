@@ -95,7 +95,7 @@ def _parse(key: str) -> tuple[str, str, str, str] | None:
     prefix = "".join(f"{part}/" for part in place if part)
     if kind in ("marginal", "conditional"):
         return prefix, f"_{kind}", f"/{last}", f"{prefix}{kind}_se/{last}"
-    return (f"{key.removesuffix('nll')}", "", "", f"{key}_se") if key.endswith("/nll") else None
+    return (key.removesuffix("nll"), "", "", f"{key}_se") if key.endswith("/nll") else None
 
 
 def _mean(stem: str, end: str, nll: np.ndarray, se: np.ndarray) -> dict[str, float]:
