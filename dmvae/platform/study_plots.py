@@ -48,6 +48,5 @@ def _save(drawing: Callable[[], Any], file: Path, plt: Any) -> None:
             return
         figure = getattr(axes, "figure", None) or plt.gcf()
         figure.set_size_inches(max(8, 3 * len(getattr(axes, "flat", [0]))), 6)
-        figure.tight_layout()
-        figure.savefig(file, dpi=110)
+        figure.savefig(file, dpi=110, bbox_inches="tight")
         plt.close("all")
