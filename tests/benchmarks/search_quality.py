@@ -66,8 +66,7 @@ def markdown(rows: list[dict[str, float]]) -> str:
     keys = [key for key in rows[0] if key not in ("side", "seed")]
     lines = [f"| best of | {' | '.join(keys)} |", "|---" * (len(keys) + 1) + "|"]
     table = {side: {key: np.array([row[key] for row in rows if row["side"] == side]) for key in keys} for side in SIDES}
-    for side in SIDES:
-        lines.append(f"| {side} | {' | '.join(f'{table[side][key].mean():.4g}' for key in keys)} |")
+    lines += [f"| {side} | {' | '.join(f'{table[side][key].mean():.4g}' for key in keys)} |" for side in SIDES]
     for other in SIDES[1:]:
         differences = [table["search"][key] - table[other][key] for key in keys]
         cells = [f"{d.mean():+.3g} ± {d.std(ddof=1) / len(d) ** 0.5:.2g}" for d in differences]
