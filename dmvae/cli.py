@@ -216,6 +216,18 @@ def _promote_config() -> type[Section]:
     return PromoteConfig
 
 
+def _embed_config() -> type[Section]:
+    from dmvae.config.registry import EmbedConfig
+
+    return EmbedConfig
+
+
+def _serve_config() -> type[Section]:
+    from dmvae.config.registry import ServeConfig
+
+    return ServeConfig
+
+
 def _sync_config() -> type[Section]:
     from dmvae.config.tracking import SyncConfig
 
@@ -335,6 +347,31 @@ def _promote(config: Any) -> None:
     _say(f"champion   models:/{config.name}/{decision.champion}")
 
 
+def _embed(config: Any) -> None:
+    from dmvae.platform.embedding import embed
+    from dmvae.platform.registry import RegistryError
+
+    try:
+        summary = embed(config, progress=_say)
+    except RegistryError as error:
+        raise CommandError(str(error)) from None
+    _say(f"embedded   {summary.rows:,} rows, {summary.fresh:,} of them now, {summary.rows_per_second:,.0f} rows/s")
+    _say(f"latents    {summary.output}")
+
+
+def _serve(config: Any) -> None:
+    try:
+        from dmvae.platform.serving import run
+    except ImportError as error:
+        raise CommandError(f"serving needs the extra `serve` (pip install 'dmvae[serve]'): {error}.") from None
+    from dmvae.platform.registry import RegistryError
+
+    try:
+        run(config, progress=_say)
+    except RegistryError as error:
+        raise CommandError(str(error)) from None
+
+
 def _sync(config: Any) -> None:
     from dmvae.platform.tracking import sync
 
@@ -371,5 +408,7 @@ VERBS: dict[str, Verb] = {
     "report": Verb("Show a trained model in pictures: PNG files and one HTML page.", _report_config, _report),
     "register": Verb("Register a finished run's best model with MLflow.", _register_config, _register, "run"),
     "promote": Verb("Make a better version of a registered model the champion.", _promote_config, _promote, "name"),
+    "embed": Verb("Write a model's latents of every row of a dataset; resumes.", _embed_config, _embed, "model"),
+    "serve": Verb("Answer requests for a registered model with Ray Serve.", _serve_config, _serve, "model"),
     "sync": Verb("Bring records into MLflow that it missed while it was away.", _sync_config, _sync, "folder"),
 }
