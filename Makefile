@@ -15,7 +15,7 @@ $(READY): pyproject.toml requirements.lock
 
 demo: $(READY)
 	test -d data/digits || $(BIN)/python -m jobs.prepare jobs/configs/digits.toml
-	$(BIN)/python -m jobs.train jobs/configs/train.toml
+	$(BIN)/python -m jobs.search jobs/configs/search.toml
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

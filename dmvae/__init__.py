@@ -10,10 +10,16 @@ if TYPE_CHECKING:
     from dmvae.batch import Batch as Batch
     from dmvae.config.model import DMVAEConfig as DMVAEConfig
     from dmvae.model import DMVAE as DMVAE
+    from dmvae.platform.registry import load as load
 
-_HOMES = {"Batch": "dmvae.batch", "DMVAE": "dmvae.model", "DMVAEConfig": "dmvae.config.model"}
+_HOMES = {
+    "Batch": "dmvae.batch",
+    "DMVAE": "dmvae.model",
+    "DMVAEConfig": "dmvae.config.model",
+    "load": "dmvae.platform.registry",
+}
 
-__all__ = ["DMVAE", "Batch", "DMVAEConfig"]
+__all__ = ["DMVAE", "Batch", "DMVAEConfig", "load"]
 
 
 def __getattr__(name: str) -> Any:

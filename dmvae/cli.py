@@ -117,7 +117,7 @@ def read_toml(config: type[S], file: Path) -> S:
         CommandError: if it is not there, is not TOML, or breaks a law of the configuration.
     """
     try:
-        return config.model_validate(tomllib.loads(file.read_text()))
+        return config.model_validate(config.located(tomllib.loads(file.read_text()), file.parent))
     except FileNotFoundError:
         raise CommandError(f"{file}: there is no such file.") from None
     except IsADirectoryError:
@@ -168,6 +168,12 @@ def _meant(config: type[BaseModel], location: tuple[int | str, ...]) -> str:
     return f"; did you mean {close[0]!r}?" if close else f" (known: {', '.join(fields)})" if fields else ""
 
 
+def _init_config() -> type[Section]:
+    from dmvae.config.init import InitConfig
+
+    return InitConfig
+
+
 def _prepare_config() -> type[Section]:
     from dmvae.config.data import PrepareConfig
 
@@ -178,6 +184,12 @@ def _train_config() -> type[Section]:
     from dmvae.config.training import TrainConfig
 
     return TrainConfig
+
+
+def _search_config() -> type[Section]:
+    from dmvae.config.search import SearchConfig
+
+    return SearchConfig
 
 
 def _evaluate_config() -> type[Section]:
@@ -192,17 +204,56 @@ def _report_config() -> type[Section]:
     return ReportConfig
 
 
+def _register_config() -> type[Section]:
+    from dmvae.config.registry import RegisterConfig
+
+    return RegisterConfig
+
+
+def _promote_config() -> type[Section]:
+    from dmvae.config.registry import PromoteConfig
+
+    return PromoteConfig
+
+
+def _embed_config() -> type[Section]:
+    from dmvae.config.registry import EmbedConfig
+
+    return EmbedConfig
+
+
+def _serve_config() -> type[Section]:
+    from dmvae.config.registry import ServeConfig
+
+    return ServeConfig
+
+
 def _sync_config() -> type[Section]:
     from dmvae.config.tracking import SyncConfig
 
     return SyncConfig
 
 
+def _init(config: Any) -> None:
+    from importlib.resources import files
+
+    folder = Path(config.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for shipped in sorted(files("dmvae").joinpath("configs").iterdir(), key=lambda entry: entry.name):
+        target = folder / shipped.name
+        if target.exists():
+            _say(f"kept      {target}")
+        elif target.suffix == ".toml":
+            target.write_bytes(shipped.read_bytes())
+            _say(f"written   {target}")
+    _say(f"next      {command('prepare')} {folder / 'digits.toml'}")
+
+
 def _prepare(config: Any) -> None:
     from dmvae.data.prepare import prepare
 
     folder = prepare(config, progress=_say)
-    _say(f"next      python -m jobs.train CONFIG.toml --data.dataset {folder}")
+    _say(f"next      {command('train')} CONFIG.toml --data.dataset {folder}")
 
 
 def _train(config: Any) -> None:
@@ -223,9 +274,36 @@ def _train(config: Any) -> None:
     if summary.tracking_uri.startswith("sqlite:"):
         _say(f"look at it               mlflow ui --backend-store-uri {summary.tracking_uri}")
     _say(
-        f"next                     python -m jobs.evaluate --model {summary.run_dir / 'best'} "
+        f"next                     {command('evaluate')} --model {summary.run_dir / 'best'} "
         f"--dataset {config.data.dataset}"
     )
+
+
+def _search(config: Any) -> None:
+    from dmvae.platform.lane import TrackingError
+    from dmvae.platform.search import search
+    from dmvae.platform.trainer import RunError
+
+    try:
+        found = search(config, progress=_say)
+    except (RunError, TrackingError) as error:
+        raise CommandError(str(error)) from None
+    for trial in found.best:
+        figures = "  ".join(f"{name} {trial.result.figures[name]:.4g}" for name in config.objectives if trial.result)
+        _say(f"{'best trial' if len(found.best) == 1 else 'of the Pareto front':<24} {trial.number}: {figures}")
+        for path, value in trial.params.items():
+            _say(f"  {path:<40} {value}")
+    for name, value in found.retrained.metrics.items() if found.retrained else ():
+        _say(f"{name:<24} {value:.4f}")
+    _say(f"{'best configuration':<24} {found.study_dir / 'best.toml'}")
+    _say(
+        f"{'all trials':<24} {found.study_dir / 'trials.json'}; optuna-dashboard sqlite:///{found.study_dir}/optuna.db"
+    )
+    _say(f"{'MLflow run':<24} {found.run_id} of experiment {config.base.tracking.experiment}")
+    if found.tracking_uri.startswith("sqlite:"):
+        _say(f"{'look at it':<24} mlflow ui --backend-store-uri {found.tracking_uri}")
+    if found.retrained:
+        _say(f"{'best model':<24} {found.retrained.run_dir / 'best'}")
 
 
 def _evaluate(config: Any) -> None:
@@ -246,6 +324,54 @@ def _report(config: Any) -> None:
     _say(f"report    {file}")
 
 
+def _register(config: Any) -> None:
+    from dmvae.platform.registry import RegistryError, register
+
+    try:
+        found = register(Path(config.run), config.name, config.tracking)
+    except RegistryError as error:
+        raise CommandError(str(error)) from None
+    _say(f"registered {found.uri}")
+    _say(f"next       python -m jobs.promote --name {found.name} --version {found.version} --dataset DATASET")
+
+
+def _promote(config: Any) -> None:
+    from dmvae.platform.promotion import promote
+    from dmvae.platform.registry import RegistryError
+
+    try:
+        decision = promote(config, progress=_say)
+    except RegistryError as error:
+        raise CommandError(str(error)) from None
+    _say(f"{'promoted' if decision.moved else 'not promoted'}: {decision.reason}")
+    _say(f"champion   models:/{config.name}/{decision.champion}")
+
+
+def _embed(config: Any) -> None:
+    from dmvae.platform.embedding import embed
+    from dmvae.platform.registry import RegistryError
+
+    try:
+        summary = embed(config, progress=_say)
+    except RegistryError as error:
+        raise CommandError(str(error)) from None
+    _say(f"embedded   {summary.rows:,} rows, {summary.fresh:,} of them now, {summary.rows_per_second:,.0f} rows/s")
+    _say(f"latents    {summary.output}")
+
+
+def _serve(config: Any) -> None:
+    try:
+        from dmvae.platform.serving import run
+    except ImportError as error:
+        raise CommandError(f"serving needs the extra `serve` (pip install 'dmvae[serve]'): {error}.") from None
+    from dmvae.platform.registry import RegistryError
+
+    try:
+        run(config, progress=_say)
+    except RegistryError as error:
+        raise CommandError(str(error)) from None
+
+
 def _sync(config: Any) -> None:
     from dmvae.platform.tracking import sync
 
@@ -260,14 +386,29 @@ def _sync(config: Any) -> None:
         )
 
 
+def command(verb: str) -> str:
+    """Return how to call a verb the way that this process was called."""
+    return f"dmvae {verb}" if Path(sys.argv[0]).stem == "dmvae" else f"python -m jobs.{verb}"
+
+
 def _say(text: str) -> None:
     print(text, flush=True)
 
 
 VERBS: dict[str, Verb] = {
+    "init": Verb("Write the configurations that come with the package, to start from.", _init_config, _init, "folder"),
     "prepare": Verb("Convert incomplete multimodal data into a dataset of Arrow shards.", _prepare_config, _prepare),
     "train": Verb("Train a DMVAE with Ray Train workers; the same command resumes.", _train_config, _train),
+    "search": Verb(
+        "Search for the best configuration with Ray Tune and Optuna; the same command resumes.",
+        _search_config,
+        _search,
+    ),
     "evaluate": Verb("Estimate the negative log-likelihood of a split under a model.", _evaluate_config, _evaluate),
     "report": Verb("Show a trained model in pictures: PNG files and one HTML page.", _report_config, _report),
+    "register": Verb("Register a finished run's best model with MLflow.", _register_config, _register, "run"),
+    "promote": Verb("Make a better version of a registered model the champion.", _promote_config, _promote, "name"),
+    "embed": Verb("Write a model's latents of every row of a dataset; resumes.", _embed_config, _embed, "model"),
+    "serve": Verb("Answer requests for a registered model with Ray Serve.", _serve_config, _serve, "model"),
     "sync": Verb("Bring records into MLflow that it missed while it was away.", _sync_config, _sync, "folder"),
 }

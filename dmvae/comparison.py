@@ -14,7 +14,7 @@ from dmvae.data.loader import read_rows
 from dmvae.data.split import Split
 from dmvae.density import LatentDensity
 from dmvae.imputation import INTERVALS, held_out_errors, join, rival_errors, rivals
-from dmvae.latents import collect, probe_labels
+from dmvae.latents import collect, fit_probes, probe_labels, probe_share
 from dmvae.metrics import (
     Classifier,
     Proportion,
@@ -24,7 +24,7 @@ from dmvae.metrics import (
     joint_coherence,
     predicted_class_share,
 )
-from dmvae.missing import Mechanism, remove, without
+from dmvae.missing import Mechanism, Removal, without
 from dmvae.model import DMVAE
 
 MAX_FIT_ROWS = 8192
@@ -125,37 +125,42 @@ class Quality:
                 figures[f"imputation/{name}/{rival}"] = rival_errors(imputer, self._rows(), name).rmse
         return figures
 
-    def robustness(self, rates: Iterable[float]) -> dict[str, float]:
-        """Judge imputation and coherence from what is left when modalities are removed, at several rates.
+    def robustness(self, removal: Removal) -> dict[str, float]:
+        """Judge imputation, coherence and probes from what is left when modalities are removed.
 
         Returns:
-            `missing/HOW/RATE/rmse/M`, `.../rmse_ridge/M` and, with labels, `.../coherence/M`; HOW is `random` or
-            `label` (the larger the label, the more is removed), RATE is in percent. A row that has lost everything
-            counts: it is predicted without any knowledge of it.
+            `missing/HOW/RATE/rmse/M`, `.../coverage90/M`, `.../rmse_ridge/M` and, with labels, `.../coherence/M` and
+            `.../probe/BLOCK`; HOW is `random` or `label` (the larger the label, the more is removed), RATE is in
+            percent. A row that has lost everything counts: it is predicted without any knowledge of it. For the NLL
+            see `dmvae.platform.estimates`.
         """
         figures = {}
         ridge = rivals(self.fit_rows, self._latent_dim)["ridge"]
-        mechanisms: tuple[Mechanism, ...] = ("random", "label") if self.has_labels else ("random",)
-        for mechanism in mechanisms:
-            for rate in rates:
-
-                def hide(batch: Batch, rate: float = rate, mechanism: Mechanism = mechanism) -> Batch:
-                    return remove(batch, rate, mechanism, self._num_labels)
-
-                key = f"missing/{mechanism}/{rate:.0%}".removesuffix("%")
-                for name in self._float_modalities:
-                    errors = held_out_errors(self.model, self._rows(), name, 20, self.density, hide=hide)
-                    figures[f"{key}/rmse/{name}"] = errors.rmse
-                    figures[f"{key}/rmse_ridge/{name}"] = rival_errors(ridge, self._rows(), name, hide).rmse
-                for name, classifier in self.classifiers.items() if self.has_labels else ():
-                    shares = (
-                        predicted_class_share(
-                            self.model, batch, without(hide(batch), name), classifier, name, self.density
-                        )
-                        for batch in self._rows()
-                    )
-                    figures[f"{key}/coherence/{name}"] = sum(shares, Proportion()).rate
+        probes = fit_probes(collect(self.model, [self.fit_rows], True)) if self.has_labels else {}
+        for place, hide in removal.each():
+            for name in self._float_modalities:
+                errors = held_out_errors(self.model, self._rows(), name, 20, self.density, hide=hide)
+                figures[f"{place}/rmse/{name}"] = errors.rmse
+                if not math.isnan(errors.coverage[-1]):
+                    figures[f"{place}/coverage90/{name}"] = errors.coverage[-1]
+                figures[f"{place}/rmse_ridge/{name}"] = rival_errors(ridge, self._rows(), name, hide).rmse
+            for name, classifier in self.classifiers.items() if self.has_labels else ():
+                shares = (
+                    predicted_class_share(self.model, batch, without(hide(batch), name), classifier, name, self.density)
+                    for batch in self._rows()
+                )
+                figures[f"{place}/coherence/{name}"] = sum(shares, Proportion()).rate
+            left = collect(self.model, map(hide, self._rows()), True) if probes else None
+            for name, probe in probes.items() if left else ():
+                assert left is not None
+                figures[f"{place}/probe/{name}"] = probe_share(probe, left, name, count_all=True).rate
         return figures
+
+    def removal(self, rates: Iterable[float]) -> Removal:
+        """Return how modalities are removed at each rate: at random, and by label where there are labels."""
+        labels = self.train.labels() if self.has_labels else None
+        mechanisms: tuple[Mechanism, ...] = ("random",) if labels is None else ("random", "label")
+        return Removal(mechanisms, tuple(rates), 0 if labels is None else int(labels.max()) + 1)
 
     @cached_property
     def fit_rows(self) -> Batch:
@@ -176,11 +181,6 @@ class Quality:
     def has_labels(self) -> bool:
         """Whether both splits have labels."""
         return has_labels(self.train) and has_labels(self.split)
-
-    @cached_property
-    def _num_labels(self) -> int:
-        labels = self.train.labels()
-        return 0 if labels is None else int(labels.max()) + 1
 
     @property
     def _densities(self) -> tuple[tuple[str, LatentDensity | None], ...]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dmvae.batch import Batch
 from dmvae.density import GaussianMixture, LatentDensity
-from dmvae.metrics import Proportion, batches, generator_of, has
+from dmvae.metrics import Classifier, Proportion, batches, generator_of, has
 from dmvae.model import DMVAE
 
 
@@ -71,8 +71,18 @@ def fit_density(model: DMVAE, rows: Batch | Iterable[Batch], num_components: int
 def probe_labels(train: Latents, test: Latents) -> dict[str, Proportion]:
     """Count the test rows whose label a linear classifier reads off the shared latent, and off each private one.
 
-    Logistic regression on standardised latents. A disentangled model has a high share for `shared` and, where labels
-    are what modalities have in common, low ones for the private latents.
+    A disentangled model has a high share for `shared` and, where labels are what modalities have in common, low ones
+    for the private latents.
+
+    Raises:
+        ValueError: if the rows have no labels.
+        ImportError: if scikit-learn is not installed.
+    """
+    return {name: probe_share(probe, test, name) for name, probe in fit_probes(train).items()}
+
+
+def fit_probes(train: Latents) -> dict[str, Classifier]:
+    """Fit logistic regression of the label on standardised latents, for `shared` and each private block.
 
     Raises:
         ValueError: if the rows have no labels.
@@ -84,18 +94,25 @@ def probe_labels(train: Latents, test: Latents) -> dict[str, Proportion]:
         from sklearn.preprocessing import StandardScaler
     except ImportError as error:
         raise ImportError("a probe is scikit-learn's logistic regression. Run pip install 'dmvae[report]'.") from error
-    shares = {}
+    probes = {}
     for name in ("shared", *train.private):
         x, y = _labelled(train, name)
-        probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000)).fit(x, y)
-        x, y = _labelled(test, name)
-        shares[name] = Proportion(int((probe.predict(x) == y).sum()), len(y)) if len(y) else Proportion()
-    return shares
+        probes[name] = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000)).fit(x, y)
+    return probes
 
 
-def _labelled(latents: Latents, name: str) -> tuple[np.ndarray, np.ndarray]:
+def probe_share(probe: Classifier, test: Latents, name: str, count_all: bool = False) -> Proportion:
+    """Count the rows whose label a probe reads off a block of latents: those that have it, or all labelled rows."""
+    x, y = _labelled(test, name, count_all)
+    return Proportion(int((probe.predict(x) == y).sum()), len(y)) if len(y) else Proportion()
+
+
+def _labelled(latents: Latents, name: str, count_all: bool = False) -> tuple[np.ndarray, np.ndarray]:
     if latents.labels is None:
         raise ValueError("a probe reads labels off latents; got rows without labels.")
-    values, here = latents.block(name)
-    labels = latents.labels[here]
+    if count_all:
+        values, labels = latents.shared if name == "shared" else latents.private[name], latents.labels
+    else:
+        values, here = latents.block(name)
+        labels = latents.labels[here]
     return values[labels >= 0].numpy(), labels[labels >= 0].numpy()

@@ -1,7 +1,9 @@
 """Modalities removed from rows on purpose: at random, or more often the larger a row's label is."""
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
 from typing import Literal
 
 import torch
@@ -60,3 +62,18 @@ def remove(
     names = sorted(batch.data)
     uniform = torch.special.ndtr(standard_normal(chain(seed, row_keys(ids)), len(names), dtype=torch.float64))
     return keep(batch, {name: uniform[:, place] >= probability for place, name in enumerate(names)})
+
+
+@dataclass(frozen=True)
+class Removal:
+    """Modalities that are removed to see what becomes of a model's figures: each mechanism at each rate."""
+
+    mechanisms: tuple[Mechanism, ...]
+    rates: tuple[float | int, ...]
+    num_labels: int
+
+    def each(self) -> Iterator[tuple[str, Callable[[Batch], Batch]]]:
+        """Yield the place of the figures, `missing/HOW/RATE` with the rate in percent, and what removes."""
+        for mechanism, rate in product(self.mechanisms, self.rates):
+            remove_so = partial(remove, rate=rate, mechanism=mechanism, num_labels=self.num_labels)
+            yield f"missing/{mechanism}/{rate:.0%}".removesuffix("%"), remove_so

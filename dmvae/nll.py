@@ -20,6 +20,7 @@ from dmvae.gaussian import DiagGaussian, product_of_experts
 from dmvae.importance import MIN_TRUSTED_DRAWS, WeightSummary, pieces
 from dmvae.joint import Rows, Term, has_forward_mode
 from dmvae.likelihood import Likelihood
+from dmvae.mixture import STARTS_AT_ONCE, MixtureProposal, fit_mixture
 from dmvae.noise import chain, row_keys
 from dmvae.objective import Decode, Observed
 from dmvae.refinement import (
@@ -28,8 +29,6 @@ from dmvae.refinement import (
     RefinedProposal,
     encoder_means,
     gauss_newton,
-    likely_start,
-    refit,
     setup_cost,
 )
 
@@ -37,15 +36,15 @@ KHAT_LIMIT = 0.7
 """Above this Pareto shape a mean of weights has no usable error (Vehtari et al. 2024)."""
 SE_LIMIT = 0.5
 """Above this the delta method's standard error, in nats, is itself unreliable."""
+AFRESH_KHAT = 0.3
+"""Above this a fit to one mode may have missed another, which its own weights hardly tell: look again."""
 PROPOSALS = ("refined", "encoder")
 
 _LONG = 10  # Gauss-Newton steps where draws are many
 _STEPS = (4, 2)  # and where they are fewer
 _MANY_DRAWS = 1000
-_ESCALATION = 4  # times K, for a row whose first estimate is not to be trusted
-_MAX_PILOT = 2048  # kept in memory, hence bounded
-_STARTS = 16  # points that the second fit chooses its start from
-_FIRST, _START, _PILOT, _SECOND = range(4)  # names of independent noise
+_ESCALATION = 8  # times K, for a row whose first estimate is doubtful
+_FIRST, _FIT, _SECOND = range(3)  # names of independent noise
 _CHUNK_ELEMENTS = 2**22  # decoder outputs held at once
 _MIN_WIDTH = 1024  # hidden layers are about as wide where the output is narrow
 
@@ -128,9 +127,9 @@ def joint_nll(
     """Estimate -log p(x_A) of every row by importance sampling, A being what the row has of `modalities`.
 
     `proposal="encoder"` draws from q(z_s | x_A) prod_i q(z_i | x_i). `"refined"` fits a Gaussian to each row's
-    posterior first (`dmvae.refinement`); a row whose weights then have k-hat above 0.7 or a standard error above
-    0.5 is estimated afresh with 4 K. Where K is too small for a fit (it would take more than half) the draws are
-    from the encoders, and the result's `proposal` says so.
+    posterior first (`dmvae.refinement`); a row whose weights then have k-hat above 0.3 or a standard error above 0.5 is
+    estimated afresh with 8 K, from fits to several modes (`dmvae.mixture`). Where K is too small for a fit (it would
+    take more than half) the draws are from the encoders, and the result's `proposal` says so.
 
     A row's estimate depends on (seed, its id) alone: not on its batch, the chunk or the process; without ids a
     row's place in the batch stands for it.
@@ -139,7 +138,7 @@ def joint_nll(
         model: in eval mode.
         batch: rows on the model's device.
         K: decoder rows per modality and row, at least 2; what a fit takes is part of it. A row that is estimated
-            afresh takes 5 K in all.
+            afresh takes 9 K in all.
         batch_size_K: draws decoded at once; bounds memory, and changes nothing else.
         seed: of the draws.
         modalities: which to count.
@@ -160,7 +159,7 @@ def joint_nll(
     forward_mode = _forward_mode(model, modalities) if budget.steps else dict.fromkeys(modalities, False)
     ids = torch.arange(len(batch)) if batch.ids is None else batch.ids
     keys = chain(seed, row_keys(ids)).to(model.device)
-    at_once = _rows_at_once(model, modalities, max(budget.chunk, probes if budget.steps else 1))
+    at_once = _rows_at_once(model, modalities, max(budget.chunk, STARTS_AT_ONCE * probes if budget.steps else 1))
     for names, members in _patterns(batch, modalities):
         for start, num in pieces(len(members), at_once):
             chosen = members[start : start + num]
@@ -243,27 +242,18 @@ def _estimate(rows: Rows, budget: _Budget) -> NLLEstimate:
     num_draws = budget.total - setup_cost(rows.probes, budget.steps)
     proposal = RefinedProposal(rows, gauss_newton(rows, encoder_means(rows), budget.steps), num_draws)
     first = _average(rows, proposal, _FIRST, budget, "refined")
-    flagged = ((first.khat > KHAT_LIMIT) | (first.se > SE_LIMIT)).nonzero().squeeze(1)
-    if num_draws < MIN_TRUSTED_DRAWS or len(flagged) == 0:
+    doubtful = ((first.khat > AFRESH_KHAT) | (first.se > SE_LIMIT)).nonzero().squeeze(1)
+    if num_draws < MIN_TRUSTED_DRAWS or len(doubtful) == 0:
         return first
-    return first.put(flagged, _escalate(rows.select(flagged), budget))
+    return first.put(doubtful, _escalate(rows.select(doubtful), budget))
 
 
 def _escalate(rows: Rows, first: _Budget) -> NLLEstimate:
-    """Estimate rows afresh with four times the budget, from a likelier start and a proposal refitted to pilot draws.
-
-    The pilot's weights are not used: the proposal is fixed before the draws that count, which keeps the estimate of
-    p(x_A) unbiased.
-    """
+    """Estimate rows afresh with eight times the budget, from a proposal that looks for several modes."""
     total = _ESCALATION * first.total
-    steps = _affordable_steps(total, rows.probes)
-    num_pilot = min(first.total, _MAX_PILOT)
-    start = likely_start(rows, chain(rows.keys, _START), _STARTS - 1)
-    fit = gauss_newton(rows, start, steps)
-    fit = refit(rows, fit, chain(rows.keys, _PILOT), num_pilot, first.chunk)
-    num_draws = total - setup_cost(rows.probes, steps) - _STARTS - num_pilot
-    spent = _Budget(total + first.total, steps, first.chunk)
-    return _average(rows, RefinedProposal(rows, fit, num_draws), _SECOND, spent, "refined")
+    components, num_draws = fit_mixture(rows, chain(rows.keys, _FIT), total, first.chunk)
+    spent = _Budget(total + first.total, first.steps, first.chunk)
+    return _average(rows, MixtureProposal(rows, components, num_draws), _SECOND, spent, "refined")
 
 
 def _average(rows: Rows, proposal: Proposal, stage: int, spent: _Budget, name: str) -> NLLEstimate:

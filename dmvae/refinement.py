@@ -11,6 +11,8 @@ p(x_A). The refined proposal is a Gaussian at the row's posterior mode, its cova
 Given z_s the private latents are independent in the model and hence under H, so this is a fit to the full covariance.
 The last component bounds the weights by ten times those of draws from the encoders alone (a defensive mixture).
 
+`dmvae.mixture` is for rows whose posterior this does not fit.
+
 Source: Hesterberg 1995 for the mixture.
 """
 
@@ -24,7 +26,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from dmvae.gaussian import DiagGaussian
-from dmvae.importance import pieces, strata
+from dmvae.importance import strata
 from dmvae.joint import Rows
 from dmvae.noise import chain, standard_normal
 
@@ -71,12 +73,21 @@ class EncoderProposal:
         self, keys: Int64[Tensor, " row"], start: int, num: int
     ) -> tuple[Float[Tensor, "row draw latent"], Float[Tensor, "row draw"]]:
         """Return draws `start` to `start + num` and their log-density in nats."""
-        latents, log_q = [], torch.zeros((), dtype=torch.float64, device=keys.device)
-        for place, gaussian in self._latents:
-            z = gaussian.sample(normals(keys, place, start, num, gaussian.mean.shape[-1]))
-            latents.append(z)
-            log_q = log_q + gaussian.log_density(z)
-        return torch.cat(latents, dim=-1), log_q
+        parts = [
+            gaussian.sample(normals(keys, place, start, num, gaussian.mean.shape[-1]))
+            for place, gaussian in self._latents
+        ]
+        latents = torch.cat(parts, dim=-1)
+        return latents, self.log_density(latents)
+
+    def log_density(self, latents: Float[Tensor, "row draw latent"]) -> Float[Tensor, "row draw"]:
+        """Return log q of latents in nats."""
+        gaussians = [gaussian for _, gaussian in self._latents]
+        parts = torch.split(latents, [gaussian.mean.shape[-1] for gaussian in gaussians], dim=-1)
+        return sum(
+            (gaussian.log_density(z) for gaussian, z in zip(gaussians, parts, strict=True)),
+            torch.zeros((), dtype=torch.float64, device=latents.device),
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,14 +106,6 @@ def setup_cost(probes: int, iterations: int) -> int:
 def encoder_means(rows: Rows) -> Float[Tensor, "row latent"]:
     """Return the means of q(z_s | x_A) and of each q(z_i | x_i)."""
     return torch.cat([rows.shared.mean, *(term.private.mean for term in rows.terms)], dim=1)
-
-
-def likely_start(rows: Rows, keys: Int64[Tensor, " row"], num: int) -> Float[Tensor, "row latent"]:
-    """Return the likeliest of the encoders' means and `num` draws from the encoders; takes num + 1 decoder rows."""
-    draws, _ = EncoderProposal(rows, num).draw(keys, 0, num)
-    candidates = torch.cat((encoder_means(rows).unsqueeze(1), draws), dim=1)
-    best = rows.log_joint(candidates).argmax(1)
-    return candidates[torch.arange(len(rows), device=best.device), best]
 
 
 def gauss_newton(rows: Rows, mode: Float[Tensor, "row latent"], iterations: int) -> Fit:
@@ -138,14 +141,14 @@ class RefinedProposal:
         self._terms = [(term.place, _for_draws(term.private)) for term in rows.terms]
         shared, *private = rows.blocks
         within = fit.covariance[:, shared, shared]
-        self._shared = _Gaussian.from_covariance(fit.mean[:, shared], within)
+        self._shared = FullGaussian.from_covariance(fit.mean[:, shared], within)
         self._gains, self._privates = [], []
         for own in private:
             between = fit.covariance[:, shared, own]
             gain = torch.cholesky_solve(between, self._shared.factor)
             given = fit.covariance[:, own, own] - between.mT @ gain
             self._gains.append(gain)
-            self._privates.append(_Gaussian.from_covariance(fit.mean[:, own], given))
+            self._privates.append(FullGaussian.from_covariance(fit.mean[:, own], given))
 
     def draw(
         self, keys: Int64[Tensor, " row"], start: int, num: int
@@ -186,40 +189,8 @@ class RefinedProposal:
         return torch.where((stratum == _ENCODERS).unsqueeze(-1), self._encoder_shared.sample(noise), fitted)
 
 
-def refit(rows: Rows, fit: Fit, keys: Int64[Tensor, " row"], num_draws: int, chunk: int) -> Fit:
-    """Match a Gaussian to importance-weighted draws from the proposal of `fit`.
-
-    Weights are tempered until their effective number is at least 4 dim(z_s), and the covariance is shrunk towards
-    the one of `fit`.
-    """
-    proposal = RefinedProposal(rows, fit, num_draws)
-    pairs = [
-        (latents, rows.log_joint(latents) - log_q)
-        for start, num in pieces(num_draws, chunk)
-        for latents, log_q in [proposal.draw(keys, start, num)]
-    ]
-    latents, log_w = (torch.cat(parts, dim=1) for parts in zip(*pairs, strict=True))
-    dim = rows.shared.mean.shape[1]
-    weights, effective = _temper(log_w, 4.0 * dim)
-    mean = (weights.unsqueeze(1) @ latents).squeeze(1)
-    centred = latents - mean.unsqueeze(1)
-    sample = (centred * weights.unsqueeze(-1)).mT @ centred
-    trust = (effective / (effective + dim))[:, None, None]
-    return Fit(mean, trust * sample + (1 - trust) * fit.covariance)
-
-
-def _temper(log_w: Float[Tensor, "row draw"], enough: float) -> tuple[Float[Tensor, "row draw"], Float[Tensor, " row"]]:
-    """Return normalised weights w^a with the largest a of 1, 1/sqrt(2), 1/2, ... whose effective number is enough."""
-    power = torch.ones_like(log_w[:, :1])
-    for _ in range(24):
-        weights = torch.softmax(power * log_w, dim=1)
-        effective = 1 / weights.square().sum(1)
-        power = torch.where(effective.unsqueeze(1) < enough, power * math.sqrt(0.5), power)
-    return weights, effective
-
-
 @dataclass(frozen=True, eq=False)
-class _Gaussian:
+class FullGaussian:
     """Normals of every row with a full covariance, `factor` its Cholesky factor; a spread multiplies the covariance."""
 
     mean: Float[Tensor, "row dim"]
@@ -227,18 +198,36 @@ class _Gaussian:
     inverse: Float[Tensor, "row dim dim"]
 
     @classmethod
-    def from_covariance(cls, mean: Float[Tensor, "row dim"], covariance: Float[Tensor, "row dim dim"]) -> "_Gaussian":
+    def from_covariance(
+        cls, mean: Float[Tensor, "row dim"], covariance: Float[Tensor, "row dim dim"]
+    ) -> "FullGaussian":
+        """Factor the covariances; the identity stands for one that is not positive definite."""
         factor = _cholesky(covariance)
         identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
         return cls(mean, factor, torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False))
 
     def sample(self, noise: Float[Tensor, "row draw dim"], spread: float = 1.0) -> Float[Tensor, "row draw dim"]:
+        """Return the mean plus standard-normal noise in the covariance times `spread`."""
         return self.mean.unsqueeze(1) + math.sqrt(spread) * noise @ self.factor.mT
 
     def log_density(self, z: Float[Tensor, "row draw dim"], spread: float) -> Float[Tensor, "row draw"]:
-        distance = ((z - self.mean.unsqueeze(1)) @ self.inverse.mT).square().sum(-1)
-        log_det = 2 * _diagonal(self.factor).log().sum(-1).unsqueeze(1)
-        return -0.5 * (distance / spread + log_det + z.shape[-1] * math.log(2 * math.pi * spread))
+        """Return the log-density in nats, covariances times `spread`."""
+        normaliser = z.shape[-1] * math.log(2 * math.pi * spread) + 2 * self.log_scale.unsqueeze(1)
+        return -0.5 * (self.distance(z) / spread + normaliser)
+
+    def distance(self, z: Float[Tensor, "row draw dim"]) -> Float[Tensor, "row draw"]:
+        """Return the squared distance from the mean in units of the covariance."""
+        return ((z - self.mean.unsqueeze(1)) @ self.inverse.mT).square().sum(-1)
+
+    @property
+    def log_scale(self) -> Float[Tensor, " row"]:
+        """Half the log-determinant of the covariance."""
+        return _diagonal(self.factor).log().sum(-1)
+
+    @property
+    def covariance(self) -> Float[Tensor, "row dim dim"]:
+        """The covariance."""
+        return self.factor @ self.factor.mT
 
 
 def _cholesky(matrix: Float[Tensor, "row dim dim"]) -> Float[Tensor, "row dim dim"]:

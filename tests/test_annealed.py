@@ -10,10 +10,10 @@ from tests.linear_gaussian import exact_log_prob, linear_model, sample_rows
 def test_annealing_is_the_closed_form_within_its_error() -> None:
     model = linear_model({"a": (3,), "b": (2, 3)}, private_dims={"a": 1, "b": 2}, scales=0.4)
     batch = sample_rows(model, 40, missing=0.3)
-    reference = annealed_log_prob(model, batch, temperatures=120, chains=32)
+    reference = annealed_log_prob(model, batch, temperatures=80, chains=32)
     error = reference.log_prob - exact_log_prob(model, batch)
     assert reference.accepted > 0.6
-    assert float(reference.se.max()) < 0.3
+    assert float(reference.se.max()) < 0.5
     assert float((error.abs() <= 3 * reference.se).double().mean()) >= 0.95
     # the mean of p^ / p is 1
     assert abs(float(error.exp().mean()) - 1) < 4 * float(reference.se.square().sum().sqrt()) / len(batch)

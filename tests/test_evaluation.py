@@ -1,6 +1,8 @@
 """Per-row results: each row once, resumable, the same however they are computed; bad input in one message."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from dmvae.config.data import PrepareConfig
 from dmvae.config.evaluation import EvaluateConfig
 from dmvae.data.dataset import open_dataset
 from dmvae.data.prepare import prepare
-from dmvae.platform import evaluation
+from dmvae.platform import estimates
 from dmvae.platform.evaluation import evaluate
 from dmvae.platform.rows import BLOCK_ROWS, RowStore
 from tests.runs import make_dataset
@@ -93,7 +95,7 @@ def test_an_interrupted_evaluation_goes_on_and_ends_with_the_same_rows(
     model: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     evaluate(configure(model, dataset, tmp_path / "whole"), quiet)
-    real, computed = evaluation._Evaluator.estimate, []
+    real, computed = estimates.Evaluator.estimate, []
 
     def stop_after_two(self: Any, number: int) -> Any:
         if len(computed) == 2:
@@ -101,7 +103,7 @@ def test_an_interrupted_evaluation_goes_on_and_ends_with_the_same_rows(
         computed.append(number)
         return real(self, number)
 
-    monkeypatch.setattr(evaluation._Evaluator, "estimate", stop_after_two)
+    monkeypatch.setattr(estimates.Evaluator, "estimate", stop_after_two)
     with pytest.raises(KeyboardInterrupt):
         evaluate(configure(model, dataset, tmp_path / "cut"), quiet)
     assert not (tmp_path / "cut" / "rows.parquet").exists()
@@ -110,7 +112,7 @@ def test_an_interrupted_evaluation_goes_on_and_ends_with_the_same_rows(
         computed.append(number)
         return real(self, number)
 
-    monkeypatch.setattr(evaluation._Evaluator, "estimate", count)
+    monkeypatch.setattr(estimates.Evaluator, "estimate", count)
     evaluate(configure(model, dataset, tmp_path / "cut"), quiet)
     whole, cut = (pq.read_table(tmp_path / name / "rows.parquet") for name in ("whole", "cut"))
     assert cut.column_names == whole.column_names
@@ -146,10 +148,91 @@ def test_measures_are_judged_with_the_prior_and_the_density(labelled: Path, tmp_
         "pca/nll", "coherence/image/table", "joint_coherence", "density/joint_coherence", "classifier/image",
         "probe/shared", "imputation/table/rmse", "imputation/table/coverage90", "imputation/table/ridge",
         "density/imputation/image/rmse", "missing/label/50/rmse/table", "missing/random/0/coherence/image",
+        "missing/random/50/probe/shared", "missing/label/50/coverage90/table", "missing/random/50/nll",
+        "missing/label/50/nll_conditional/image",
     ):  # fmt: skip
         assert np.isfinite(figures[f"test/{name}"]), name
     assert figures["test/imputation/table/ridge"] < figures["test/imputation/table/mean"]
+    assert figures["test/missing/random/0/probe/shared"] >= figures["test/missing/random/50/probe/shared"]
     assert (tmp_path / "out" / "density.safetensors").is_file()
+
+
+def test_nll_with_modalities_removed_is_that_of_what_is_left(labelled: Path, tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", {"image": (1, 8, 8), "table": (3,)})
+    estimate = {"split": "test", "measures": ["robustness"], "each_modality": True}
+    figures = evaluate(
+        configure(model, labelled, tmp_path / "out", missing_rates=[0.0, 0.5, 1.0], evaluation=estimate), quiet
+    )
+    rows = {
+        name: np.array(values) for name, values in pq.read_table(tmp_path / "out" / "rows.parquet").to_pydict().items()
+    }
+    np.testing.assert_array_equal(rows["missing/random/0/nll"], rows["nll"])
+    np.testing.assert_array_equal(rows["missing/label/100/nll"], 0)
+    both = np.isfinite(rows["conditional/image"])
+    np.testing.assert_array_equal(rows["missing/random/0/conditional/image"][both], rows["conditional/image"][both])
+    # with nothing left of the others it is the marginal
+    np.testing.assert_array_equal(rows["missing/random/100/conditional/image"], rows["marginal/image"])
+    half, known = (
+        rows["missing/random/50/nll"],
+        (rows["nll"], rows["marginal/image"], rows["marginal/table"], 0 * rows["nll"]),
+    )
+    assert np.any([half == part for part in known], axis=0).all()
+    assert figures["test/missing/random/50/nll"] == half.mean()
+
+
+def test_no_figure_of_no_rows_is_written_as_nan(model: Path, dataset: Path, tmp_path: Path) -> None:
+    figures = evaluate(
+        configure(model, dataset, tmp_path, evaluation={"each_modality": True, "modalities": ["left"]}), quiet
+    )
+    text = (tmp_path / "summary.json").read_text()
+    written = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))["figures"]
+    empty = [name for name, value in figures.items() if np.isnan(value)]
+    assert empty
+    assert all(written[name] is None for name in empty)
+
+
+def test_the_device_that_is_asked_for_is_heeded(model: Path, dataset: Path, tmp_path: Path) -> None:
+    assert estimates.torch_device("cpu").type == "cpu"
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="sees none"):
+            evaluate(configure(model, dataset, tmp_path, device="gpu"), quiet)
+
+
+def test_categories_are_evaluated_and_drawn(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    label = rng.integers(0, 3, 200)
+    words = (label[:, None] + rng.integers(0, 2, (200, 4))) % 3
+    table = (rng.normal(size=(200, 3)) * 0.2 + label[:, None]).astype(np.float32)
+    splits = rng.choice(["train", "test"], p=[0.7, 0.3], size=200)
+    masks = {"mask.words": rng.random(200) < 0.8, "mask.table": np.ones(200, dtype=bool)}
+    np.savez(tmp_path / "rows.npz", id=np.arange(200), label=label, split=splits, words=words, table=table, **masks)
+    source = {"kind": "npz", "path": str(tmp_path / "rows.npz")}
+    prepare(PrepareConfig.model_validate({"dataset": str(tmp_path / "data"), "source": source}), quiet)
+    torch.manual_seed(0)
+    config = DMVAEConfig(
+        input_dims={"words": (4,), "table": (3,)}, latent_dim=2, modalities_specific_dim=1,
+        decoders_dist={"words": "categorical", "table": "normal"}, decoder_dist_params={"words": {"classes": 3}},
+    )  # fmt: skip
+    DMVAE(config).save(tmp_path / "model")
+    measures = ["rivals", "coherence", "robustness"]
+    figures = evaluate(
+        configure(
+            tmp_path / "model", tmp_path / "data", tmp_path / "out", missing_rates=[0.5],
+            evaluation={"split": "test", "measures": measures, "each_modality": True},
+        ), quiet,
+    )  # fmt: skip
+    for name in (
+        "nll_conditional/words",
+        "coherence/table/words",
+        "missing/random/50/nll",
+        "missing/label/50/coherence/words",
+    ):
+        assert np.isfinite(figures[f"test/{name}"]), name
+    assert "test/imputation/words/rmse" not in figures
+    flags = ["--dataset", str(tmp_path / "data"), "--num-draws", "100", "--density-components", "2"]
+    assert run_verb("report", ["--model", str(tmp_path / "model"), *flags]) == 0
+    drawn = {file.stem for file in (tmp_path / "model" / "report").glob("*.png")}
+    assert {"map", "weights", "coherence", "missing", "imputed-table"} <= drawn
 
 
 @pytest.mark.parametrize(
@@ -194,3 +277,23 @@ def test_a_report_is_one_page_with_its_pictures(labelled: Path, tmp_path: Path) 
     assert {"curves", "map", "weights", "coherence", "missing", "imputed-table", "traversal-shared-image"} <= files
     assert page.count("data:image/png;base64,") == len(files)
     assert 'src="http' not in page
+
+
+_PEAKS = """
+import resource, sys
+from dmvae.config.evaluation import EvaluationConfig
+from dmvae.platform.estimates import Task, evaluate_nll
+small, large, model = sys.argv[1:]
+for dataset, draws in ((small, 300), (small, 6000), (large, 300)):
+    evaluate_nll(Task(model, dataset, EvaluationConfig(split="train", num_draws=draws, proposal="encoder")))
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+def test_memory_does_not_grow_with_draws_or_rows(dataset: Path, model: Path, tmp_path: Path) -> None:
+    large = make_dataset(tmp_path, rows=9000)
+    command = [sys.executable, "-c", _PEAKS, str(dataset), str(large), str(model)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    first, more_draws, more_rows = map(int, done.stdout.split())
+    assert more_draws - first < 32  # MiB; kept whole they would take 400 rows x 6000 draws x 13 doubles = 240
+    assert more_rows - first < 48

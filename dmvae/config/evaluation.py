@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from dmvae.config.section import Count, ModalityName, Name, Section, Seed, Size
 
 Measure = Literal["rivals", "coherence", "probes", "imputation", "robustness"]
+Device = Literal["auto", "cpu", "gpu"]
 Rate = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -16,7 +17,7 @@ class EvaluationConfig(Section):
     split: Name = "test"
     """The rows to judge on."""
     num_draws: Annotated[int, Field(ge=2)] = 1000
-    """Decoder rows spent per modality and row: the field's K."""
+    """Decoder rows spent per modality and row: the field's K. With `refined` a doubtful row takes nine times that."""
     chunk: Size = 100
     """Draws decoded at once; bounds memory."""
     proposal: Literal["refined", "encoder"] = "refined"
@@ -30,7 +31,7 @@ class EvaluationConfig(Section):
     the work with two modalities, 2 M + 1 times with M."""
     measures: tuple[Measure, ...] = ()
     """What else to judge: `rivals` (the NLL of PCA), `coherence`, `probes` (of labels), `imputation` (beside
-    the training mean, ridge regression and PCA), `robustness` (imputation and coherence as modalities are removed)."""
+    the training mean, ridge regression and PCA), `robustness` (all of it again as modalities are removed)."""
 
 
 class EvaluateConfig(Section):
@@ -41,14 +42,16 @@ class EvaluateConfig(Section):
     dataset: str
     """A dataset's folder."""
     workers: Size = 1
-    """Processes; with more than one, Ray tasks of one CPU each. The figures do not depend on it."""
+    """Processes of one thread each; with more than one, Ray actors. The figures do not depend on it."""
+    device: Device = "auto"
+    """Where the NLL is computed; `auto` takes GPUs when there is one per worker."""
     output: str | None = None
     """The folder of `rows.parquet` and `summary.json`; the same command goes on with what is there. None: a folder
     `evaluation-SPLIT` in the model's."""
     density_components: Count = 0
     """Gaussians of a density fitted to the training rows' latents; measures are then taken with it too. 0: none."""
     missing_rates: tuple[Rate, ...] = (0.0, 0.25, 0.5, 0.75)
-    """Of robustness: shares of the modalities that are removed."""
+    """Of `robustness`: shares of the modalities that are removed."""
     train_split: Name = "train"
     """What rivals, classifiers and densities are fitted to."""
     evaluation: EvaluationConfig = EvaluationConfig()

@@ -1,6 +1,7 @@
 """What every section of a configuration has in common."""
 
 import re
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
@@ -13,6 +14,11 @@ class Section(BaseModel):
     """A frozen group of settings in which a misspelt key is refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+
+    @classmethod
+    def located(cls, tree: dict[str, Any], folder: Path) -> dict[str, Any]:
+        """Return a TOML file's content with names of other configurations read from the file's own folder."""
+        return tree
 
 
 def check_modality_name(name: str) -> str:

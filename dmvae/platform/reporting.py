@@ -28,7 +28,8 @@ def report(config: ReportConfig, progress: Callable[[str], None]) -> Path:
     Raises:
         ValueError: if model and dataset do not fit, or the split does not exist.
     """
-    from dmvae import report as pictures
+    from dmvae import charts, pictures
+    from dmvae.report import Picture, write_report
 
     given = Path(config.model)
     model_dir = given if (given / MODEL_CONFIG).is_file() or not (given / "best").is_dir() else given / "best"
@@ -38,37 +39,42 @@ def report(config: ReportConfig, progress: Callable[[str], None]) -> Path:
     train, split = dataset.split(config.train_split), dataset.split(config.split)
     rows, folder = first_rows(split, _MAP_ROWS), Path(config.output or run_dir / "report")
     quality = Quality(model, train, split, num_draws=20)
-    drawn: list[pictures.Picture] = []
+    drawn: list[Picture] = []
     curves = run_dir / "tracking" / "metrics.jsonl"
     if curves.is_file():
-        drawn.append(pictures.training_curves(curves))
+        drawn.append(charts.training_curves(curves))
     progress("fitting a density to the latents")
     density = fit_density(model, quality.fit_rows, config.density_components) if config.density_components else None
     quality = Quality(model, train, split, density, num_draws=20)
     progress("decoding")
     drawn += pictures.reconstructions(model, rows)
     drawn += pictures.cross_modal(model, rows, density)
-    drawn += pictures.imputed_scatter(model, rows, density)
-    drawn += pictures.prior_samples(model, density)
+    drawn += charts.imputed_scatter(model, rows, density)
+    drawn += pictures.prior_samples(model, rows, density)
     drawn += pictures.traversals(model, rows)
-    drawn.append(pictures.latent_map(collect(model, rows, return_mean=True)))
+    drawn.append(charts.latent_map(collect(model, rows, return_mean=True)))
     progress(f"NLL of {min(len(rows), _NLL_ROWS)} rows")
-    drawn.append(pictures.weight_diagnostics(model.joint_nll(rows[:_NLL_ROWS], config.num_draws)))
+    drawn.append(charts.weight_diagnostics(model.joint_nll(rows[:_NLL_ROWS], config.num_draws)))
     if quality.has_labels:
         progress("coherence")
-        drawn.append(pictures.coherence_matrix(quality.coherence()))
+        drawn.append(charts.coherence_matrix(quality.coherence()))
     progress("removing modalities")
-    drawn.append(pictures.missing_curves(quality.robustness(_MISSING_RATES)))
+    drawn.append(charts.missing_curves(quality.robustness(quality.removal(_MISSING_RATES))))
     facts = {
         "model": str(model_dir),
         "dataset": f"{config.dataset}, split {config.split}: {len(split):,} rows",
-        "modalities": ", ".join(f"{name} {shape}" for name, shape in model.config.shapes.items()),
-        "latents": f"{model.config.latent_dim} shared; private {model.config.private_dims}",
+        "modalities": ", ".join(f"{name} ({_by(shape)})" for name, shape in model.config.shapes.items()),
+        "latents": f"{model.config.latent_dim} shared; private: "
+        + ", ".join(f"{name} {dim}" for name, dim in model.config.private_dims.items()),
         "parameters": f"{sum(p.numel() for p in model.parameters()):,}; torch {torch.__version__}",
     }
-    file = pictures.write_report(folder, f"dmvae: {run_dir.name}", facts, drawn)
+    file = write_report(folder, f"dmvae: {run_dir.name}", facts, drawn)
     _record(run_dir / "tracking", folder, progress)
     return file
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
 
 
 def _record(spool_dir: Path, folder: Path, progress: Callable[[str], None]) -> None:

@@ -2,13 +2,21 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from ray.train import CheckpointConfig, FailureConfig, Result, RunConfig, ScalingConfig, TrainingFailedError
+from ray.train import (
+    CheckpointConfig,
+    FailureConfig,
+    Result,
+    RunConfig,
+    ScalingConfig,
+    TrainingFailedError,
+    UserCallback,
+)
 from ray.train.torch import TorchTrainer
 from torch import nn
 
@@ -20,7 +28,7 @@ from dmvae.model import DMVAE
 from dmvae.platform import shelf
 from dmvae.platform.checks import check_data
 from dmvae.platform.cluster import local_cluster, messages, resources
-from dmvae.platform.evaluation import judge
+from dmvae.platform.evaluation import Extras, judge
 from dmvae.platform.lane import write_atomically
 from dmvae.platform.spool import TrackedRun, scrub
 from dmvae.platform.tracking import DatasetRecord, open_run, tracking_uri
@@ -76,7 +84,7 @@ def train_run(config: TrainConfig, progress: Callable[[str], None]) -> TrainSumm
     dataset = open_dataset(config.data.dataset)
     resolved = resolve(config, dataset)
     run_dir = Path(config.runs_dir, config.name).absolute()
-    record = _run_record(resolved, dataset.manifest)
+    record = run_record(resolved, dataset.manifest)
     _check_same_run(run_dir, record)
     finished = _read_result(run_dir, resolved)
     if finished is not None:
@@ -85,15 +93,15 @@ def train_run(config: TrainConfig, progress: Callable[[str], None]) -> TrainSumm
     run_dir.mkdir(parents=True, exist_ok=True)
     params = {key: value for key, value in record.items() if key != "dataset"}
     with open_run(
-        resolved.tracking, resolved.name, run_dir / "tracking", params, dataset=_dataset_record(resolved, dataset)
+        resolved.tracking, resolved.name, run_dir / "tracking", params, dataset=dataset_record(resolved, dataset)
     ) as tracked:
         write_atomically(run_dir / checkpoint.RUN_CONFIG, json.dumps(record, indent=2) + "\n")
         with local_cluster(math.ceil(resolved.workers.num * resolved.workers.cpus)):
             _announce(resolved, progress)
             shelf.mend(run_dir / _CHECKPOINTS, progress)
             with messages(progress) as queue:
-                result = _fit(resolved, run_dir, WorkerTask(_absolute(resolved), record, tracked, queue))
-            best = _keep_checkpoints(result, run_dir, progress)
+                result = fit(resolved, run_dir, WorkerTask(absolute(resolved), record, tracked, queue))
+            best = keep_checkpoints(result, run_dir, progress)
             _record(tracked, run_dir)
             figures = judge(
                 run_dir / "best",
@@ -102,6 +110,7 @@ def train_run(config: TrainConfig, progress: Callable[[str], None]) -> TrainSumm
                 resolved.data.train_split,
                 resolved.workers.num,
                 progress,
+                Extras(device=resolved.workers.device),
             )
         metrics = {f"best/val/{resolved.training.monitor}": best[SCORE], **figures}
         with tracked.spool() as spool:
@@ -168,7 +177,7 @@ def resolve(config: TrainConfig, dataset: Dataset) -> TrainConfig:
     return resolved
 
 
-def _absolute(config: TrainConfig) -> TrainConfig:
+def absolute(config: TrainConfig) -> TrainConfig:
     """Make paths hold in processes that start elsewhere."""
     data = config.data.model_copy(update={"dataset": str(Path(config.data.dataset).absolute())})
     init_from = None if config.init_from is None else str(Path(config.init_from).absolute())
@@ -186,7 +195,8 @@ def _check_weights(model: DMVAE, folder: str) -> None:
         raise ValueError(f"init_from is a folder with weights of the same model; {folder} differs in {differing[:5]}.")
 
 
-def _run_record(config: TrainConfig, manifest: Manifest) -> dict[str, Any]:
+def run_record(config: TrainConfig, manifest: Manifest) -> dict[str, Any]:
+    """Return what `run.json` says of a run: the resolved configuration and the dataset's fingerprint."""
     return {**config.model_dump(mode="json"), "dataset": {"fingerprint": manifest.fingerprint}}
 
 
@@ -195,7 +205,7 @@ def _check_same_run(run_dir: Path, record: Mapping[str, Any]) -> None:
     file = run_dir / checkpoint.RUN_CONFIG
     if not file.is_file():
         return
-    before, now = _flatten(json.loads(file.read_text())), _flatten(record)
+    before, now = leaves(json.loads(file.read_text())), leaves(record)
     differing = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
     # what a run is judged by may be mended until it has been judged
     free = _MAY_CHANGE if (run_dir / _RESULT).is_file() else (*_MAY_CHANGE, "evaluation.")
@@ -213,10 +223,11 @@ def _check_same_run(run_dir: Path, record: Mapping[str, Any]) -> None:
         )
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return `{"optim": {"learning_rate": 1e-3}}` as `{"optim.learning_rate": 1e-3}`."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        flat |= leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return flat
 
 
@@ -237,7 +248,8 @@ def _read_result(run_dir: Path, config: TrainConfig) -> TrainSummary | None:
     )
 
 
-def _dataset_record(config: TrainConfig, dataset: Dataset) -> DatasetRecord:
+def dataset_record(config: TrainConfig, dataset: Dataset) -> DatasetRecord:
+    """Return what MLflow shows of the dataset behind a run."""
     manifest = dataset.manifest
     profile = {name: {"rows": split.rows, "observed": split.observed} for name, split in manifest.splits.items()}
     source = Path(config.data.dataset).absolute()
@@ -260,7 +272,13 @@ def _announce(config: TrainConfig, progress: Callable[[str], None]) -> None:
         progress("note: bfloat16 is for GPUs; on CPUs it saves no time")
 
 
-def _fit(config: TrainConfig, run_dir: Path, task: WorkerTask) -> Result:
+def fit(config: TrainConfig, run_dir: Path, task: WorkerTask, callbacks: Sequence[UserCallback] = ()) -> Result:
+    """Train with Ray's workers, from the run's last checkpoint on.
+
+    Raises:
+        RunError: if it stops for good.
+        KeyboardInterrupt: if a person stopped it.
+    """
     trainer = TorchTrainer(
         work,  # type: ignore[arg-type]  # Ray returns what it returns, its annotation says None
         train_loop_config={"task": task},
@@ -270,6 +288,7 @@ def _fit(config: TrainConfig, run_dir: Path, task: WorkerTask) -> Result:
             storage_path=str(run_dir),
             failure_config=FailureConfig(max_failures=config.workers.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=shelf.NUM_KEPT),
+            callbacks=list(callbacks),  # type: ignore[arg-type]  # typed as Ray's former class
         ),
     )
     try:
@@ -307,7 +326,7 @@ def _use_gpu(config: TrainConfig) -> bool:
     return config.workers.device != "cpu" and gpus >= wanted
 
 
-def _keep_checkpoints(result: Result, run_dir: Path, progress: Callable[[str], None]) -> dict[str, Any]:
+def keep_checkpoints(result: Result, run_dir: Path, progress: Callable[[str], None]) -> dict[str, Any]:
     """Copy the best and the last checkpoint to `best/` and `last/`; return the best one's figures."""
     reported = [Path(entry.path) for entry, _ in result.best_checkpoints or []]
     whole = [path for path in reported if _is_whole(path, progress)]

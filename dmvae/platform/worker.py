@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,12 +56,14 @@ class WorkerTask:
         run: what `run.json` says of this run.
         tracked: where rank 0 records.
         queue: takes lines for the person who waits.
+        judge: what rank 0 reports to Ray beyond that, at the end of an epoch.
     """
 
     config: TrainConfig
     run: dict[str, Any]
     tracked: TrackedRun
     queue: Queue
+    judge: Callable[[DMVAE, EpochEnded], dict[str, float]] | None = None
 
 
 def work(payload: dict[str, Any]) -> dict[str, Any]:
@@ -77,7 +79,7 @@ def work(payload: dict[str, Any]) -> dict[str, Any]:
     state, data, spool, fault = None, None, None, ""
     with ExitStack() as stack:
         try:
-            state = _build_state(task.config, device)
+            state = build_state(task.config, device)
             data = WorkerData(task.config, rank, num, state.model.dtype)
             _resume(state, task.queue)
             spool = stack.enter_context(task.tracked.spool()) if rank == 0 else None
@@ -107,12 +109,12 @@ def _train(
     steps = data.steps_per_epoch
     done = state.position.epoch * steps + state.position.step
     recorder = None if spool is None else Recorder(task, spool, task.config.training.epochs * steps, done)
-    score, is_best = None, False
+    score, is_best, judged = None, False, dict[str, float]()
     for event in train(state, data, task.config, workers):
         if isinstance(event, CheckpointDue):
-            report = {"step": event.global_step, SCORE: score}
+            report = {"step": event.global_step, SCORE: score, **judged}
             _report(state, task, report, is_best, workers.num, recorder)
-            score, is_best = None, False
+            score, is_best, judged = None, False, {}
         elif isinstance(event, StepSkipped):
             fault = _agree(event.fault, workers.num)
             if recorder is not None:
@@ -120,6 +122,8 @@ def _train(
         else:
             if isinstance(event, EpochEnded):
                 score, is_best = event.metrics[f"val/{task.config.training.monitor}"], event.improved
+                if task.judge is not None and recorder is not None:
+                    judged = task.judge(state.model, event)
             if recorder is not None:
                 recorder.record(event)
 
@@ -154,7 +158,8 @@ class WorkerData:
         return (batch for _, batch in blocks)
 
 
-def _build_state(config: TrainConfig, device: torch.device) -> TrainState:
+def build_state(config: TrainConfig, device: torch.device) -> TrainState:
+    """Build a run's model and optimiser as they are before the first step."""
     torch.manual_seed(config.seed)  # every worker starts from the same weights
     model = DMVAE(config.model).to(device, _DTYPES[config.training.precision])
     if config.init_from is not None:

@@ -34,7 +34,9 @@ def logged(run_dir: Path) -> int:
 
 def first_worker(run_dir: Path) -> int:
     """Process id of the worker that writes checkpoints and figures: the one that holds the spool."""
-    found = re.match(r"process (\d+) on", (run_dir / "tracking" / "spool.lock").read_text())
+    lock = run_dir / "tracking" / "spool.lock"
+    wait_for(lambda: lock.read_text().endswith("\n"), 10)  # a new holder empties it before it writes its name
+    found = re.match(r"process (\d+) on", lock.read_text())
     assert found
     return int(found[1])
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from dmvae.config.training import TrainConfig
 from dmvae.model import DMVAE
-from dmvae.platform.evaluation import evaluate_nll
+from dmvae.platform.estimates import Task, evaluate_nll
 from dmvae.platform.trainer import RunError, TrainSummary, train_run
 from tests.cluster.kills import KillAt, logged, start_driver, wait_for
 from tests.runs import make_config, train_here
@@ -92,9 +92,10 @@ def test_the_test_figure_is_that_of_the_best_checkpoint_however_many_compute_it(
 ) -> None:
     summary, _ = two
     config = make_config(tmp_path, dataset).evaluation
-    alone = evaluate_nll(summary.run_dir / "best", str(dataset), config)
+    task = Task(str(summary.run_dir / "best"), str(dataset), config)
+    alone = evaluate_nll(task)
     assert alone.summary()["nll"] == summary.metrics["test/nll"]
-    together = evaluate_nll(summary.run_dir / "best", str(dataset), config, workers=2)
+    together = evaluate_nll(task, workers=2)
     for name, column in alone.columns.items():
         np.testing.assert_array_equal(column, together.columns[name])
 

@@ -1,0 +1,188 @@
+"""Charts of a trained model: curves, maps, scatter plots, and how far the NLL can be believed."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dmvae.batch import Batch
+from dmvae.density import LatentDensity
+from dmvae.latents import Latents
+from dmvae.metrics import has
+from dmvae.model import DMVAE
+from dmvae.nll import KHAT_LIMIT, NLLEstimate
+from dmvae.report import Figure, Picture, is_image
+
+
+def training_curves(metrics_file: Path) -> Picture:
+    """Draw the losses and the divergences that a run has recorded."""
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for line in metrics_file.read_text().splitlines():
+        entry = json.loads(line)
+        for name, value in entry.get("metrics", {}).items():
+            curves.setdefault(name, []).append((entry["step"], value))
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for axes, names in ((left, ("train/loss", "val/loss")), (right, _divergences(curves))):
+        for name in names:
+            points = sorted(curves.get(name, []))
+            marker = "o" if len(points) < 30 else None
+            axes.plot([p[0] for p in points], [p[1] for p in points], marker=marker, markersize=3, label=_plain(name))
+        axes.set_xlabel("step")
+        axes.legend(fontsize=8)
+    left.set(title="objective, smaller is better", ylabel="nats per row, all sources added")
+    right.set(title="information in the latents (validation)", ylabel="divergence from the prior, nats per row")
+    text = (
+        "A validation loss that rises while the training loss falls is overfitting; a divergence near 0 is an unused "
+        "latent."
+    )
+    return Picture("curves", "Training", text, figure)
+
+
+def latent_map(latents: Latents, max_rows: int = 1000) -> Picture:
+    """Draw z_s in two dimensions, by label: principal components, and t-SNE."""
+    from sklearn.decomposition import PCA
+    from sklearn.manifold import TSNE
+
+    z, here = latents.block("shared")
+    points = z[:max_rows].numpy()
+    labels = np.zeros(len(points)) if latents.labels is None else latents.labels[here][:max_rows].numpy()
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    maps = [("principal components", PCA(2).fit_transform(points) if points.shape[1] > 1 else points.repeat(2, 1))]
+    if len(points) > 30:
+        maps.append(
+            ("t-SNE", TSNE(random_state=0, init="random", perplexity=min(30, len(points) // 4)).fit_transform(points))
+        )
+    for axes, (title, flat) in zip(np.atleast_1d(figure.subplots(1, len(maps))), maps, strict=True):
+        for number, label in enumerate(np.unique(labels)):
+            mine = labels == label
+            colour = f"C{number % 10}"
+            name = "no label" if label < 0 or latents.labels is None else f"{label:.0f}"
+            axes.scatter(flat[mine, 0], flat[mine, 1], s=9, color=colour, label=name)
+        axes.set(title=title, xlabel="first coordinate (no unit)", ylabel="second coordinate (no unit)")
+    axes.legend(title="label", fontsize=8, markerscale=2, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    text = "Each point is a row's mean of z_s. Where labels are what modalities share, their colours should lie apart."
+    return Picture("map", "The shared latent by label", text, figure)
+
+
+def weight_diagnostics(estimate: NLLEstimate) -> Picture:
+    """Draw how far the NLL's own error can be believed."""
+    khat, ess = estimate.khat.cpu().numpy(), estimate.ess.cpu().numpy()
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    first, second, third = figure.subplots(1, 3)
+    first.hist(khat[np.isfinite(khat)], bins=25, color="C0")
+    first.axvline(KHAT_LIMIT, color="C3", label=f"above {KHAT_LIMIT}: not trusted")
+    first.set(title="Pareto k-hat", xlabel="k-hat of a row's weights", ylabel="rows")
+    first.legend(fontsize=7)
+    if not np.isfinite(khat).any():
+        first.text(0.5, 0.5, "too few draws for k-hat", ha="center", transform=first.transAxes)
+    second.hist(ess, bins=np.geomspace(max(1.0, ess.min() / 1.1), max(2.0, 1.1 * ess.max()), 25), color="C0")
+    second.set(title="effective sample size", xscale="log", xlabel="draws that count, of a row", ylabel="rows")
+    trusted = estimate.trusted.cpu().numpy()
+    for mine, colour, label in ((trusted, "C0", "trusted"), (~trusted, "C3", "not trusted")):
+        third.scatter(estimate.nll.cpu().numpy()[mine], estimate.se.cpu().numpy()[mine], s=9, color=colour, label=label)
+    third.set(title="error of each row", xlabel="NLL, nats", ylabel="Monte Carlo standard error, nats")
+    third.legend(fontsize=8, loc="upper right")
+    text = (
+        f"{len(trusted)} rows, {int((~trusted).sum())} of them with an error that is not to be trusted. The NLL is an "
+        "average of weights of random draws: k-hat tells how heavy the tail of a row's weights is, the effective "
+        "sample size how many draws carry the average."
+    )
+    return Picture("weights", "How good the NLL estimate is", text, figure)
+
+
+def coherence_matrix(figures: Mapping[str, float]) -> Picture:
+    """Draw coherence from each set of modalities to each other one, its ceiling in the last line."""
+    cells = {tuple(key.split("/")[-2:]): value for key, value in figures.items() if key.startswith("coherence/")}
+    sources, targets = sorted({key[0] for key in cells}), sorted({key[1] for key in cells})
+    table = np.array([[cells.get((s, t), np.nan) for t in targets] for s in sources])
+    ceiling = np.array([[figures[f"classifier/{t}"] for t in targets]])
+    table, lines = np.concatenate([table, ceiling]), [*sources, "ceiling: real rows"]
+    figure = Figure(figsize=(3 + 1.3 * len(targets), 1.6 + 0.5 * len(lines)), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(table, vmin=0, vmax=1, cmap="Blues", aspect="auto")
+    for row, column in np.ndindex(*table.shape):
+        value = table[row, column]
+        mark = "" if np.isnan(value) else f"{value:.2f}"
+        axes.text(column, row, mark, ha="center", va="center", color="white" if value > 0.6 else "black")
+    axes.set_xticks(range(len(targets)), targets)
+    axes.set_yticks(range(len(lines)), lines)
+    axes.set(title="share of rows whose label is kept", xlabel="generated", ylabel="given")
+    joint = ", ".join(f"{value:.2f} with {'the fitted density' if key.startswith('density') else 'the prior'}"
+                      for key, value in figures.items() if key.endswith("joint_coherence"))  # fmt: skip
+    text = f"One draw per row, judged by classifiers of real rows. Samples that agree in all modalities: {joint}."
+    return Picture("coherence", "Coherence", text, figure)
+
+
+_MISSING = {
+    "rmse": ("imputation, smaller is better", "root mean square error, in the values' unit as read"),
+    "coherence": ("coherence, larger is better", "share of rows whose label is kept"),
+    "probe": ("label in the latents", "share of rows whose label a linear probe reads"),
+}
+
+
+def missing_curves(figures: Mapping[str, float]) -> Picture:
+    """Draw imputation error, coherence and probes against the share of modalities that is removed."""
+    kinds = [kind for kind in _MISSING if any(f"/{kind}/" in key for key in figures)]
+    figure = Figure(figsize=(5.5 * len(kinds), 4.2), layout="constrained")
+    for axes, kind in zip(np.atleast_1d(figure.subplots(1, len(kinds))), kinds, strict=True):
+        lines: dict[tuple[str, str, str], list[tuple[int, float]]] = {}
+        for key, value in figures.items():
+            _, how, rate, what, name = key.split("/")
+            if what in (kind, f"{kind}_ridge"):
+                lines.setdefault((name, what, how), []).append((int(rate), value))
+        names = sorted({name for name, _, _ in lines})
+        for (name, what, how), points in sorted(lines.items()):
+            style = {"color": f"C{names.index(name)}", "linestyle": "-" if how == "random" else "--"}
+            marker = "x" if what.endswith("ridge") else "o"
+            label = (
+                f"{name}{', ridge' if marker == 'x' else ''}, removed {'at random' if how == 'random' else 'by label'}"
+            )
+            axes.plot(*zip(*sorted(points), strict=True), marker=marker, label=label, markersize=5, lw=1, **style)
+        title, unit = _MISSING[kind]
+        axes.set(title=title, ylabel=unit, xlabel="modalities removed, %")
+        axes.legend(fontsize=7)
+    text = (
+        "Each modality is predicted from what is left of the others, and labels are read off the latents of what is "
+        "left. By label: rows with larger labels lose more, so that what is missing is not missing at random."
+    )
+    return Picture("missing", "With more and more missing", text, figure)
+
+
+def imputed_scatter(model: DMVAE, rows: Batch, density: LatentDensity | None) -> list[Picture]:
+    """Draw imputed against observed values of float modalities that are not images."""
+    pictures = []
+    for name in model.config.modalities:
+        others = [other for other in model.config.modalities if other != name]
+        chosen = rows[has(rows, name)][:300]
+        if is_image(model.config.shapes[name]) or model.config.distributions[name] == "categorical" or not others:
+            continue
+        generator = torch.Generator(model.device).manual_seed(0)
+        drawn = model.predict(chosen, others, name, N=20, generator=generator, density=density)[name]
+        imputed = model.likelihoods[name].mean(drawn).mean(0).flatten(1).cpu().numpy()
+        observed = chosen.data[name].flatten(1).cpu().numpy()
+        figure = Figure(figsize=(5, 5), layout="constrained")
+        axes = figure.subplots()
+        axes.plot(observed.ravel(), imputed.ravel(), ".", markersize=2, alpha=0.4, label="one value of one row")
+        ends = [float(observed.min()), float(observed.max())]
+        axes.plot(ends, ends, color="C3", lw=1, label="perfect")
+        axes.set(title=name, xlabel="observed value", ylabel="imputed from the other modalities")
+        axes.legend(fontsize=8, loc="upper left")
+        error = float(np.sqrt(np.square(imputed - observed).mean()))
+        text = f"Root mean square error {error:.3f}, in the values' unit as read; a flat cloud is a guess of the mean."
+        pictures.append(Picture(f"imputed-{name}", f"{name} imputed from the others", text, figure))
+    return pictures
+
+
+def _divergences(curves: Mapping[str, Any]) -> list[str]:
+    return sorted(name for name in curves if name == "val/kl_shared/joint" or name.startswith("val/kl_private/"))
+
+
+def _plain(name: str) -> str:
+    """Return a metric's name as a person would say it."""
+    kind, _, rest = name.removeprefix("val/").partition("/")
+    words = {"train": "training rows", "loss": "validation rows", "kl_shared": "shared z_s"}
+    return words.get(kind, f"private z_p of {rest}")

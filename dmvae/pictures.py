@@ -1,0 +1,154 @@
+"""Images that a trained model makes: reconstructions, predictions, samples, and what each latent changes."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dmvae.batch import Batch
+from dmvae.density import LatentDensity
+from dmvae.metrics import has
+from dmvae.missing import without
+from dmvae.model import DMVAE
+from dmvae.report import Figure, Picture, is_image
+
+_COLUMNS = 8
+_STEPS = torch.linspace(-2.0, 2.0, 9)
+
+
+def reconstructions(model: DMVAE, rows: Batch) -> list[Picture]:
+    """Draw rows beside their reconstructions from the posterior means."""
+    pictures = []
+    for name in _images(model):
+        chosen = rows[has(rows, name)][:_COLUMNS]
+        rebuilt = _show(model, name, model.predict(chosen, "all", name, return_mean=True)[name])
+        text = "Each column is a row of the split: the value as it is, and what the model makes of its latents."
+        figure = _grid([chosen.data[name], rebuilt], ["observed", "rebuilt"], [_limits(rows, name)] * 2)
+        pictures.append(Picture(f"reconstruction-{name}", f"Reconstructions of {name}", text, figure))
+    return pictures
+
+
+def cross_modal(model: DMVAE, rows: Batch, density: LatentDensity | None) -> list[Picture]:
+    """Draw what is generated of each image modality from the others of the same rows."""
+    pictures, names = [], _images(model)
+    for target in names:
+        sources = [name for name in names if name != target]
+        here = torch.stack([torch.ones(len(rows), dtype=torch.bool), *(has(rows, name) for name in (target, *sources))])
+        chosen = _different_labels(rows[here.all(0)])
+        if not sources or not len(chosen):
+            continue
+        given, generator = without(chosen, target), torch.Generator(model.device).manual_seed(0)
+        lines = [chosen.data[name] for name in sources]
+        titles, shown = [f"given: {name}" for name in sources], list(sources)
+        for label, fitted in (("prior", None), ("density", density)):
+            if label == "prior" or fitted is not None:
+                draws = model.predict(given, gen_mod=target, N=3, generator=generator, density=fitted)[target]
+                lines += list(_show(model, target, draws))
+                titles += [f"drawn, z_p from the {label}"] * 3
+                shown += [target] * 3
+        limits = [_limits(rows, name) for name in (*shown, target)]
+        figure = _grid([*lines, chosen.data[target]], [*titles, f"true {target}"], limits)
+        text = (
+            f"Each column is a row of which the model is given {' and '.join(sources)} alone. Draws should show the "
+            f"content that {target} shares with that, and vary in what is its own. The last line is the truth, which "
+            "the model has not seen."
+        )
+        if density is not None:
+            text += " The density is a Gaussian mixture, fitted to the latents of training rows after training."
+        pictures.append(Picture(f"cross-{target}", f"{target} generated from the others", text, figure))
+    return pictures
+
+
+def prior_samples(model: DMVAE, rows: Batch, density: LatentDensity | None) -> list[Picture]:
+    """Draw samples in all image modalities, from the prior and from the fitted density, as bright as `rows`."""
+    names, pictures = _images(model), []
+    for label, fitted in (("the prior", None), ("the fitted density", density)):
+        if not names or (label != "the prior" and fitted is None):
+            continue
+        generator = torch.Generator(model.device).manual_seed(0)
+        drawn = model.decode(model.generate_from_prior(2 * _COLUMNS, generator, fitted))
+        lines = [_show(model, name, drawn[name][half : half + _COLUMNS]) for half in (0, _COLUMNS) for name in names]
+        text = "Each column has one shared latent: all modalities of a column should show the same content."
+        name = "samples-" + label.rpartition(" ")[2]
+        limits = [_limits(rows, modality) for modality in names] * 2
+        pictures.append(Picture(name, f"Samples from {label}", text, _grid(lines, names * 2, limits)))
+    return pictures
+
+
+def traversals(model: DMVAE, rows: Batch) -> list[Picture]:
+    """Draw what each dimension of the shared and of each private latent changes, around one row's latents."""
+    complete = torch.stack([has(rows, name) for name in model.config.modalities]).all(0)
+    chosen = (rows[complete] if bool(complete.any()) else rows)[:1]
+    encoded, pictures = model.encode(chosen, return_mean=True), []
+    for name in _images(model):
+        for kind, middle in (("shared", encoded.z), ("private", encoded.modalities_z[name])):
+            lines, titles = [], []
+            for place in range(min(middle.shape[1], 10)):
+                moved = middle.repeat(len(_STEPS), 1)
+                moved[:, place] = _STEPS.to(moved)
+                rest = encoded.z if kind == "private" else encoded.modalities_z[name]
+                still = rest.repeat(len(_STEPS), 1)
+                z, z_p = (moved, still) if kind == "shared" else (still, moved)
+                lines.append(_show(model, name, model.decode({"z": z, "modalities_z": {name: z_p}}, name)[name]))
+                titles.append(f"{'z_s' if kind == 'shared' else 'z_p'}[{place}]")
+            text = (
+                f"Each line changes one {kind} dimension from {float(_STEPS[0]):g} to {float(_STEPS[-1]):g} (standard "
+                "deviations of the prior), left to right; the other latents are one row's. A line in which nothing "
+                "changes is a dimension that the model does not use."
+            )
+            limits = [_limits(rows, name)] * len(lines)
+            figure = _grid(lines, titles, limits, [f"{float(step):g}" for step in _STEPS])
+            pictures.append(Picture(f"traversal-{kind}-{name}", f"{name}: {kind} latents moved", text, figure))
+    return pictures
+
+
+def _images(model: DMVAE) -> list[str]:
+    floats = [name for name in model.config.modalities if model.config.distributions[name] != "categorical"]
+    return [name for name in floats if is_image(model.config.shapes[name])]
+
+
+def _show(model: DMVAE, name: str, output: Tensor) -> Tensor:
+    return model.likelihoods[name].mean(output).detach().cpu()
+
+
+def _different_labels(rows: Batch) -> Batch:
+    """Take eight rows, of as many labels as there are."""
+    if rows.labels is None:
+        return rows[:_COLUMNS]
+    labels = rows.labels.tolist()
+    order = sorted(range(len(rows)), key=lambda row: (labels[:row].count(labels[row]), labels[row]))
+    return rows[torch.tensor(order[:_COLUMNS], dtype=torch.int64)]
+
+
+def _limits(rows: Batch, name: str) -> tuple[float, float]:
+    """Return the values that are shown black and white: of all lines of a modality the same."""
+    values = rows.data[name][has(rows, name)]
+    return float(values.min()), float(values.max())
+
+
+def _grid(
+    lines: Sequence[Tensor],
+    titles: Sequence[str],
+    limits: Sequence[tuple[float, float]],
+    columns: Sequence[str] = (),
+) -> Figure:
+    """Lay images out, a line for each tensor `(column, *shape)`, with its black and white."""
+    width = max(len(line) for line in lines)
+    figure = Figure(figsize=(1.8 + 0.9 * width, 0.3 + 0.95 * len(lines)), layout="constrained")
+    for row, (line, title, (black, white)) in enumerate(zip(lines, titles, limits, strict=True)):
+        for column in range(width):
+            axes = figure.add_subplot(len(lines), width, row * width + column + 1)
+            axes.set_xticks([])
+            axes.set_yticks([])
+            for side in axes.spines.values():
+                side.set_visible(False)
+            if column == 0:
+                axes.set_ylabel(title, rotation=0, ha="right", va="center", fontsize=8)
+            if row == 0 and columns:
+                axes.set_title(columns[column], fontsize=8)
+            if column < len(line):
+                image = line[column].detach().cpu().float()
+                pixels = image.squeeze(0) if image.dim() == 3 and image.shape[0] == 1 else image
+                pixels = pixels.permute(1, 2, 0).clamp(0, 1) if pixels.dim() == 3 else pixels
+                axes.imshow(pixels.numpy(), cmap="gray", vmin=black, vmax=white)
+    return figure

@@ -1,0 +1,192 @@
+"""A study on disk: what every trial was given and what became of it. These files are the study's only state.
+
+    study.json               what the study is: its configuration, and the dataset's fingerprint
+    trials/0000/params.json  written when the trial is drawn
+    trials/0000/result.json  written when it is over, last
+    trials/0000/checkpoint/, best/, tracking/
+
+A search that is killed at any moment is rebuilt from them: trials with a result are told to the sampler, those without
+are started again and go on from their checkpoints. No pickle is read.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from dmvae.config.search import Domain, SearchConfig, Value
+from dmvae.platform.lane import write_atomically
+
+Status = Literal["complete", "stopped", "infeasible", "failed"]
+PARAMS, RESULT = "params.json", "result.json"
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """What became of a trial.
+
+    Attributes:
+        status: `complete`; `stopped` early by the scheduler; `infeasible`, beyond a limit; or `failed`.
+        epochs: that it was trained for.
+        figures: what it was judged by, and each figure's standard error as `NAME_se`.
+        reason: of any status but complete.
+        run_id: of its MLflow run.
+        seconds: that its training and judging took.
+    """
+
+    status: Status
+    epochs: int = 0
+    figures: dict[str, float] = field(default_factory=dict)
+    reason: str = ""
+    run_id: str = ""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One trial's folder; `params` are JSON values by path, `result` is None until it is over."""
+
+    number: int
+    folder: Path
+    params: dict[str, Value]
+    result: TrialResult | None
+
+    @property
+    def is_candidate(self) -> bool:
+        """Whether it may be the best: trained to its end, and within the limits."""
+        return self.result is not None and self.result.status == "complete"
+
+
+def trials_of(study_dir: Path) -> list[Trial]:
+    """Read the trials of a study, in the order in which they were drawn."""
+    folders = sorted(file.parent for file in (study_dir / "trials").glob(f"[0-9]*/{PARAMS}"))
+    return [_read(folder) for folder in folders]
+
+
+def _read(folder: Path) -> Trial:
+    result = folder / RESULT
+    return Trial(
+        int(folder.name),
+        folder,
+        json.loads((folder / PARAMS).read_text()),
+        TrialResult(**json.loads(result.read_text())) if result.is_file() else None,
+    )
+
+
+def write_params(study_dir: Path, number: int, params: Mapping[str, Value]) -> Path:
+    """Note what a trial was given, unless that is noted; return the trial's folder."""
+    folder = study_dir / "trials" / f"{number:04d}"
+    if not (folder / PARAMS).is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / PARAMS, json.dumps(params, indent=2) + "\n")
+    return folder
+
+
+def write_result(folder: Path, result: TrialResult) -> None:
+    """Note that a trial is over."""
+    write_atomically(folder / RESULT, json.dumps(asdict(result), indent=2) + "\n")
+
+
+def best_trials(config: SearchConfig, trials: list[Trial]) -> list[Trial]:
+    """Return the best trial, or with several objectives those of the Pareto front; the earlier of two equals."""
+    candidates = [(config.signed(t.result.figures), t) for t in trials if t.result is not None and t.is_candidate]
+    candidates = [(values, trial) for values, trial in candidates if all(map(math.isfinite, values))]
+    front: list[tuple[tuple[float, ...], Trial]] = []
+    for values, trial in sorted(candidates, key=lambda pair: (pair[0], pair[1].number)):
+        if not any(all(a <= b for a, b in zip(other, values, strict=True)) for other, _ in front):
+            front.append((values, trial))
+    return [trial for _, trial in front]
+
+
+def distribution(domain: Domain) -> BaseDistribution:
+    """Return Optuna's distribution of a domain; values that Optuna has no type for travel as JSON."""
+    if domain.values is not None:
+        return CategoricalDistribution([_encode(value) for value in domain.values])
+    assert domain.low is not None
+    assert domain.high is not None
+    if domain.is_whole:
+        return IntDistribution(int(domain.low), int(domain.high), domain.log, int(domain.step or 1))
+    return FloatDistribution(float(domain.low), float(domain.high), domain.log, domain.step)
+
+
+def draw(trial: Any, config: SearchConfig) -> dict[str, Value]:
+    """Have Optuna propose a value of every setting that is active, in the space's order."""
+    chosen: dict[str, Value] = {}
+    for path, domain in config.space.items():
+        if not config.is_active(path, chosen):
+            continue
+        if domain.values is not None:
+            place = trial.suggest_categorical(path, [_encode(value) for value in domain.values])
+            chosen[path] = next(value for value in domain.values if _encode(value) == place)
+        elif domain.is_whole:
+            step = {} if domain.step is None else {"step": domain.step}
+            chosen[path] = trial.suggest_int(path, domain.low, domain.high, log=domain.log, **step)
+        else:
+            chosen[path] = trial.suggest_float(path, domain.low, domain.high, log=domain.log, step=domain.step)
+    return chosen
+
+
+def encoded(config: SearchConfig, params: Mapping[str, Value]) -> dict[str, Any]:
+    """Return a trial's settings as Optuna knows them."""
+    return {path: _encode(v) if config.space[path].values is not None else v for path, v in params.items()}
+
+
+def frozen_trials(config: SearchConfig, trials: list[Trial]) -> Iterator[FrozenTrial]:
+    """Return finished trials as Optuna keeps them."""
+    for trial in trials:
+        result = trial.result
+        if result is None:
+            continue
+        values = _values(config, result)
+        # a trial that was stopped early is told with the figure it had reached, as Ray Tune tells it
+        state = TrialState.COMPLETE if values is not None else TrialState.FAIL
+        yield create_trial(
+            state=state,
+            values=values,
+            params=encoded(config, trial.params),
+            distributions={path: distribution(config.space[path]) for path in trial.params},
+            user_attrs={"status": result.status, "reason": result.reason, "epochs": result.epochs, **result.figures},
+        )
+
+
+def _values(config: SearchConfig, result: TrialResult) -> list[float] | None:
+    if result.status not in ("complete", "stopped") or not set(config.objectives) <= result.figures.keys():
+        return None
+    values = list(config.signed(result.figures))
+    return values if all(map(math.isfinite, values)) else None
+
+
+def sampler(config: SearchConfig, num_known: int) -> optuna.samplers.BaseSampler:
+    """Return the sampler; after a restart its random numbers are others, or it would draw points again."""
+    seed = (config.seed * 1_000_003 + num_known) % 2**32
+    if config.sampler == "tpe":
+        return optuna.samplers.TPESampler(n_startup_trials=config.startup_trials, constant_liar=True, seed=seed)
+    if config.sampler == "gp":
+        return optuna.samplers.GPSampler(n_startup_trials=config.startup_trials, seed=seed)
+    if config.sampler == "nsga2":
+        return optuna.samplers.NSGAIISampler(seed=seed)
+    return optuna.samplers.RandomSampler(seed=seed)
+
+
+def directions(config: SearchConfig) -> list[StudyDirection]:
+    """Everything is minimised: `SearchConfig.signed` has seen to it."""
+    return [StudyDirection.MINIMIZE] * (len(config.objectives) if config.is_multiple else 1)
+
+
+def export(config: SearchConfig, trials: list[Trial], file: Path) -> optuna.Study:
+    """Write a study into an sqlite file that Optuna and its dashboard read; return it."""
+    file.unlink(missing_ok=True)
+    study = optuna.create_study(study_name=config.name, storage=f"sqlite:///{file}", directions=directions(config))
+    study.add_trials(list(frozen_trials(config, trials)))
+    return study
+
+
+def _encode(value: Value) -> str | int | float | bool | None:
+    return json.dumps(value) if isinstance(value, list | dict) else value

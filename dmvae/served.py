@@ -1,0 +1,259 @@
+"""A model that answers: rows as people have them, in the units of their data, to latents, imputations and likelihoods.
+
+What is loaded where nothing but torch, pydantic, numpy and safetensors is installed.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, create_model
+from torch import Tensor
+
+from dmvae.batch import Batch
+from dmvae.model import DMVAE
+
+UNITS = "units.json"
+Operation = Literal["encode", "reconstruct", "impute", "nll", "sample"]
+OPERATIONS: tuple[Operation, ...] = ("encode", "reconstruct", "impute", "nll", "sample")
+MAX_DRAWS = 100_000
+
+
+class Unit(BaseModel):
+    """How a modality's values stand to what the model reads; the manifest's fields of the same names."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    shape: tuple[int, ...]
+    dtype: str
+    likelihood: str = "normal"
+    classes: int | None = None
+    scaling: str = "none"
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+    def read(self, values: Tensor) -> Tensor:
+        """Bring `(rows, *shape)` of the data's units to what the model was trained on."""
+        if self.scaling == "unit":
+            return values / 255
+        if self.scaling == "standardise":
+            return (values - self._table(self.mean)) / self._table(self.std)
+        return values
+
+    def show(self, values: Tensor) -> Tensor:
+        """Bring a mean `(..., *shape)` of the model back to the data's units."""
+        if self.scaling == "unit":
+            return values * 255
+        if self.scaling == "standardise":
+            return values * self._table(self.std) + self._table(self.mean)
+        return values
+
+    def show_spread(self, values: Tensor) -> Tensor:
+        """Bring a standard deviation back to the data's units."""
+        if self.scaling == "unit":
+            return values * 255
+        return values * self._table(self.std) if self.scaling == "standardise" else values
+
+    @property
+    def log_jacobian(self) -> float:
+        """Nats to add to -log p of the values as read for that of the values as given."""
+        if self.scaling == "unit":
+            return math.prod(self.shape) * math.log(255)
+        return math.fsum(map(math.log, self.std or ()))
+
+    def _table(self, flat: tuple[float, ...] | None) -> Tensor:
+        assert flat is not None
+        return torch.tensor(flat, dtype=torch.float32).reshape(self.shape)
+
+
+def row_type(shapes: Mapping[str, Sequence[int]]) -> type[BaseModel]:
+    """Return the type of one row: every modality may be left out or null, an unknown name is refused."""
+    fields: dict[str, Any] = {}
+    for name, shape in shapes.items():
+        nested: Any = float
+        for _ in shape:
+            nested = list[nested]
+        fields[name] = (nested | None, None)
+    return create_model("Row", __config__=ConfigDict(extra="forbid"), **fields)
+
+
+class Request(BaseModel):
+    """What is asked of the rows."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    operation: Operation = "impute"
+    """`encode`, `reconstruct` what is observed, `impute` what is not, `nll`, or `sample` from the prior."""
+    num_samples: int = Field(0, ge=0, le=1000)
+    """Draws that `impute` shows beside mean and spread."""
+    num_draws: PositiveInt = Field(100, ge=2, le=MAX_DRAWS)
+    """Of `impute`'s mean and spread; of `nll`, decoder rows per modality."""
+    seed: int = Field(0, ge=0, lt=2**62)
+    """Of the draws."""
+
+
+class Served:
+    """A model with its units.
+
+    Attributes:
+        model: in eval mode.
+        units: by modality.
+        row: the type of one row.
+    """
+
+    def __init__(self, model: DMVAE, units: Mapping[str, Unit]) -> None:
+        self.model, self.units = model.eval(), dict(units)
+        self.row = row_type({name: unit.shape for name, unit in self.units.items()})
+
+    @classmethod
+    def load(cls, folder: Path) -> "Served":
+        """Read a folder with a model and `units.json`."""
+        units = json.loads((folder / UNITS).read_text())
+        return cls(DMVAE.load(folder), {name: Unit.model_validate(unit) for name, unit in units.items()})
+
+    def parse(self, rows: Sequence[Any]) -> list[dict[str, Any]]:
+        """Check rows and return them as dicts with every modality, None where it is missing.
+
+        Raises:
+            ValueError: naming the row, the field and what is wrong with it.
+        """
+        parsed = []
+        for number, given in enumerate(rows):
+            try:
+                row = given if isinstance(given, BaseModel) else self.row.model_validate(given)
+            except ValidationError as error:
+                first = error.errors(include_url=False)[0]
+                field = str(first["loc"][0]) if first["loc"] else "row"
+                known = f"; a row has {', '.join(self.units)}" if first["type"] == "extra_forbidden" else ""
+                raise ValueError(f"row {number}: {field}: {first['msg']}{known}") from None
+            parsed.append({name: getattr(row, name) for name in self.units})
+        return parsed
+
+    def batch(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
+        """Bring parsed rows to the model's units.
+
+        Raises:
+            ValueError: naming the row and the modality whose values have another shape, are not finite or not classes.
+        """
+        data, masks = {}, {}
+        for name, unit in self.units.items():
+            masks[name] = torch.tensor([row[name] is not None for row in rows], dtype=torch.bool)
+            dtype = torch.int64 if unit.dtype == "int64" else torch.float32
+            values = torch.zeros((len(rows), *unit.shape), dtype=dtype)
+            for number, row in enumerate(rows):
+                if row[name] is not None:
+                    values[number] = self._checked(name, row[name], number)
+            data[name] = unit.read(values)
+        return Batch(data, masks)
+
+    def answer(self, rows: Sequence[Any], request: Request) -> list[dict[str, Any]]:
+        """Answer a request about rows; every answer says which modalities were observed.
+
+        Raises:
+            ValueError: as `parse` and `batch` do.
+        """
+        parsed = self.parse(rows)
+        batch = self.batch(parsed)
+        answers: list[dict[str, Any]] = [
+            {"observed": [name for name in self.units if row[name] is not None]} for row in parsed
+        ]
+        if answers:
+            generator = torch.Generator(device=self.model.device).manual_seed(request.seed)
+            getattr(self, f"_{request.operation}")(batch, request, answers, generator)
+        return answers
+
+    def _encode(self, batch: Batch, _: Request, answers: list[dict[str, Any]], __: torch.Generator) -> None:
+        with torch.no_grad():
+            shared, private = self.model.posteriors(batch)
+        for number, answer in enumerate(answers):
+            answer["shared"] = _gaussian(shared.mean[number], shared.log_var[number])
+            answer["private"] = {
+                name: _gaussian(part.mean[number], part.log_var[number])
+                for name, part in private.items()
+                if name in answer["observed"]
+            }
+
+    def _reconstruct(self, batch: Batch, _: Request, answers: list[dict[str, Any]], __: torch.Generator) -> None:
+        outputs = self.model.predict(batch, return_mean=True)
+        for name, unit in self.units.items():
+            shown = unit.show(self.model.likelihoods[name].mean(outputs[name]).float().cpu())
+            for number, answer in enumerate(answers):
+                if name in answer["observed"]:
+                    answer.setdefault("values", {})[name] = shown[number].tolist()
+
+    def _impute(
+        self, batch: Batch, request: Request, answers: list[dict[str, Any]], generator: torch.Generator
+    ) -> None:
+        """Every row is given the same standard-normal draws, so that an answer does not depend on the row's company."""
+        num = max(request.num_draws, request.num_samples)
+        with torch.no_grad():
+            shared, private = self.model.posteriors(batch)
+        drawn = {
+            name: gaussian.sample(_normals(num, gaussian.mean, generator))
+            for name, gaussian in {"": shared, **private}.items()
+        }
+        for answer in answers:
+            answer["imputed"] = {}
+        for name, unit in self.units.items():
+            missing = [number for number, answer in enumerate(answers) if name not in answer["observed"]]
+            if not missing:
+                continue
+            draws = self._decoded(name, drawn[""][:, missing], drawn[name][:, missing])
+            best = self._decoded(name, shared.mean[missing], private[name].mean[missing])
+            mean, sd = unit.show(draws.mean(0)), unit.show_spread(draws.std(0))
+            for place, number in enumerate(missing):
+                told = {"mean": mean[place].tolist(), "sd": sd[place].tolist(), "best": unit.show(best[place]).tolist()}
+                if request.num_samples:
+                    told["samples"] = unit.show(draws[: request.num_samples, place]).tolist()
+                answers[number]["imputed"][name] = told
+
+    def _decoded(self, name: str, shared: Tensor, private: Tensor) -> Tensor:
+        """Decode latents `(..., dim)` of one modality to its mean, on the CPU."""
+        output = self.model.decode({"z": shared, "modalities_z": {name: private}}, name)[name]
+        mean: Tensor = self.model.likelihoods[name].mean(output).float().cpu()
+        return mean
+
+    def _nll(self, batch: Batch, request: Request, answers: list[dict[str, Any]], _: torch.Generator) -> None:
+        # one id for all: a row's draws depend on its id and the seed, and not on its company
+        batch = Batch(batch.data, batch.masks, ids=torch.zeros(len(batch), dtype=torch.int64))
+        found = self.model.joint_nll(batch, request.num_draws, seed=request.seed)
+        for number, answer in enumerate(answers):
+            jacobian = math.fsum(self.units[name].log_jacobian for name in answer["observed"])
+            answer |= {"nll": float(found.nll[number]) + jacobian, "nll_se": float(found.se[number])}
+            answer["trusted"] = bool(found.trusted[number])
+
+    def _sample(self, batch: Batch, _: Request, answers: list[dict[str, Any]], generator: torch.Generator) -> None:
+        outputs = self.model.decode(self.model.generate_from_prior(len(batch), generator))
+        for name, unit in self.units.items():
+            shown = unit.show(self.model.likelihoods[name].mean(outputs[name]).float().cpu())
+            for number, answer in enumerate(answers):
+                answer.setdefault("values", {})[name] = shown[number].tolist()
+
+    def _checked(self, name: str, values: Any, number: int) -> Tensor:
+        unit = self.units[name]
+        try:
+            array = np.asarray(values, dtype=np.float64)
+        except ValueError:
+            raise ValueError(f"row {number}: {name}: a row of it has shape {unit.shape}; got ragged lists.") from None
+        if array.shape != unit.shape:
+            raise ValueError(f"row {number}: {name}: a row of it has shape {unit.shape}; got {array.shape}.")
+        if not np.isfinite(array).all():
+            raise ValueError(f"row {number}: {name}: values are finite; got NaN or infinity. Leave it out if missing.")
+        if unit.scaling == "unit" and (array.min() < 0 or array.max() > 255):
+            raise ValueError(f"row {number}: {name}: values are 0 to 255; got {array.min():g} to {array.max():g}.")
+        if unit.classes is not None and ((array % 1 != 0).any() or array.min() < 0 or array.max() >= unit.classes):
+            raise ValueError(f"row {number}: {name}: values are classes 0 to {unit.classes - 1}; got {array.max():g}.")
+        return torch.from_numpy(array)
+
+
+def _normals(num: int, like: Tensor, generator: torch.Generator) -> Tensor:
+    normals = torch.randn(num, 1, like.shape[-1], dtype=like.dtype, device=like.device, generator=generator)
+    return normals.expand(num, *like.shape)
+
+
+def _gaussian(mean: Tensor, log_var: Tensor) -> dict[str, list[float]]:
+    return {"mean": mean.tolist(), "variance": log_var.exp().tolist()}

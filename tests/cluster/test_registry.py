@@ -1,0 +1,142 @@
+"""Registered models: loaded elsewhere, promoted only when better, rolled back."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pytest
+import torch
+from mlflow import MlflowClient
+
+import dmvae
+from dmvae.cli import run_verb
+from dmvae.config.registry import PromoteConfig, RegisterConfig
+from dmvae.data.dataset import open_dataset
+from dmvae.model import DMVAE
+from dmvae.platform.promotion import promote
+from dmvae.platform.registry import RegistryError, register
+from dmvae.platform.trainer import train_run
+from tests.runs import make_config, make_dataset
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A poor run and a better one on the same data."""
+    folder = tmp_path_factory.mktemp("registry")
+    dataset = make_dataset(folder, rows=600)
+    for name, epochs in (("poor", 1), ("better", 12)):
+        train_run(make_config(folder, dataset, name, training={"epochs": epochs}), lambda line: None)
+    return folder
+
+
+def tracking(folder: Path) -> dict[str, Any]:
+    return {"uri": f"sqlite:///{folder}/mlflow.db"}
+
+
+def aliases(client: MlflowClient, name: str) -> dict[str, str]:
+    return {alias: str(version) for alias, version in client.get_registered_model(name).aliases.items()}
+
+
+def registered(folder: Path, run: str, name: str) -> str:
+    config = RegisterConfig.model_validate(
+        {"run": str(folder / "runs" / run), "name": name, "tracking": tracking(folder)}
+    )
+    return register(Path(config.run), config.name, config.tracking).version
+
+
+def promotion(folder: Path, name: str, **changes: Any) -> PromoteConfig:
+    tree = {"name": name, "dataset": str(folder / "data"), "tracking": tracking(folder)}
+    return PromoteConfig.model_validate({**tree, "evaluation": {"num_draws": 50, "proposal": "encoder"}, **changes})
+
+
+def test_a_registered_model_answers_where_only_its_own_code_is(runs: Path, tmp_path: Path) -> None:
+    version = registered(runs, "better", "answers")
+    assert registered(runs, "better", "answers") == version, "the same weights are the same version"
+    uri = tracking(runs)["uri"]
+    client = MlflowClient(uri)
+    found = client.get_model_version("answers", version)
+    assert "How to ask it" in found.description
+    target = tmp_path / "downloaded"
+    local = mlflow.artifacts.download_artifacts(artifact_uri=found.source, dst_path=str(target), tracking_uri=uri)
+    carried = {str(file.relative_to(local)) for file in Path(local).rglob("*.py")}
+    assert "code/dmvae/served.py" in carried
+    assert not any("platform/trainer" in file or "data/" in file for file in carried)
+    # a process that sees this folder and the installed packages, but neither this checkout nor ray
+    program = (
+        "import sys, json, mlflow\n"
+        "sys.modules['ray'] = sys.modules['pyarrow.dataset'] = None\n"
+        f"model = mlflow.pyfunc.load_model({str(local)!r})\n"
+        "rows = [{'left': [1, 2, 3, 4, 5]}, {'right': [0.5, 0, 1], 'left': None}]\n"
+        "print(json.dumps(model.predict(rows, params={'operation': 'encode'})))\n"
+        "import dmvae; print(dmvae.__file__)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", program],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env={"PATH": ""},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    answers, home = done.stdout.strip().splitlines()[-2:]
+    assert home.startswith(str(local))
+    model = DMVAE.load(runs / "runs" / "better" / "best")
+    rows = dmvae.Batch({"left": torch.tensor([[1.0, 2, 3, 4, 5]]).to(model.dtype)})
+    expected = model.encode(rows, return_mean=True).z
+    np.testing.assert_allclose(json.loads(answers)[0]["shared"]["mean"], expected[0], rtol=1e-5)
+    assert json.loads(answers)[1]["observed"] == ["right"]
+
+
+def test_the_alias_moves_once_and_back(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    poor, better = (registered(runs, run, "champions") for run in ("poor", "better"))
+    said: list[str] = []
+    first = promote(promotion(runs, "champions", version=int(poor)), said.append)
+    assert (first.moved, first.champion) == (True, poor)
+    second = promote(promotion(runs, "champions"), said.append)
+    assert (second.moved, second.champion) == (True, better)
+    third = promote(promotion(runs, "champions", version=int(poor)), said.append)
+    assert (third.moved, third.champion) == (False, better)
+    client = MlflowClient(tracking(runs)["uri"])
+    assert aliases(client, "champions") == {"champion": better, "previous": poor}
+    assert "nll better by" in client.get_model_version("champions", better).tags["promotion.reason"]
+    assert "nll better by -" in client.get_model_version("champions", poor).tags["promotion.reason"]
+    flags = ["--name", "champions", "--rollback", "--tracking.uri", tracking(runs)["uri"]]
+    assert run_verb("promote", flags) == 0
+    assert f"champion   models:/champions/{poor}" in capsys.readouterr().out
+    assert aliases(client, "champions") == {"champion": poor, "previous": better}
+
+
+def test_what_cannot_be_compared_is_refused_with_the_reason(runs: Path, tmp_path: Path) -> None:
+    with pytest.raises(RegistryError, match="Known: "):
+        promote(promotion(runs, "nobody"), lambda line: None)
+    version = registered(runs, "better", "refused")
+    other = make_dataset(tmp_path, rows=300, seed=5)
+    with pytest.raises(RegistryError, match=r"was trained on .* and .* is "):
+        promote(promotion(runs, "refused", dataset=str(other)), lambda line: None)
+    with pytest.raises(RegistryError, match="has none"):
+        promote(promotion(runs, "refused", rollback=True), lambda line: None)
+    with pytest.raises(RegistryError, match="a finished run is registered"):
+        registered(runs, "never", "refused")
+    client = MlflowClient(tracking(runs)["uri"])
+    shutil.rmtree(client.get_model_version("refused", version).source.removeprefix("file://"))
+    with pytest.raises(RegistryError, match="is there with its files"):
+        promote(promotion(runs, "refused"), lambda line: None)
+    assert aliases(client, "refused") == {}
+
+
+def test_a_person_loads_the_model_itself(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    version = registered(runs, "poor", "loaded")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking(runs)["uri"])
+    model, kept = dmvae.load(f"models:/loaded/{version}"), dmvae.load(str(runs / "runs" / "poor" / "best"))
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), kept.state_dict().values(), strict=True))
+    with pytest.raises(RegistryError, match="is there with its files"):
+        dmvae.load("models:/loaded@champion")
+    assert open_dataset(runs / "data").manifest.modalities.keys() == set(model.config.modalities)

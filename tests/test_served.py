@@ -1,0 +1,108 @@
+"""Answers about rows in the units of their data."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dmvae.batch import Batch
+from dmvae.config.model import DMVAEConfig
+from dmvae.model import DMVAE
+from dmvae.served import OPERATIONS, UNITS, Request, Served, Unit
+
+UNIT = {
+    "image": Unit(shape=(1, 2, 2), dtype="uint8", scaling="unit"),
+    "gene": Unit(shape=(3,), dtype="float32", scaling="standardise", mean=(1.0, 2.0, 3.0), std=(2.0, 4.0, 0.5)),
+    "kind": Unit(shape=(2,), dtype="int64", classes=3, likelihood="categorical"),
+}
+FULL = {"image": [[[0, 255], [51, 102]]], "gene": [3.0, 2.0, 2.5], "kind": [0, 2]}
+
+
+@pytest.fixture
+def served() -> Served:
+    torch.manual_seed(0)
+    config = DMVAEConfig.model_validate(
+        {
+            "input_dims": {name: unit.shape for name, unit in UNIT.items()},
+            "latent_dim": 2,
+            "decoders_dist": {"kind": "categorical"},
+            "decoder_dist_params": {"kind": {"classes": 3}},
+        }
+    )
+    return Served(DMVAE(config), UNIT)
+
+
+def test_rows_are_brought_to_the_model_s_units_and_back(served: Served) -> None:
+    batch = served.batch(served.parse([FULL, {"gene": [1.0, 2.0, 3.0]}]))
+    assert batch.masks is not None
+    assert batch.masks["image"].tolist() == [True, False]
+    torch.testing.assert_close(batch.data["image"][0].flatten(), torch.tensor([0.0, 1.0, 0.2, 0.4]))
+    torch.testing.assert_close(batch.data["gene"], torch.tensor([[1.0, 0.0, -1.0], [0.0, 0.0, 0.0]]))
+    assert batch.data["kind"].dtype == torch.int64
+    for unit in (UNIT["image"], UNIT["gene"]):
+        values = torch.rand(5, *unit.shape)
+        torch.testing.assert_close(unit.show(unit.read(values)), values)
+
+
+def test_what_is_missing_may_be_left_out_or_null_and_every_answer_says_what_was_observed(served: Served) -> None:
+    absent, null = served.answer([{"gene": [1, 2, 3]}, {"gene": [1, 2, 3], "image": None}], Request(operation="encode"))
+    assert absent == null
+    assert absent["observed"] == ["gene"]
+    assert absent["private"].keys() == {"gene"}
+    for operation in OPERATIONS:
+        answers = served.answer([FULL, {}], Request(operation=operation))
+        assert [answer["observed"] for answer in answers] == [["image", "gene", "kind"], []]
+    assert served.answer([], Request()) == []
+
+
+def test_answers_are_the_model_s(served: Served) -> None:
+    rows = [{"image": FULL["image"]}, {"gene": FULL["gene"], "kind": FULL["kind"]}]
+    batch = served.batch(served.parse(rows))
+    shared, _ = served.model.posteriors(batch)
+    answers = served.answer(rows, Request(operation="encode"))
+    np.testing.assert_allclose([a["shared"]["mean"] for a in answers], shared.mean.detach().numpy(), rtol=1e-6)
+    imputed = served.answer(rows, Request(operation="impute", num_samples=2))
+    predicted = served.model.predict(batch, return_mean=True)["gene"][0]
+    torch.testing.assert_close(torch.tensor(imputed[0]["imputed"]["gene"]["best"]), UNIT["gene"].show(predicted))
+    assert imputed[0]["imputed"].keys() == {"gene", "kind"}
+    assert imputed[1]["imputed"].keys() == {"image"}
+    assert np.array(imputed[0]["imputed"]["gene"]["samples"]).shape == (2, 3)
+    assert np.array(imputed[0]["imputed"]["kind"]["mean"]).shape == (2, 3)
+    assert served.answer(rows, Request(operation="impute", num_samples=2)) == imputed
+
+
+def test_nll_is_of_the_values_as_they_are_given(served: Served) -> None:
+    rows = [{"gene": FULL["gene"]}]
+    (answer,) = served.answer(rows, Request(operation="nll", num_draws=300))
+    batch = served.batch(served.parse(rows))
+    scaled = served.model.joint_nll(Batch(batch.data, batch.masks), 300).nll
+    assert answer["nll"] == pytest.approx(float(scaled[0]) + np.log([2.0, 4.0, 0.5]).sum())
+    assert UNIT["image"].log_jacobian == pytest.approx(4 * np.log(255))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"gnee": [1, 2, 3]}, r"row 1: gnee: Extra inputs are not permitted; a row has image, gene, kind"),
+        ({"gene": [1, 2]}, r"row 1: gene: a row of it has shape \(3,\); got \(2,\)"),
+        ({"gene": [1, 2, "x"]}, r"row 1: gene: Input should be a valid number"),
+        ({"gene": [1, 2, float("nan")]}, r"row 1: gene: values are finite"),
+        ({"image": [[[0, 256], [0, 0]]]}, r"row 1: image: values are 0 to 255; got 0 to 256"),
+        ({"image": [[[0, 1], [0]]]}, r"row 1: image: a row of it has shape \(1, 2, 2\); got ragged lists"),
+        ({"kind": [0, 3]}, r"row 1: kind: values are classes 0 to 2"),
+        ([1, 2], r"row 1: row: "),
+    ],
+)
+def test_a_wrong_row_is_named_with_its_field(served: Served, row: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        served.answer([FULL, row], Request())
+
+
+def test_it_is_read_from_a_folder(served: Served, tmp_path: Path) -> None:
+    served.model.save(tmp_path)
+    (tmp_path / UNITS).write_text(json.dumps({name: unit.model_dump() for name, unit in UNIT.items()}))
+    loaded = Served.load(tmp_path)
+    assert loaded.answer([FULL], Request(operation="encode")) == served.answer([FULL], Request(operation="encode"))
