@@ -4,7 +4,6 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +11,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dmvae.config.model import ArchitectureConfig
-
-
-T = TypeVar("T", Tensor, nn.Sequential)
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,14 +119,14 @@ class ConvEncoder(nn.Module):
         convolutions: list[nn.Module] = []
         for before, after in itertools.pairwise((channels, *_CHANNELS)):
             convolutions += [nn.Conv2d(before, after, kernel_size=4, stride=2, padding=1), nn.ReLU()]
-        self.convolutions = _channels_last(nn.Sequential(*convolutions))
+        self.convolutions = _convolve(convolutions)
         self.body = nn.Sequential(*_layers([_CHANNELS[-1] * 4, _CONV_FEATURES], architecture.dropout))
         self.heads = _Heads(_CONV_FEATURES, dims)
 
     def forward(self, x: Tensor) -> EncoderOutput:
         """Map `(rows, channels, height, width)` to the posteriors' parameters."""
         x = F.pad(x, (self.pad,) * 4) if self.pad else x
-        return self.heads.split(self.body(self.convolutions(_channels_last(x)).flatten(1)))
+        return self.heads.split(self.body(self.convolutions(x).flatten(1)))
 
 
 class ConvDecoder(nn.Module):
@@ -144,17 +140,18 @@ class ConvDecoder(nn.Module):
         convolutions: list[nn.Module] = []
         for before, after in itertools.pairwise((*reversed(_CHANNELS), channels)):
             convolutions += [nn.ConvTranspose2d(before, after, kernel_size=4, stride=2, padding=1), nn.ReLU()]
-        self.convolutions = _channels_last(nn.Sequential(*convolutions[:-1]))
+        self.convolutions = _convolve(convolutions[:-1])
 
     def forward(self, z: Tensor) -> DecoderOutput:
         """Map `(rows, shared + private)` to `(rows, channels, height, width)`."""
-        image = self.convolutions(_channels_last(self.body(z).unflatten(-1, (_CHANNELS[-1], 2, 2))))
+        image = self.convolutions(self.body(z).unflatten(-1, (_CHANNELS[-1], 2, 2)))
         return DecoderOutput(F.pad(image, (-self.pad,) * 4) if self.pad else image)
 
 
-def _channels_last(x: T) -> T:
-    """Lay images, or filters, out with the channels of a pixel side by side: convolutions are faster so."""
-    return x.to(memory_format=torch.channels_last)
+def _convolve(layers: list[nn.Module]) -> nn.Sequential:
+    """Chain layers, with the channels of a filter's pixel side by side: torch lays images out alike, and is faster."""
+    chained: nn.Sequential = nn.Sequential(*layers).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return chained
 
 
 def _image(architecture: ArchitectureConfig, dims: Dimensions) -> tuple[int, int]:
