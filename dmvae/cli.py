@@ -268,6 +268,7 @@ def _train(config: Any) -> None:
         _say("this run is finished; raise training.epochs to train it further, or choose another name")
     for name, value in summary.metrics.items():
         _say(f"{name:<24} {value:.4f}")
+    _register_best(summary.run_dir, config.tracking)
     _say(f"best checkpoint          {summary.run_dir / 'best'}")
     _say(f"last checkpoint          {summary.run_dir / 'last'}")
     _say(f"MLflow run               {summary.run_id} of experiment {config.tracking.experiment}")
@@ -303,6 +304,7 @@ def _search(config: Any) -> None:
     if found.tracking_uri.startswith("sqlite:"):
         _say(f"{'look at it':<24} mlflow ui --backend-store-uri {found.tracking_uri}")
     if found.retrained:
+        _register_best(found.retrained.run_dir, config.base.tracking)
         _say(f"{'best model':<24} {found.retrained.run_dir / 'best'}")
 
 
@@ -322,6 +324,21 @@ def _report(config: Any) -> None:
     except ImportError as error:
         raise CommandError(str(error)) from None
     _say(f"report    {file}")
+
+
+def _register_best(run_dir: Path, tracking: Any) -> None:
+    """Register a finished run's best model, if the configuration names a registered model."""
+    from dmvae.platform.lane import UnreachableError
+    from dmvae.platform.registry import RegistryError, register
+
+    if tracking.register_as is None:
+        return
+    try:
+        found = register(run_dir, tracking.register_as, tracking)
+    except (RegistryError, UnreachableError) as error:
+        later = f"python -m jobs.register {run_dir} --name {tracking.register_as}"
+        raise CommandError(f"the run is finished, and its model is not registered: {error}. Later: {later}") from None
+    _say(f"registered               {found.uri}")
 
 
 def _register(config: Any) -> None:

@@ -17,7 +17,6 @@ from typing import Any
 import mlflow
 import numpy as np
 import pytest
-import torch
 from mlflow import MlflowClient
 from ray import serve
 
@@ -106,10 +105,11 @@ def test_its_model_answers_in_a_fresh_environment_as_often_right(
     subprocess.run([python, "-c", program], check=True, cwd=tmp_path, env=environment)
     answered = np.array(json.loads((tmp_path / "answers.json").read_text())) / 255
     model = DMVAE.load(found.retrained.run_dir / "best")
-    predicted = model.predict(Batch({"mnist": rows.data["mnist"]}), "mnist", "optdigits", return_mean=True).optdigits
-    np.testing.assert_allclose(answered, predicted.reshape(answered.shape), atol=1e-4)
+    output = model.predict(Batch({"mnist": rows.data["mnist"]}), "mnist", "optdigits", return_mean=True).optdigits
+    predicted = output.numpy()
+    np.testing.assert_allclose(answered, predicted, atol=1e-4)
     truth = np.asarray(rows.labels)
-    right = [(classifier.predict(np.reshape(values, (ROWS, -1))) == truth).sum() for values in (answered, predicted)]
+    right = [(classifier.predict(values.reshape(ROWS, -1)) == truth).sum() for values in (answered, predicted)]
     print(f"the right digit: {right[0]} of {ROWS} there, {right[1]} by predict")
     assert right[0] == right[1] > 0.7 * ROWS
 
@@ -130,7 +130,6 @@ def test_its_model_answers_in_a_fresh_environment_as_often_right(
     for name, times in (("Ray Serve", ours), ("mlflow models serve", theirs)):
         p95 = statistics.quantiles(times, n=20)[-1]
         print(f"{name}: p50 {statistics.median(times):.3f} s, p95 {p95:.3f} s, 8 clients, 200 requests")
-    assert torch.isfinite(predicted).all()
 
 
 @contextmanager
