@@ -216,6 +216,18 @@ def _promote_config() -> type[Section]:
     return PromoteConfig
 
 
+def _embed_config() -> type[Section]:
+    from dmvae.config.registry import EmbedConfig
+
+    return EmbedConfig
+
+
+def _serve_config() -> type[Section]:
+    from dmvae.config.registry import ServeConfig
+
+    return ServeConfig
+
+
 def _sync_config() -> type[Section]:
     from dmvae.config.tracking import SyncConfig
 
@@ -256,6 +268,7 @@ def _train(config: Any) -> None:
         _say("this run is finished; raise training.epochs to train it further, or choose another name")
     for name, value in summary.metrics.items():
         _say(f"{name:<24} {value:.4f}")
+    _register_best(summary.run_dir, config.tracking)
     _say(f"best checkpoint          {summary.run_dir / 'best'}")
     _say(f"last checkpoint          {summary.run_dir / 'last'}")
     _say(f"MLflow run               {summary.run_id} of experiment {config.tracking.experiment}")
@@ -291,6 +304,7 @@ def _search(config: Any) -> None:
     if found.tracking_uri.startswith("sqlite:"):
         _say(f"{'look at it':<24} mlflow ui --backend-store-uri {found.tracking_uri}")
     if found.retrained:
+        _register_best(found.retrained.run_dir, config.base.tracking)
         _say(f"{'best model':<24} {found.retrained.run_dir / 'best'}")
 
 
@@ -310,6 +324,21 @@ def _report(config: Any) -> None:
     except ImportError as error:
         raise CommandError(str(error)) from None
     _say(f"report    {file}")
+
+
+def _register_best(run_dir: Path, tracking: Any) -> None:
+    """Register a finished run's best model, if the configuration names a registered model."""
+    from dmvae.platform.lane import UnreachableError
+    from dmvae.platform.registry import RegistryError, register
+
+    if tracking.register_as is None:
+        return
+    try:
+        found = register(run_dir, tracking.register_as, tracking)
+    except (RegistryError, UnreachableError) as error:
+        later = f"python -m jobs.register {run_dir} --name {tracking.register_as}"
+        raise CommandError(f"the run is finished, and its model is not registered: {error}. Later: {later}") from None
+    _say(f"registered               {found.uri}")
 
 
 def _register(config: Any) -> None:
@@ -333,6 +362,31 @@ def _promote(config: Any) -> None:
         raise CommandError(str(error)) from None
     _say(f"{'promoted' if decision.moved else 'not promoted'}: {decision.reason}")
     _say(f"champion   models:/{config.name}/{decision.champion}")
+
+
+def _embed(config: Any) -> None:
+    from dmvae.platform.embedding import embed
+    from dmvae.platform.registry import RegistryError
+
+    try:
+        summary = embed(config, progress=_say)
+    except RegistryError as error:
+        raise CommandError(str(error)) from None
+    _say(f"embedded   {summary.rows:,} rows, {summary.fresh:,} of them now, {summary.rows_per_second:,.0f} rows/s")
+    _say(f"latents    {summary.output}")
+
+
+def _serve(config: Any) -> None:
+    try:
+        from dmvae.platform.serving import run
+    except ImportError as error:
+        raise CommandError(f"serving needs the extra `serve` (pip install 'dmvae[serve]'): {error}.") from None
+    from dmvae.platform.registry import RegistryError
+
+    try:
+        run(config, progress=_say)
+    except RegistryError as error:
+        raise CommandError(str(error)) from None
 
 
 def _sync(config: Any) -> None:
@@ -371,5 +425,7 @@ VERBS: dict[str, Verb] = {
     "report": Verb("Show a trained model in pictures: PNG files and one HTML page.", _report_config, _report),
     "register": Verb("Register a finished run's best model with MLflow.", _register_config, _register, "run"),
     "promote": Verb("Make a better version of a registered model the champion.", _promote_config, _promote, "name"),
+    "embed": Verb("Write a model's latents of every row of a dataset; resumes.", _embed_config, _embed, "model"),
+    "serve": Verb("Answer requests for a registered model with Ray Serve.", _serve_config, _serve, "model"),
     "sync": Verb("Bring records into MLflow that it missed while it was away.", _sync_config, _sync, "folder"),
 }

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -118,7 +119,7 @@ class ConvEncoder(nn.Module):
         convolutions: list[nn.Module] = []
         for before, after in itertools.pairwise((channels, *_CHANNELS)):
             convolutions += [nn.Conv2d(before, after, kernel_size=4, stride=2, padding=1), nn.ReLU()]
-        self.convolutions = nn.Sequential(*convolutions)
+        self.convolutions = _convolve(convolutions)
         self.body = nn.Sequential(*_layers([_CHANNELS[-1] * 4, _CONV_FEATURES], architecture.dropout))
         self.heads = _Heads(_CONV_FEATURES, dims)
 
@@ -139,12 +140,18 @@ class ConvDecoder(nn.Module):
         convolutions: list[nn.Module] = []
         for before, after in itertools.pairwise((*reversed(_CHANNELS), channels)):
             convolutions += [nn.ConvTranspose2d(before, after, kernel_size=4, stride=2, padding=1), nn.ReLU()]
-        self.convolutions = nn.Sequential(*convolutions[:-1])
+        self.convolutions = _convolve(convolutions[:-1])
 
     def forward(self, z: Tensor) -> DecoderOutput:
         """Map `(rows, shared + private)` to `(rows, channels, height, width)`."""
         image = self.convolutions(self.body(z).unflatten(-1, (_CHANNELS[-1], 2, 2)))
         return DecoderOutput(F.pad(image, (-self.pad,) * 4) if self.pad else image)
+
+
+def _convolve(layers: list[nn.Module]) -> nn.Sequential:
+    """Chain layers, with the channels of a filter's pixel side by side: torch lays images out alike, and is faster."""
+    chained: nn.Sequential = nn.Sequential(*layers).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return chained
 
 
 def _image(architecture: ArchitectureConfig, dims: Dimensions) -> tuple[int, int]:

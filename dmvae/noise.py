@@ -6,7 +6,6 @@ the SplitMix64 finaliser of a counter (Steele, Lea and Flood 2014), then the Box
 """
 
 import math
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -15,37 +14,45 @@ from torch import Tensor
 
 from dmvae.batch import Ids
 
-T = TypeVar("T", int, Tensor)
-
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64
 _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
 
 
-def _mix(x: T) -> T:
+def _mix(x: Tensor) -> Tensor:
     """The SplitMix64 finaliser, elementwise; int64 arithmetic wraps and `>>` is made logical by a mask."""
+    x = (x >> 30).bitwise_and_(0x3FFFFFFFF).bitwise_xor_(x).mul_(_MIX_1)
+    x = (x >> 27).bitwise_and_(0x1FFFFFFFFF).bitwise_xor_(x).mul_(_MIX_2)
+    return (x >> 31).bitwise_and_(0x1FFFFFFFF).bitwise_xor_(x)
+
+
+def _mix_number(x: int) -> int:
+    """The same of one Python integer."""
     x = _wrap((x ^ ((x >> 30) & 0x3FFFFFFFF)) * _MIX_1)
     x = _wrap((x ^ ((x >> 27) & 0x1FFFFFFFFF)) * _MIX_2)
     return x ^ ((x >> 31) & 0x1FFFFFFFF)
+
+
+def _wrap(x: int) -> int:
+    """Bring a Python integer into the range of int64, as tensors stay in it by themselves."""
+    return (x + 2**63) % 2**64 - 2**63
 
 
 def chain(*parts: int | Tensor) -> Tensor:
     """Hash integers, or int64 tensors that broadcast, into int64 keys; the order of the parts matters."""
     number, key = 0, None
     for part in parts:
-        if key is None and isinstance(part, int):
-            # what all rows have in common, in Python's integers: a tensor operation costs many times as much
-            number = _mix(_wrap(number + _GOLDEN) ^ _mix(_wrap(part + _GOLDEN)))
+        if isinstance(part, Tensor):
+            key = torch.tensor(number, dtype=torch.int64, device=part.device) if key is None else key.to(part.device)
+            key = _mix((key + _GOLDEN) ^ _mix(part + _GOLDEN))
             continue
-        value = part if isinstance(part, Tensor) else torch.tensor(part, dtype=torch.int64)
-        key = torch.tensor(number, dtype=torch.int64, device=value.device) if key is None else key.to(value.device)
-        key = _mix((key + _GOLDEN) ^ _mix(value + _GOLDEN))
+        hashed = _mix_number(_wrap(part + _GOLDEN))
+        if key is None:
+            # what all rows have in common, in Python's integers: a tensor operation costs many times as much
+            number = _mix_number(_wrap(number + _GOLDEN) ^ hashed)
+        else:
+            key = _mix((key + _GOLDEN) ^ hashed)
     return torch.tensor(number, dtype=torch.int64) if key is None else key
-
-
-def _wrap(x: T) -> T:
-    """Bring a Python integer into the range of int64; tensors stay in it by themselves."""
-    return (x + 2**63) % 2**64 - 2**63 if isinstance(x, int) else x
 
 
 def row_keys(ids: Ids) -> Int64[Tensor, " row"]:

@@ -188,27 +188,38 @@ class Served:
     def _impute(
         self, batch: Batch, request: Request, answers: list[dict[str, Any]], generator: torch.Generator
     ) -> None:
-        draws = max(request.num_draws, request.num_samples)
-        means = self.model.predict(batch, return_mean=True)
+        """Every row is given the same standard-normal draws, so that an answer does not depend on the row's company."""
+        num = max(request.num_draws, request.num_samples)
+        with torch.no_grad():
+            shared, private = self.model.posteriors(batch)
+        drawn = {
+            name: gaussian.sample(_normals(num, gaussian.mean, generator))
+            for name, gaussian in {"": shared, **private}.items()
+        }
         for answer in answers:
             answer["imputed"] = {}
         for name, unit in self.units.items():
             missing = [number for number, answer in enumerate(answers) if name not in answer["observed"]]
             if not missing:
                 continue
-            likelihood = self.model.likelihoods[name]
-            drawn = likelihood.mean(
-                self.model.predict(batch[torch.tensor(missing)], gen_mod=name, N=draws, generator=generator)[name]
-            )
-            mode = unit.show(likelihood.mean(means[name]).float().cpu())
-            average, spread = unit.show(drawn.mean(0).float().cpu()), unit.show_spread(drawn.std(0).float().cpu())
+            draws = self._decoded(name, drawn[""][:, missing], drawn[name][:, missing])
+            best = self._decoded(name, shared.mean[missing], private[name].mean[missing])
+            mean, sd = unit.show(draws.mean(0)), unit.show_spread(draws.std(0))
             for place, number in enumerate(missing):
-                told = {"mean": average[place].tolist(), "sd": spread[place].tolist(), "best": mode[number].tolist()}
+                told = {"mean": mean[place].tolist(), "sd": sd[place].tolist(), "best": unit.show(best[place]).tolist()}
                 if request.num_samples:
-                    told["samples"] = unit.show(drawn[: request.num_samples, place].float().cpu()).tolist()
+                    told["samples"] = unit.show(draws[: request.num_samples, place]).tolist()
                 answers[number]["imputed"][name] = told
 
+    def _decoded(self, name: str, shared: Tensor, private: Tensor) -> Tensor:
+        """Decode latents `(..., dim)` of one modality to its mean, on the CPU."""
+        output = self.model.decode({"z": shared, "modalities_z": {name: private}}, name)[name]
+        mean: Tensor = self.model.likelihoods[name].mean(output).float().cpu()
+        return mean
+
     def _nll(self, batch: Batch, request: Request, answers: list[dict[str, Any]], _: torch.Generator) -> None:
+        # one id for all: a row's draws depend on its id and the seed, and not on its company
+        batch = Batch(batch.data, batch.masks, ids=torch.zeros(len(batch), dtype=torch.int64))
         found = self.model.joint_nll(batch, request.num_draws, seed=request.seed)
         for number, answer in enumerate(answers):
             jacobian = math.fsum(self.units[name].log_jacobian for name in answer["observed"])
@@ -237,6 +248,11 @@ class Served:
         if unit.classes is not None and ((array % 1 != 0).any() or array.min() < 0 or array.max() >= unit.classes):
             raise ValueError(f"row {number}: {name}: values are classes 0 to {unit.classes - 1}; got {array.max():g}.")
         return torch.from_numpy(array)
+
+
+def _normals(num: int, like: Tensor, generator: torch.Generator) -> Tensor:
+    normals = torch.randn(num, 1, like.shape[-1], dtype=like.dtype, device=like.device, generator=generator)
+    return normals.expand(num, *like.shape)
 
 
 def _gaussian(mean: Tensor, log_var: Tensor) -> dict[str, list[float]]:

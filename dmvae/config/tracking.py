@@ -5,7 +5,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
-from dmvae.config.section import Section
+from dmvae.config.section import Name, Section
 
 
 def _check_uri(uri: str | None) -> str | None:
@@ -27,6 +27,8 @@ class TrackingConfig(Section, hide_input_in_errors=True):
 
     experiment: str = Field("dmvae", min_length=1, max_length=500)
     uri: Annotated[str | None, AfterValidator(_check_uri)] = Field(None, min_length=1)
+    register_as: Name | None = None
+    """Of a registered model whose next version a finished run's best model becomes."""
 
 
 class SyncConfig(Section):

@@ -16,7 +16,7 @@ import torch
 from tests.benchmarks import multivae
 from tests.benchmarks.ratio import Result, machine, markdown
 
-PARTS = ("steps", "search_overhead")
+PARTS = ("startup", "steps", "nll", "search_overhead")
 
 
 def main() -> None:

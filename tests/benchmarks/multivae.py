@@ -55,6 +55,9 @@ class _StandIn(types.ModuleType):
 def reference(model: DMVAE) -> Any:
     """Return MultiVae's model of the same configuration, with copies of our networks."""
     models = importlib.import_module("multivae.models")
+    model = copy.deepcopy(model)
+    for layers in (*model.encoders.values(), *model.decoders.values()):
+        layers.to(memory_format=torch.contiguous_format)  # as its users have them; how ours are laid out is our doing
     encoders = {name: _encoder(copy.deepcopy(network), model, name) for name, network in model.encoders.items()}
     decoders = {name: _decoder(copy.deepcopy(network), model, name) for name, network in model.decoders.items()}
     config = models.DMVAEConfig(

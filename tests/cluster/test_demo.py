@@ -1,26 +1,178 @@
-"""What the README says of the demo, made again from its own configuration files."""
+"""What the README says of the demo, made again from its own configuration files, and its model in use elsewhere."""
 
+import json
+import os
+import statistics
+import subprocess
+import time
+import urllib.error
+import urllib.request
+import venv
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import mlflow
+import numpy as np
 import pytest
+from mlflow import MlflowClient
+from ray import serve
 
+from dmvae.batch import Batch
 from dmvae.cli import read_toml
+from dmvae.comparison import first_rows
 from dmvae.config.data import PrepareConfig
-from dmvae.config.training import TrainConfig
+from dmvae.config.registry import ServeConfig
+from dmvae.config.search import SearchConfig
+from dmvae.config.tracking import TrackingConfig
+from dmvae.data.dataset import open_dataset
 from dmvae.data.prepare import prepare
-from dmvae.platform.trainer import train_run
+from dmvae.metrics import fit_classifier
+from dmvae.model import DMVAE
+from dmvae.platform.registry import register
+from dmvae.platform.search import SearchSummary, search
+from dmvae.platform.serving import start
+from tests.cluster.kills import wait_for
+from tests.test_tracking import free_port
 
 CONFIGS = Path(__file__).parents[2] / "jobs" / "configs"
+ROWS = 300
+
+pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(1800)]
 
 
-@pytest.mark.acceptance
-def test_the_demo_beats_pca_and_predicts_the_right_digit(tmp_path: Path) -> None:
-    data = read_toml(PrepareConfig, CONFIGS / "digits.toml").model_dump() | {"dataset": str(tmp_path / "digits")}
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, SearchSummary]:
+    """What `make demo` does, in a folder of its own."""
+    folder = tmp_path_factory.mktemp("demo")
+    data = read_toml(PrepareConfig, CONFIGS / "digits.toml").model_dump() | {"dataset": str(folder / "digits")}
     prepare(PrepareConfig.model_validate(data), progress=print)
-    run = read_toml(TrainConfig, CONFIGS / "train.toml").model_dump()
-    run |= {"runs_dir": str(tmp_path / "runs"), "tracking": {"uri": f"sqlite:///{tmp_path}/mlflow.db"}}
-    run["data"] |= {"dataset": str(tmp_path / "digits")}
-    figures = train_run(TrainConfig.model_validate(run), print).metrics
+    shipped = read_toml(SearchConfig, CONFIGS / "search.toml").model_dump(exclude_unset=True)
+    shipped["base"] |= {"runs_dir": str(folder / "runs"), "tracking": {"uri": f"sqlite:///{folder}/mlflow.db"}}
+    shipped["base"]["data"] |= {"dataset": str(folder / "digits")}
+    return folder, search(SearchConfig.model_validate(shipped | {"runs_dir": str(folder / "runs")}), print)
+
+
+def test_the_demo_beats_pca_and_predicts_the_right_digit(demo: tuple[Path, SearchSummary]) -> None:
+    _, found = demo
+    assert len(found.trials) == 6
+    first, best = found.trials[0].result, found.best[0].result
+    assert first is not None
+    assert best is not None
+    assert best.figures["imputation"] <= first.figures["imputation"], "the shipped configuration is tried first"
+    assert found.retrained is not None
+    figures = found.retrained.metrics
     assert figures["test/pca/nll_minus_ours"] > 4 * figures["test/pca/nll_minus_ours_se"]
     for pair in ("mnist/optdigits", "optdigits/mnist"):
         assert figures[f"test/coherence/{pair}"] > 0.7
+
+
+def test_its_model_answers_in_a_fresh_environment_as_often_right(
+    demo: tuple[Path, SearchSummary], tmp_path: Path
+) -> None:
+    """Installed from the model's own requirements, served by MLflow there, and by Ray Serve here."""
+    folder, found = demo
+    tracking = TrackingConfig(uri=f"sqlite:///{folder}/mlflow.db")
+    assert found.retrained is not None
+    version = register(found.retrained.run_dir, "digits", tracking).version
+    client = MlflowClient(tracking.uri)
+    client.set_registered_model_alias("digits", "champion", version)
+    source = client.get_model_version("digits", version).source
+    local = mlflow.artifacts.download_artifacts(
+        artifact_uri=source, dst_path=str(tmp_path / "model"), tracking_uri=tracking.uri
+    )
+    venv.create(tmp_path / "venv", with_pip=True)
+    pip = [str(tmp_path / "venv" / "bin" / "pip"), "install", "--quiet", "-r", str(Path(local) / "requirements.txt")]
+    subprocess.run(pip, check=True)
+
+    dataset = open_dataset(folder / "digits")
+    rows = first_rows(dataset.split("test_complete"), ROWS)
+    classifier = fit_classifier(first_rows(dataset.split("train")), "optdigits")
+    images = (rows.data["mnist"] * 255).round().int()
+    questions = [{"mnist": image.tolist()} for image in images]
+    (tmp_path / "rows.json").write_text(json.dumps(questions))
+    program = (
+        "import json, sys, mlflow\n"
+        f"model = mlflow.pyfunc.load_model({str(local)!r})\n"
+        "answers = model.predict(json.load(open('rows.json')), params={'operation': 'impute', 'num_draws': 2})\n"
+        "assert 'ray' not in sys.modules\n"
+        "json.dump([a['imputed']['optdigits']['best'] for a in answers], open('answers.json', 'w'))\n"
+    )
+    environment = {"PATH": f"{tmp_path}/venv/bin:{os.environ['PATH']}", "HOME": str(tmp_path)}
+    python = str(tmp_path / "venv" / "bin" / "python")
+    subprocess.run([python, "-c", program], check=True, cwd=tmp_path, env=environment)
+    answered = np.array(json.loads((tmp_path / "answers.json").read_text())) / 255
+    model = DMVAE.load(found.retrained.run_dir / "best")
+    output = model.predict(Batch({"mnist": rows.data["mnist"]}), "mnist", "optdigits", return_mean=True).optdigits
+    predicted = output.numpy()
+    np.testing.assert_allclose(answered, predicted, atol=1e-4)
+    truth = np.asarray(rows.labels)
+    right = [(classifier.predict(values.reshape(ROWS, -1)) == truth).sum() for values in (answered, predicted)]
+    print(f"the right digit: {right[0]} of {ROWS} there, {right[1]} by predict")
+    assert right[0] == right[1] > 0.7 * ROWS
+
+    with served_by_mlflow(local, tmp_path, environment) as address:
+        status, answer = ask(address, {"inputs": [{"mnist": None, "optdigits": None}, questions[0]]})
+        assert status == 200
+        assert [row["observed"] for row in answer["predictions"]] == [[], ["mnist"]]
+        status, answer = ask(address, {"inputs": [{"mnits": questions[0]["mnist"]}]})
+        assert status == 400
+        assert "mnits" in json.dumps(answer)
+        theirs = latencies(address, [{"inputs": [row], "params": {"num_draws": 10}} for row in questions[:200]])
+    port = free_port()
+    start(ServeConfig(model="models:/digits@champion", port=port, tracking=tracking))
+    try:
+        ours = latencies(f"http://127.0.0.1:{port}/", [{"rows": [row], "num_draws": 10} for row in questions[:200]])
+    finally:
+        serve.shutdown()
+    for name, times in (("Ray Serve", ours), ("mlflow models serve", theirs)):
+        p95 = statistics.quantiles(times, n=20)[-1]
+        print(f"{name}: p50 {statistics.median(times):.3f} s, p95 {p95:.3f} s, 8 clients, 200 requests")
+
+
+@contextmanager
+def served_by_mlflow(model: str, folder: Path, environment: dict[str, str]) -> Iterator[str]:
+    port = free_port()
+    command = [f"{folder}/venv/bin/mlflow", "models", "serve", "-m", model, "--env-manager", "local", "-p", str(port)]
+    with (folder / "serve.log").open("wb") as log:
+        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=folder, start_new_session=True)
+        try:
+            wait_for(lambda: answers(f"http://127.0.0.1:{port}/ping"), 200)
+            yield f"http://127.0.0.1:{port}/invocations"
+        finally:
+            os.killpg(server.pid, 15)
+            server.wait()
+
+
+def answers(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(address, timeout=5):
+            return True
+    except OSError:
+        time.sleep(0.2)
+        return False
+
+
+def ask(address: str, body: dict[str, Any]) -> tuple[int, Any]:
+    request = urllib.request.Request(address, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())
+
+
+def latencies(address: str, bodies: list[dict[str, Any]]) -> list[float]:
+    """Seconds of every request, eight at a time, after a few that warm up."""
+
+    def timed(body: dict[str, Any]) -> float:
+        begun = time.perf_counter()
+        status, _ = ask(address, body)
+        assert status == 200
+        return time.perf_counter() - begun
+
+    with ThreadPoolExecutor(8) as clients:
+        list(clients.map(timed, bodies[:16]))
+        return list(clients.map(timed, bodies))

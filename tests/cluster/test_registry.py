@@ -132,6 +132,16 @@ def test_what_cannot_be_compared_is_refused_with_the_reason(runs: Path, tmp_path
     assert aliases(client, "refused") == {}
 
 
+def test_a_finished_run_registers_its_model_when_asked(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import tomli_w
+
+    config = make_config(runs, runs / "data", "poor", training={"epochs": 1}, tracking={"register_as": "asked"})
+    file = runs / "again.toml"
+    file.write_text(tomli_w.dumps(config.model_dump(mode="json", exclude_none=True, exclude_unset=True)))
+    assert run_verb("train", [str(file)]) == 0
+    assert "registered               models:/asked/1" in capsys.readouterr().out
+
+
 def test_a_person_loads_the_model_itself(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     version = registered(runs, "poor", "loaded")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking(runs)["uri"])

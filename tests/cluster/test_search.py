@@ -146,3 +146,29 @@ def test_trials_of_two_workers_end_on_two_cpus_with_some_stopped(large: Path, tm
     found = search(config, quiet)
     assert len(found.trials) == 4
     assert {trial.result.status for trial in found.trials if trial.result} == {"complete", "stopped"}
+
+
+def test_a_trial_that_fails_is_recorded_and_the_study_goes_on(large: Path, tmp_path: Path) -> None:
+    rates = {"optim.learning_rate": {"values": [0.01, 1e300]}}
+    config = make_search(
+        tmp_path, large, space=rates, trials=2, start_from=[{"optim.learning_rate": r} for r in (1e300, 0.01)]
+    )
+    found = search(config, quiet)
+    failed, best = (trial.result for trial in found.trials)
+    assert failed is not None
+    assert best is not None
+    assert failed.status == "failed"
+    assert "a loss is finite; it is not at epoch 1" in failed.reason
+    assert best.status == "complete"
+    assert [trial.number for trial in found.best] == [1]
+    client = MlflowClient(found.tracking_uri)
+    child = client.get_run(failed.run_id)
+    assert child.info.status == "FAILED"
+    assert child.data.tags["mlflow.parentRunId"] == found.run_id
+    hopeless = make_search(tmp_path, large, "hopeless", space={"optim.learning_rate": {"values": [1e300]}}, trials=1)
+    with pytest.raises(RunError, match=r"none of 1 was\. failed: a loss is finite"):
+        search(hopeless, quiet)
+    greedy = make_search(tmp_path, large, "greedy", max_concurrent=99)
+    with pytest.raises(RunError, match="trials at a time have room on the cluster; got 99"):
+        search(greedy, quiet)
+    assert not (tmp_path / "runs" / "greedy").exists()

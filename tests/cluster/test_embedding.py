@@ -1,0 +1,122 @@
+"""Latents of whole datasets: every row once, the same as the model gives row by row, on any number of workers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from dmvae.cli import run_verb
+from dmvae.config.registry import EmbedConfig
+from dmvae.data.dataset import open_dataset
+from dmvae.data.loader import read_rows
+from dmvae.metrics import has
+from dmvae.platform.embedding import Embedder, _key, _shards, embed
+from dmvae.served import UNITS, Request, Served, Unit
+from tests.runs import make_config, make_dataset, train_here
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained model and its dataset."""
+    place = tmp_path_factory.mktemp("embedding")
+    dataset = make_dataset(place, rows=600)
+    state, _ = train_here(make_config(place, dataset))
+    state.model.save(place / "model")
+    return place
+
+
+def configure(folder: Path, output: Path, **changes: Any) -> EmbedConfig:
+    return EmbedConfig(
+        model=str(folder / "model"),
+        dataset=str(folder / "data"),
+        output=str(output),
+        private=True,
+        impute=True,
+        **changes,
+    )
+
+
+def read(output: Path) -> dict[str, list[Any]]:
+    tables = [pq.read_table(file).to_pydict() for file in sorted(output.rglob("*.parquet"))]
+    return {key: [value for table in tables for value in table[key]] for key in tables[0]}
+
+
+def test_latents_are_encode_s_row_by_row_on_one_and_two_workers(folder: Path, tmp_path: Path) -> None:
+    summary = embed(configure(folder, tmp_path / "one"), lambda line: None)
+    embed(configure(folder, tmp_path / "two", workers=2), lambda line: None)
+    one, two = read(tmp_path / "one"), read(tmp_path / "two")
+    assert one == two
+    dataset = open_dataset(folder / "data")
+    assert summary.rows == summary.fresh == 600
+    assert sorted(one["id"]) == list(range(600)), "every row once"
+    found = {row: place for place, row in enumerate(one["id"])}
+    units = {name: Unit.model_validate(info.model_dump()) for name, info in dataset.manifest.modalities.items()}
+    served = Served(__import__("dmvae").DMVAE.load(folder / "model"), units)
+    for name in dataset.manifest.splits:
+        for _, batch in read_rows(dataset.split(name), 7, dtype=served.model.dtype):
+            row, place = batch[0], found[int(batch[0].ids[0])]  # type: ignore[index]
+            np.testing.assert_allclose(
+                one["shared_mean"][place], served.model.encode(row, return_mean=True).z[0], rtol=1e-5
+            )
+            for modality in units:
+                seen = bool(has(row, modality)[0])
+                assert one[f"observed/{modality}"][place] == seen
+                assert (one[f"private_mean/{modality}"][place] is not None) == seen
+                assert (one[f"imputed/{modality}"][place] is None) == seen
+    given = {"left": [1.0, 2.0, 3.0, 4.0, 5.0]}
+    (answer,) = served.answer([given], Request(operation="encode"))
+    assert answer["observed"] == ["left"]
+
+
+def test_what_is_finished_is_not_done_again_and_what_is_half_done_is(folder: Path, tmp_path: Path) -> None:
+    config, dataset = configure(folder, tmp_path / "out"), open_dataset(folder / "data")
+    key, shards = _key(folder / "model", dataset, config), list(_shards(dataset, None))
+    Embedder(str(folder / "model"), str(folder / "data"), str(tmp_path / "out"), config, key).write(shards[0])
+    (tmp_path / "out" / shards[1].split).mkdir()
+    (tmp_path / "out" / shards[1].split / ".part-00000.parquet.partial").write_bytes(b"half a file")
+    first = (tmp_path / "out" / shards[0].file).stat().st_mtime_ns
+    summary = embed(config, lambda line: None)
+    assert summary.fresh == 600 - shards[0].rows
+    assert (tmp_path / "out" / shards[0].file).stat().st_mtime_ns == first
+    assert sorted(read(tmp_path / "out")["id"]) == list(range(600))
+    with pytest.raises(ValueError, match="Choose another output"):
+        embed(config.model_copy(update={"private": False}), lambda line: None)
+
+
+def test_a_dataset_that_is_scaled_otherwise_is_brought_to_the_model_s_scale(folder: Path, tmp_path: Path) -> None:
+    dataset = open_dataset(folder / "data")
+    infos = {name: info.model_dump(mode="json") for name, info in dataset.manifest.modalities.items()}
+    model = tmp_path / "model"
+    __import__("dmvae").DMVAE.load(folder / "model").save(model)
+    infos["left"] |= {"scaling": "standardise", "mean": [1.0] * 5, "std": [2.0] * 5}
+    (model / UNITS).write_text(json.dumps(infos))
+    embed(EmbedConfig(model=str(model), dataset=str(folder / "data"), output=str(tmp_path / "out"), split="val"), print)
+    row = next(batch for _, batch in read_rows(dataset.split("val"), 1, dtype=torch.float64) if has(batch, "left")[0])
+    (answer,) = Served.load(model).answer(
+        [{n: row.data[n][0].tolist() for n in row.data if has(row, n)[0]}], Request(operation="encode")
+    )
+    found = read(tmp_path / "out")
+    np.testing.assert_allclose(
+        found["shared_mean"][found["id"].index(int(row.ids[0]))],
+        answer["shared"]["mean"],
+        rtol=1e-4,  # type: ignore[index]
+    )
+
+
+def test_a_person_reads_one_message(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [
+        "--dataset",
+        str(folder / "data"),
+        "--output",
+        str(tmp_path),
+        "--tracking.uri",
+        f"sqlite:///{tmp_path}/m.db",
+    ]
+    assert run_verb("embed", ["models:/nobody@champion", *flags]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert "Traceback" not in said

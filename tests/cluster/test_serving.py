@@ -1,0 +1,152 @@
+"""A served model: right answers to many at a time, a 4xx with the field for what is wrong, the alias followed."""
+
+import json
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+from ray import serve
+
+from dmvae.config.registry import ServeConfig
+from dmvae.config.tracking import TrackingConfig
+from dmvae.platform.registry import download, register
+from dmvae.platform.serving import start
+from dmvae.platform.trainer import train_run
+from dmvae.served import Request, Served
+from tests.runs import make_config, make_dataset
+from tests.test_tracking import free_port
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two registered versions, the first of which is the champion."""
+    place = tmp_path_factory.mktemp("serving")
+    dataset = make_dataset(place)
+    for name, seed in (("one", 0), ("two", 1)):
+        train_run(make_config(place, dataset, name, seed=seed), lambda line: None)
+        register(place / "runs" / name, "served", tracking(place))
+    MlflowClient(tracking(place).uri).set_registered_model_alias("served", "champion", "1")
+    return place
+
+
+def tracking(folder: Path) -> TrackingConfig:
+    return TrackingConfig(uri=f"sqlite:///{folder}/mlflow.db")
+
+
+@pytest.fixture(scope="module")
+def address(folder: Path) -> Iterator[str]:
+    port = free_port()
+    limits: dict[str, Any] = {"max_rows": 4, "max_megabytes": 0.1, "poll_seconds": 0.5}
+    start(ServeConfig(model="models:/served@champion", port=port, tracking=tracking(folder), **limits))
+    yield f"http://127.0.0.1:{port}/"
+    serve.shutdown()
+
+
+def ask(address: str, body: bytes | None) -> tuple[int, dict[str, Any]]:
+    request = urllib.request.Request(address, body, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read() or b"{}")
+
+
+WRONG: tuple[tuple[bytes, int, str], ...] = (
+    (b"{", 400, "a request is JSON"),
+    (b"[]", 400, "rows"),
+    (b'{"rows": [{"lfet": [1]}]}', 400, "lfet"),
+    (b'{"rows": [{"left": [1, 2]}]}', 400, "left"),
+    (b'{"rows": [{"left": "x"}]}', 400, "left"),
+    (b'{"rows": [{}], "operation": "guess"}', 400, "operation"),
+    (b'{"rows": [{}], "seed": -1}', 400, "seed"),
+    (b'{"rows": [{}, {}, {}, {}, {}]}', 413, "4 rows"),
+    (b'{"rows": [], "x": "' + b"y" * 200_000 + b'"}', 413, "MB"),
+)
+
+
+def questions(number: int) -> dict[str, Any]:
+    """Rows with something missing, of every operation."""
+    left, right = [number / 10, 1.0, -2.0, 0.5, 3.0], [1.0, number / 20, 0.0]
+    rows = [{"left": left}, {"right": right, "left": None}, {"left": left, "right": right}, {}][: 1 + number % 4]
+    operation = ("encode", "reconstruct", "impute", "nll")[number % 4]
+    return {"rows": rows, "operation": operation, "num_draws": 20, "seed": number % 3}
+
+
+def converse(folder: Path, address: str, right: int, wrong: int) -> None:
+    """Eight clients at a time; every right answer is what the model says alone."""
+    scratch = folder / "downloaded"
+    alone = Served.load(download("models:/served/1", scratch, tracking(folder)))
+    jobs: list[tuple[bytes, int, Any]] = []
+    for number in range(right):
+        question = questions(number)
+        rows = question.pop("rows")
+        expected = alone.answer(rows, Request.model_validate(question))
+        jobs.append((json.dumps({"rows": rows, **question}).encode(), 200, expected))
+    jobs += [WRONG[number % len(WRONG)] for number in range(wrong)]
+    order = sorted(range(len(jobs)), key=lambda place: (place * 7919) % 10007)
+    with ThreadPoolExecutor(8) as clients:
+        answers = list(clients.map(lambda place: ask(address, jobs[place][0]), order))
+    for place, (status, answer) in zip(order, answers, strict=True):
+        _, wanted, expected = jobs[place]
+        assert status == wanted, answer
+        assert answer["model"] == "models:/served@champion"
+        assert answer["version"] == "1"
+        if status == 200:
+            assert_close(answer["answers"], expected)
+        else:
+            assert expected in answer["error"]
+
+
+def assert_close(found: Any, expected: Any) -> None:
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            assert_close(found[key], value)
+    elif isinstance(expected, list):
+        assert len(found) == len(expected)
+        for a, b in zip(found, expected, strict=True):
+            assert_close(a, b)
+    elif isinstance(expected, float):
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    else:
+        assert found == expected
+
+
+def test_many_are_answered_rightly_and_what_is_wrong_is_named(folder: Path, address: str) -> None:
+    status, about = ask(address, None)
+    assert (status, about["modalities"]) == (200, {"left": [5], "right": [3]})
+    converse(folder, address, right=40, wrong=18)
+
+
+@pytest.mark.acceptance
+def test_a_thousand_requests_and_a_hundred_wrong_ones(folder: Path, address: str) -> None:
+    converse(folder, address, right=1000, wrong=100)
+
+
+def test_the_application_follows_its_alias_without_a_gap(folder: Path, address: str) -> None:
+    body, seen, stop = json.dumps(questions(0)).encode(), [], threading.Event()
+
+    def keep_asking() -> None:
+        while not stop.is_set():
+            seen.append(ask(address, body))
+
+    asking = threading.Thread(target=keep_asking)
+    asking.start()
+    MlflowClient(tracking(folder).uri).set_registered_model_alias("served", "champion", "2")
+    deadline = time.monotonic() + 60
+    while not (seen and seen[-1][1].get("version") == "2"):
+        assert time.monotonic() < deadline, seen[-1:]
+        time.sleep(0.1)
+    stop.set()
+    asking.join()
+    assert {status for status, _ in seen} == {200}
+    versions = [answer["version"] for _, answer in seen]
+    assert versions == sorted(versions)
+    MlflowClient(tracking(folder).uri).set_registered_model_alias("served", "champion", "1")
