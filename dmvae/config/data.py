@@ -43,6 +43,43 @@ class NpzSource(Section):
     path: str = Field(min_length=1)
 
 
+class ColumnGroup(Section):
+    """Which columns of a table make one modality.
+
+    Attributes:
+        columns: a pattern with `*` and `?`, case matters. Several columns of numbers become one vector, in their order.
+        dtype: what the values are converted to; of fixed-size binary, what its bytes are (default uint8).
+            None: as they are, integers other than uint8 as int64 (which are classes; give counts a float type).
+        shape: of one row. None: as it is.
+    """
+
+    columns: str = Field(min_length=1)
+    dtype: Literal["uint8", "int64", "float16", "float32", "float64"] | None = None
+    shape: tuple[Size, ...] | None = None
+
+
+class ParquetSource(Section):
+    """One Parquet file, or a folder of them with the same columns.
+
+    A modality is a column of lists (nested for a shape), of fixed-size binary, or any number of columns of numbers.
+    Null, and floats that are all NaN, are missing.
+
+    Attributes:
+        path: the file or folder.
+        id: the column of ids, integers or strings. Without such a column rows are numbered.
+        label: the column of labels, integers or null; may be absent.
+        split: the column of splits, strings; may be absent.
+        modalities: columns by modality. None: each other column is a modality of its name.
+    """
+
+    kind: Literal["parquet"] = "parquet"
+    path: str = Field(min_length=1)
+    id: str = "id"
+    label: str = "label"
+    split: str = "split"
+    modalities: dict[ModalityName, ColumnGroup] | None = Field(default=None, min_length=1)
+
+
 class DigitsSource(Section):
     """Handwritten digits from two collections, paired by label: 28x28 `mnist` with 8x8 `optdigits`.
 
@@ -69,7 +106,7 @@ class DigitsSource(Section):
         return missing
 
 
-Source = Annotated[NpzSource | DigitsSource, Field(discriminator="kind")]
+Source = Annotated[NpzSource | ParquetSource | DigitsSource, Field(discriminator="kind")]
 
 
 class PrepareConfig(Section):

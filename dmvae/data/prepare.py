@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from dmvae.config.data import DigitsSource, NpzSource, PrepareConfig
+from dmvae.config.data import NpzSource, ParquetSource, PrepareConfig, Source
 from dmvae.data.error import DatasetError
 from dmvae.data.rows import Rows
 from dmvae.data.sources.digits import read_digits
 from dmvae.data.sources.npz import read_npz
+from dmvae.data.sources.parquet import read_parquet
 from dmvae.data.writer import check_target, write_dataset
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -57,10 +58,12 @@ def prepare(config: PrepareConfig, progress: Callable[[str], None] = print) -> P
     return target
 
 
-def read_source(source: NpzSource | DigitsSource, seed: int) -> Rows:
+def read_source(source: Source, seed: int) -> Rows:
     """Read all rows of a source."""
     if isinstance(source, NpzSource):
         return read_npz(source)
+    if isinstance(source, ParquetSource):
+        return read_parquet(source)
     return read_digits(source, seed)
 
 

@@ -1,0 +1,193 @@
+"""Arrow columns to the arrays of `Rows`: lists, fixed-size binary, or several columns of numbers as one vector."""
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from dmvae.config.data import ColumnGroup
+from dmvae.data.error import DatasetError
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Values = tuple[Array, Array]
+"""`(rows, *shape)` of a type that shards store, and `(rows,)` booleans, true where the row has the modality."""
+
+
+def matching(group: ColumnGroup, columns: Sequence[str]) -> list[str]:
+    """Return the columns that a group's pattern takes, in their order.
+
+    Raises:
+        DatasetError: if there are none.
+    """
+    found = [column for column in columns if fnmatchcase(column, group.columns)]
+    if not found:
+        shown = ", ".join(columns[:10]) + (", ..." if len(columns) > 10 else "")
+        raise DatasetError(f"a modality has columns; {group.columns!r} matches none of {shown}. Correct the pattern.")
+    return found
+
+
+def modality(name: str, columns: Sequence[pa.Array], group: ColumnGroup, where: str, first_row: int = 0) -> Values:
+    """Convert the columns of one modality.
+
+    Null, and floats that are all NaN, are missing. A null among other numbers of a row is NaN; integers have no NaN.
+
+    Args:
+        name: of the modality, for messages.
+        columns: one column of lists or of fixed-size binary, or any number of columns of numbers.
+        group: type and shape.
+        where: the file, for messages.
+        first_row: the number in the file of the first row, for messages.
+
+    Raises:
+        DatasetError: if a column is of another type, or rows have different shapes; with file and row.
+    """
+    place = f"{where}, modality {name!r}"
+    kind = columns[0].type
+    if len(columns) == 1 and pa.types.is_fixed_size_binary(kind):
+        values, present = _from_binary(columns[0], group, place)
+    elif len(columns) == 1 and isinstance(kind, pa.FixedShapeTensorType):
+        values, present = _from_lists(columns[0].storage, place, first_row)
+        values = values.reshape(len(values), *kind.shape)
+    elif len(columns) == 1 and _is_list(kind):
+        values, present = _from_lists(columns[0], place, first_row)
+    else:
+        values, present = _from_numbers(columns, place, first_row)
+    if values.dtype.kind == "f":
+        present = present & ~np.isnan(values).reshape(len(values), -1).all(axis=1)
+    if group.dtype is not None:
+        values = values.astype(group.dtype)
+    return _shaped(values, group, place), present
+
+
+def ids(column: pa.Array, where: str) -> Array:
+    """Return integers or strings.
+
+    Raises:
+        DatasetError: if it is of another type or has a null.
+    """
+    _refuse_null("an id", column, where)
+    if pa.types.is_integer(column.type):
+        return np.asarray(column.to_numpy(zero_copy_only=False)).astype(np.int64)
+    return strings("ids", column, where)
+
+
+def strings(what: str, column: pa.Array, where: str) -> Array:
+    """Return `(rows,)` strings.
+
+    Raises:
+        DatasetError: if it is of another type or has a null.
+    """
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        raise DatasetError(f"{where}: {what} are strings or, for ids, integers; got {column.type}. Cast the column.")
+    _refuse_null(what, column, where)
+    return np.array(column.to_pylist(), dtype=np.str_)
+
+
+def labels(column: pa.Array, where: str) -> Array:
+    """Return int64, -1 for null.
+
+    Raises:
+        DatasetError: if it is not of integers.
+    """
+    if pa.types.is_null(column.type):
+        return np.full(len(column), -1)
+    if not pa.types.is_integer(column.type):
+        seen = column.drop_null()
+        raise DatasetError(
+            f"{where}: labels are integers or null; got {column.type} in column label"
+            f"{f', such as {seen[0].as_py()!r}' if len(seen) else ''}. Number the classes from 0."
+        )
+    return np.asarray(pc.fill_null(column.cast(pa.int64()), -1).to_numpy(zero_copy_only=False))
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+
+
+def _refuse_null(what: str, column: pa.Array, where: str) -> None:
+    if column.null_count:
+        row = int(np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))[0])
+        raise DatasetError(f"{where}, row {row}: {what} is not null. Fill it in, or remove the row.")
+
+
+def _from_binary(column: pa.Array, group: ColumnGroup, place: str) -> Values:
+    dtype = np.dtype(group.dtype or "uint8").newbyteorder("<")
+    width = column.type.byte_width
+    if width % dtype.itemsize:
+        raise DatasetError(f"{place}: {width} bytes hold whole elements of {dtype.name}. Correct dtype.")
+    filled = pc.fill_null(column, pa.scalar(b"\0" * width, column.type)) if column.null_count else column
+    buffer = filled.buffers()[1]
+    raw = np.frombuffer(buffer, np.uint8, count=len(column) * width, offset=filled.offset * width)
+    present = column.is_valid().to_numpy(zero_copy_only=False)
+    return raw.view(dtype).astype(dtype.newbyteorder("=")).reshape(len(column), -1), present
+
+
+def _from_lists(column: pa.Array, place: str, first_row: int) -> Values:
+    """Stack lists, which may be nested, into one array."""
+    present = column.is_valid().to_numpy(zero_copy_only=False)
+    inner, shape = column.drop_null(), []
+    while _is_list(inner.type):
+        lengths = pc.list_value_length(inner).to_numpy(zero_copy_only=False)
+        length = int(lengths[0]) if len(lengths) and lengths[0] == lengths[0] else 0
+        if (lengths != length).any():
+            per_row = len(lengths) // max(1, int(present.sum()))
+            odd = int(np.flatnonzero(lengths != length)[0])
+            row = first_row + int(np.flatnonzero(present)[odd // per_row])
+            raise DatasetError(
+                f"{place}, row {row}: all rows have the same shape; got {lengths[odd]:.0f} elements, {length} before. "
+                f"Make that row null, or correct it."
+            )
+        shape.append(length)
+        inner = inner.flatten()
+    known, _ = _numbers(inner, place, first_row)
+    values = np.zeros((len(column), *shape), known.dtype)
+    values[present] = known.reshape(int(present.sum()), *shape)
+    return values, present
+
+
+def _from_numbers(columns: Sequence[pa.Array], place: str, first_row: int) -> Values:
+    """Put columns of numbers side by side; a row in which all are null is missing."""
+    present = np.logical_or.reduce([column.is_valid().to_numpy(zero_copy_only=False) for column in columns])
+    parts = []
+    for column in columns:
+        given = column.filter(pa.array(present)) if not present.all() else column
+        known, _ = _numbers(given, place, first_row)
+        part = np.zeros(len(column), known.dtype)
+        part[present] = known
+        parts.append(part)
+    kinds = {part.dtype for part in parts}
+    dtype = kinds.pop() if len(kinds) == 1 else np.result_type(*parts)
+    return np.stack([part.astype(dtype, copy=False) for part in parts], axis=1), present
+
+
+def _numbers(column: pa.Array, place: str, first_row: int) -> Values:
+    kind = column.type
+    valid = column.is_valid().to_numpy(zero_copy_only=False)
+    if pa.types.is_floating(kind):
+        return np.asarray(column.to_numpy(zero_copy_only=False)), valid
+    if pa.types.is_null(kind):
+        return np.full(len(column), np.nan, np.float32), valid
+    if not (pa.types.is_integer(kind) or pa.types.is_boolean(kind)):
+        raise DatasetError(
+            f"{place}: modalities are numbers, lists of them or fixed-size binary; got {kind}. Leave the column out "
+            f"with source.modalities, or cast it."
+        )
+    if column.null_count:
+        raise DatasetError(
+            f"{place}, from row {first_row} on: integers of a row are all there or all null; got {column.null_count} "
+            f"nulls among others. Make them floats, or fill them in."
+        )
+    return np.asarray(column.cast(pa.uint8() if kind == pa.uint8() else pa.int64()).to_numpy(False)), valid
+
+
+def _shaped(values: Array, group: ColumnGroup, place: str) -> Array:
+    if group.shape is None:
+        return values
+    if int(np.prod(group.shape)) != values[:1].size and len(values):
+        raise DatasetError(f"{place}: a row has {values[:1].size} elements; got shape={group.shape}. Correct it.")
+    return values.reshape(len(values), *group.shape)
