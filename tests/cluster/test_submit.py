@@ -40,7 +40,8 @@ class Cluster:
             self.head = subprocess.Popen(
                 command, env=self.environment, stdout=log, stderr=log, start_new_session=True, cwd=folder
             )
-        wait_for(lambda: self.run("job", "list").returncode == 0, 120)
+        # a head answers before it can take a job
+        wait_for(lambda: self.submit(f"probe-{time.time_ns()}", "python", "-c", "pass").returncode == 0, 240)
 
     def run(self, *arguments: str, token: str | None = None) -> subprocess.CompletedProcess[str]:
         """Run `ray ARGUMENTS` against this cluster."""
