@@ -30,6 +30,12 @@ BREAKS = {
         ("httpGet: {path", "httpget: {path"),
         ("runAsNonRoot: true", "runAsNonRoot: 'true'"),
     ],
+    "search.yaml": [("submissionMode:", "submissionmode:"), ("maxReplicas: 8", "maxReplicas: many")],
+    "aws.yaml": [
+        ("head_node_type: head", "head_node_type: heads"),
+        ("min_workers: 0", "min_worker: 0"),
+        ("max_workers: 16", "max_workers: many"),
+    ],
     "mlflow.yaml": [
         ("volumeClaimTemplates:", "volumeClaimTemplate:"),
         ("runAsUser: 70", "runAsUser: seventy"),
@@ -103,7 +109,14 @@ def test_every_command_is_one_that_its_job_understands() -> None:
     jobs = {name: commands(job["spec"]["entrypoint"]) for name, job in resources("RayJob").items()}
     assert all(len(job) == 1 for job in jobs.values())
     found += [(name, verb, rest) for name, job in jobs.items() for verb, rest in job]
-    assert {"kuberay/train.yaml", "kuberay/cluster.yaml", "compose.yaml", "slurm.sh"} <= {name for name, _, _ in found}
+    assert {
+        "kuberay/train.yaml",
+        "kuberay/search.yaml",
+        "kuberay/cluster.yaml",
+        "aws.yaml",
+        "compose.yaml",
+        "slurm.sh",
+    } <= {name for name, _, _ in found}
     for _, verb, arguments in found:
         assert parse_command(verb, arguments)
 

@@ -1,0 +1,124 @@
+"""Jobs submitted to a cluster of their own, with a token: logs, exit codes, records, a stop and a resumption."""
+
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tomli_w
+from mlflow import MlflowClient
+from pydantic import BaseModel
+
+from tests.cluster.kills import logged, metrics_of, wait_for
+from tests.runs import make_config, make_dataset
+from tests.searches import make_search
+from tests.test_tracking import free_port
+
+ROOT = Path(__file__).parents[2]
+pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(900)]
+
+
+class Cluster:
+    """A head of its own, and what a person does with it from a shell."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.port = folder, free_port()
+        self.environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "PYTHONPATH")}
+        self.environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
+        self.environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        ports = {"port": free_port(), "dashboard-port": self.port, "ray-client-server-port": free_port()}
+        ports |= {"dashboard-agent-listen-port": free_port(), "metrics-export-port": free_port()}
+        flags = [f"--{name}={value}" for name, value in ports.items()]
+        command = ["ray", "start", "--head", "--num-cpus=3", "--block", "--disable-usage-stats", *flags]
+        with (folder / "head.log").open("wb") as log:
+            self.head = subprocess.Popen(
+                command, env=self.environment, stdout=log, stderr=log, start_new_session=True, cwd=folder
+            )
+        wait_for(lambda: self.run("job", "list").returncode == 0, 120)
+
+    def run(self, *arguments: str, token: str | None = None) -> subprocess.CompletedProcess[str]:
+        """Run `ray ARGUMENTS` against this cluster."""
+        command = ["ray", *arguments[:2], "--address", f"http://127.0.0.1:{self.port}", *arguments[2:]]
+        environment = self.environment | ({} if token is None else {"RAY_AUTH_TOKEN": token})
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=ROOT)
+        time.sleep(0.2)
+        return done
+
+    def submit(self, name: str, *command: str, wait: bool = True) -> subprocess.CompletedProcess[str]:
+        """Submit a job of this checkout, as the README says."""
+        flags = ["--submission-id", name, "--working-dir", ".", *([] if wait else ["--no-wait"])]
+        return self.run("job", "submit", *flags, "--", *command)
+
+    def stop(self) -> None:
+        """End every process of this cluster, and no other."""
+        os.killpg(self.head.pid, signal.SIGTERM)
+        self.head.wait(60)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    head = Cluster(tmp_path_factory.mktemp("head"))
+    yield head
+    head.stop()
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_dataset(tmp_path_factory.mktemp("submit"), rows=1200)
+
+
+def write(config: BaseModel, file: Path) -> str:
+    file.write_text(tomli_w.dumps(json.loads(config.model_dump_json(exclude_none=True, exclude_unset=True))))
+    return str(file)
+
+
+def test_a_training_run_is_submitted_stopped_and_gone_on_with(cluster: Cluster, large: Path, tmp_path: Path) -> None:
+    config = make_config(tmp_path, large, training={"epochs": 60, "checkpoint_steps": 10}, workers={"num": 2})
+    file, run_dir = write(config, tmp_path / "train.toml"), tmp_path / "runs" / "run"
+    python = ("python", "-m", "jobs.train", file)
+    assert cluster.submit("first", *python, wait=False).returncode == 0
+    wait_for(lambda: logged(run_dir) >= 60)
+    assert cluster.run("job", "stop", "first").returncode == 0
+    wait_for(lambda: "STOPPED" in cluster.run("job", "status", "first").stdout.upper(), 60)
+    at = logged(run_dir)
+    assert at < 60 * 27
+    done = cluster.submit("second", *python)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "resuming after" in done.stdout
+    assert f"best checkpoint          {run_dir / 'best'}" in done.stdout
+    assert len(metrics_of(run_dir, "train/loss")) == 60 * 27
+    run_id = json.loads((run_dir / "tracking" / "mlflow.json").read_text())["run_id"]
+    record = MlflowClient(str(config.tracking.uri)).get_run(run_id)
+    assert record.info.status == "FINISHED"
+    assert "test/nll" in record.data.metrics
+    again = cluster.submit("third", *python)
+    assert again.returncode == 0
+    assert "this run is finished" in again.stdout
+
+
+def test_a_search_is_submitted(cluster: Cluster, large: Path, tmp_path: Path) -> None:
+    config = make_search(tmp_path, large, trials=3, base={"training": {"epochs": 3}})
+    done = cluster.submit("search", "python", "-m", "jobs.search", write(config, tmp_path / "search.toml"))
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert done.stdout.count("trial ") >= 3
+    assert f"best configuration       {tmp_path / 'runs' / 'study' / 'best.toml'}" in done.stdout
+
+
+def test_failure_is_an_exit_code_and_a_last_line(cluster: Cluster, tmp_path: Path) -> None:
+    config = make_config(tmp_path, tmp_path / "nowhere")
+    done = cluster.submit("failing", "python", "-m", "jobs.train", write(config, tmp_path / "train.toml"))
+    assert done.returncode == 1
+    assert "error: " in done.stdout
+    assert "Traceback" not in done.stdout.partition("error: ")[2].partition("\n")[0]
+
+
+def test_a_wrong_token_is_refused(cluster: Cluster) -> None:
+    done = cluster.run("job", "list", token="f" * 32)
+    assert done.returncode != 0
+    assert "401" in done.stdout + done.stderr or "uthenticat" in done.stdout + done.stderr
