@@ -104,8 +104,8 @@ def _check_join(keys: dict[str, Array], paths: dict[str, str], ids: Array, sourc
             stray = np.flatnonzero(~np.isin(own, ids))
             if len(stray):
                 raise DatasetError(
-                    f"{paths[name]}, line {stray[0] + 2}: ids are those of {source.rows}; got {str(own[stray[0]])!r} and "
-                    f"{len(stray) - 1} others that are not there. Add them, or remove them here."
+                    f"{paths[name]}, line {stray[0] + 2}: ids are those of {source.rows}; got {str(own[stray[0]])!r} "
+                    f"and {len(stray) - 1} others that are not there. Add them, or remove them here."
                 )
         elif len(keys) > 1:
             others = [ids for other, ids in keys.items() if other != name]
