@@ -80,6 +80,38 @@ class ParquetSource(Section):
     modalities: dict[ModalityName, ColumnGroup] | None = Field(default=None, min_length=1)
 
 
+class CsvTable(ColumnGroup):
+    """One modality's file: columns of numbers, which become one vector.
+
+    Attributes:
+        path: the file; `.tsv` and `.tab` are separated by tabs, others by commas.
+    """
+
+    path: str = Field(min_length=1)
+    columns: str = Field(default="*", min_length=1)
+
+
+class CsvSource(Section):
+    """CSV or TSV files with a header, one a modality, joined on a column of ids.
+
+    A modality is missing in rows whose id its file does not have, or has with empty (or all `NA`) values.
+
+    Attributes:
+        modalities: file and columns by modality.
+        id: the column of ids, in every file.
+        rows: a file with the ids of all rows, and perhaps labels and splits. None: every id of any modality is a row.
+        label: the column of labels in `rows`, integers or empty; may be absent.
+        split: the column of splits in `rows`; may be absent.
+    """
+
+    kind: Literal["csv"] = "csv"
+    modalities: dict[ModalityName, CsvTable] = Field(min_length=1)
+    id: str = "id"
+    rows: str | None = None
+    label: str = "label"
+    split: str = "split"
+
+
 class DigitsSource(Section):
     """Handwritten digits from two collections, paired by label: 28x28 `mnist` with 8x8 `optdigits`.
 
@@ -106,7 +138,7 @@ class DigitsSource(Section):
         return missing
 
 
-Source = Annotated[NpzSource | ParquetSource | DigitsSource, Field(discriminator="kind")]
+Source = Annotated[NpzSource | ParquetSource | CsvSource | DigitsSource, Field(discriminator="kind")]
 
 
 class PrepareConfig(Section):

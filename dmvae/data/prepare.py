@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from dmvae.config.data import NpzSource, ParquetSource, PrepareConfig, Source
+from dmvae.config.data import CsvSource, NpzSource, ParquetSource, PrepareConfig, Source
 from dmvae.data.error import DatasetError
 from dmvae.data.rows import Rows
+from dmvae.data.sources.csv import read_csv
 from dmvae.data.sources.digits import read_digits
 from dmvae.data.sources.npz import read_npz
 from dmvae.data.sources.parquet import read_parquet
@@ -64,6 +65,8 @@ def read_source(source: Source, seed: int) -> Rows:
         return read_npz(source)
     if isinstance(source, ParquetSource):
         return read_parquet(source)
+    if isinstance(source, CsvSource):
+        return read_csv(source)
     return read_digits(source, seed)
 
 

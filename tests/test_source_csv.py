@@ -1,0 +1,67 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dmvae.config.data import CsvSource, CsvTable, PrepareConfig
+from dmvae.data.dataset import open_dataset
+from dmvae.data.error import DatasetError
+from dmvae.data.prepare import prepare
+from dmvae.data.sources.csv import read_csv
+
+BLOOD = "id,iron,zinc\n7,1.5,2\n3,,\n9,4,5.5\n"
+GENES = "id\tg1\tg2\tnote\n9\t1\t2\tx\n4\t3\t4\ty\n"
+PEOPLE = "id,label,split\n3,1,train\n4,,train\n7,0,val\n9,2,train\n"
+
+
+def write(folder: Path, **files: str) -> CsvSource:
+    names = {"blood": "blood.csv", "genes": "genes.tsv", "people": "people.csv"}
+    for name, text in files.items():
+        (folder / names[name]).write_text(text)
+    tables = {"blood": CsvTable(path=str(folder / "blood.csv"))}
+    if "genes" in files:
+        tables["genes"] = CsvTable(path=str(folder / "genes.tsv"), columns="g*", dtype="float32")
+    return CsvSource(modalities=tables, rows=str(folder / "people.csv") if "people" in files else None)
+
+
+def test_an_absent_id_or_empty_cells_are_a_missing_modality(tmp_path: Path) -> None:
+    rows = read_csv(write(tmp_path, blood=BLOOD, genes=GENES))
+    assert rows.ids.tolist() == [7, 3, 9, 4]
+    assert rows.present["blood"].tolist() == [True, False, True, False]
+    assert rows.present["genes"].tolist() == [False, False, True, True]
+    assert rows.data["blood"][2].tolist() == [4, 5.5]
+    assert rows.data["genes"][2:].tolist() == [[1, 2], [3, 4]]
+
+
+def test_labels_and_splits_come_from_the_table_of_rows_and_back_from_shards(tmp_path: Path) -> None:
+    source = write(tmp_path, blood=BLOOD, genes=GENES, people=PEOPLE)
+    dataset = open_dataset(
+        prepare(PrepareConfig(dataset=str(tmp_path / "dataset"), source=source), progress=lambda _: None)
+    )
+    split = dataset.split("train")
+    assert sorted(split.ids().tolist()) == [4, 9]  # 3 has no modality at all
+    batch = split.read(np.argsort(split.ids()))
+    assert batch.data["genes"].tolist() == [[3, 4], [1, 2]]
+    assert batch.masks["blood"].tolist() == [False, True]
+    assert dataset.split("val").ids().tolist() == [7]
+
+
+def test_ids_with_leading_zeros_stay_strings(tmp_path: Path) -> None:
+    assert read_csv(write(tmp_path, blood="id,a\n007,1\n12,2\n")).ids.tolist() == ["007", "12"]
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"blood": BLOOD + "3,1,1\n"}, r"blood.csv, line 5: an id occurs once; got '3' in line 3 too"),
+        ({"blood": BLOOD, "genes": "id\tg1\nP1\t2\n"}, r"blood.csv: tables are joined on 'id'; none of its 3 ids"),
+        ({"blood": BLOOD, "people": "id\n7\n9\n"}, r"blood.csv, line 3: ids are those of .*people.csv; got '3'"),
+        ({"blood": "id,a\n1,2,3\n"}, r"blood.csv: a source is a table with a header; got: .*Expected 2 columns, got 3"),
+        ({"blood": "id,a\n1,two\n"}, r"blood.csv, modality 'blood': modalities are numbers"),
+        ({"blood": "name,a\n1,2\n"}, r"blood.csv: a table has one column 'id'"),
+        ({"blood": BLOOD, "people": "id,label\n3,a\n7,b\n9,c\n"}, r"people.csv: labels are integers or null; .*'a'"),
+    ],
+)
+def test_a_faulty_table_is_named_with_its_line(tmp_path: Path, files: dict[str, str], message: str) -> None:
+    with pytest.raises(DatasetError, match=message):
+        read_csv(write(tmp_path, **files))
