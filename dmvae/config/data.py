@@ -112,6 +112,35 @@ class CsvSource(Section):
     split: str = "split"
 
 
+class ImageColumn(Section):
+    """A modality of images: the column that names the files, `(height, width)` to resize to, grey (1) or colour (3)."""
+
+    column: str = Field(min_length=1)
+    size: tuple[Size, Size]
+    channels: Literal[1, 3] = 3
+
+
+class ImagesSource(Section):
+    """A folder of images and a CSV or TSV table that names them; an empty cell or an absent file is missing.
+
+    Attributes:
+        table: the table, with a header and a row of the dataset a line.
+        folder: where the files' names start.
+        modalities: columns of file names by modality; read as uint8 `(channels, height, width)`.
+        id: the column of ids.
+        label: the column of labels, integers or empty; may be absent.
+        split: the column of splits; may be absent.
+    """
+
+    kind: Literal["images"] = "images"
+    table: str = Field(min_length=1)
+    folder: str = Field(min_length=1)
+    modalities: dict[ModalityName, ImageColumn] = Field(min_length=1)
+    id: str = "id"
+    label: str = "label"
+    split: str = "split"
+
+
 class DigitsSource(Section):
     """Handwritten digits from two collections, paired by label: 28x28 `mnist` with 8x8 `optdigits`.
 
@@ -138,7 +167,7 @@ class DigitsSource(Section):
         return missing
 
 
-Source = Annotated[NpzSource | ParquetSource | CsvSource | DigitsSource, Field(discriminator="kind")]
+Source = Annotated[NpzSource | ParquetSource | CsvSource | ImagesSource | DigitsSource, Field(discriminator="kind")]
 
 
 class PrepareConfig(Section):

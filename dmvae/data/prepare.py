@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from dmvae.config.data import CsvSource, NpzSource, ParquetSource, PrepareConfig, Source
+from dmvae.config.data import CsvSource, ImagesSource, NpzSource, ParquetSource, PrepareConfig, Source
 from dmvae.data.error import DatasetError
 from dmvae.data.rows import Rows
 from dmvae.data.sources.csv import read_csv
 from dmvae.data.sources.digits import read_digits
+from dmvae.data.sources.images import read_images
 from dmvae.data.sources.npz import read_npz
 from dmvae.data.sources.parquet import read_parquet
 from dmvae.data.writer import check_target, write_dataset
@@ -67,6 +68,8 @@ def read_source(source: Source, seed: int) -> Rows:
         return read_parquet(source)
     if isinstance(source, CsvSource):
         return read_csv(source)
+    if isinstance(source, ImagesSource):
+        return read_images(source)
     return read_digits(source, seed)
 
 

@@ -24,16 +24,16 @@ def read_csv(source: CsvSource) -> Rows:
             with file and line.
     """
     special = (source.id, source.label, source.split)
-    frames = {name: _read(group.path, source.id) for name, group in source.modalities.items()}
+    frames = {name: read_table(group.path, source.id) for name, group in source.modalities.items()}
     paths = {name: group.path for name, group in source.modalities.items()}
     values = {}
     for name, group in source.modalities.items():
         columns = table.matching(group, [column for column in frames[name].column_names if column not in special])
         arrays = [_one(frames[name].column(column)) for column in columns]
         values[name] = table.modality(name, arrays, group, group.path)
-    keys = {name: _keys(frame, source.id, paths[name]) for name, frame in frames.items()}
-    about = None if source.rows is None else _read(source.rows, source.id)
-    ids = _union(keys) if about is None else _keys(about, source.id, str(source.rows))
+    keys = {name: unique_ids(frame, source.id, paths[name]) for name, frame in frames.items()}
+    about = None if source.rows is None else read_table(source.rows, source.id)
+    ids = _union(keys) if about is None else unique_ids(about, source.id, str(source.rows))
     _check_join(keys, paths, ids, source)
     place = {key: row for row, key in enumerate(ids.tolist())}
     data, present = {}, {}
@@ -44,21 +44,23 @@ def read_csv(source: CsvSource) -> Rows:
         present[name] = np.zeros(len(ids), dtype=bool)
         present[name][rows] = observed
     return Rows(
-        ids=_as_integers(ids),
+        ids=as_integers(ids),
         data=data,
         present=present,
-        labels=None if (column := _column(about, source.label)) is None else table.labels(column, str(source.rows)),
+        labels=None if (column := column_of(about, source.label)) is None else table.labels(column, str(source.rows)),
         splits=None
-        if (column := _column(about, source.split)) is None
+        if (column := column_of(about, source.split)) is None
         else table.strings("splits", column, str(source.rows)),
     )
 
 
-def _column(about: pa.Table | None, name: str) -> pa.Array | None:
+def column_of(about: pa.Table | None, name: str) -> pa.Array | None:
+    """Return the column of that name, None where there is none."""
     return _one(about.column(name)) if about is not None and name in about.column_names else None
 
 
-def _read(path: str, key: str) -> pa.Table:
+def read_table(path: str, key: str) -> pa.Table:
+    """Read a file with a header and a column `key` of ids, which become strings."""
     if not Path(path).is_file():
         raise DatasetError(f"a source is a file that exists; got {path!r}. Correct its path.")
     delimiter = "\t" if Path(path).suffix in (".tsv", ".tab") else ","
@@ -81,7 +83,7 @@ def _one(column: pa.ChunkedArray) -> pa.Array:
     return column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
 
 
-def _keys(frame: pa.Table, key: str, path: str) -> Array:
+def unique_ids(frame: pa.Table, key: str, path: str) -> Array:
     """Return the ids as strings, each once."""
     ids = np.array(frame.column(key).to_pylist(), dtype=np.str_)
     _, first, counts = np.unique(ids, return_index=True, return_counts=True)
@@ -120,7 +122,7 @@ def _some(ids: Sequence[str] | Array) -> str:
     return ", ".join(map(repr, [str(key) for key in ids[:2]])) + ", ..."
 
 
-def _as_integers(ids: Array) -> Array:
+def as_integers(ids: Array) -> Array:
     """Return int64 where every id is written as an integer is, else the strings."""
     try:
         numbers = ids.astype(np.int64)
