@@ -328,9 +328,11 @@ class DMVAE(nn.Module):
         config, tensors = read_folder(Path(dir))
         with torch.random.fork_rng(devices=[]):  # loading leaves the caller's random numbers alone
             model = cls(config, encoders, decoders)
-        check_weights(Path(dir), model.state_dict(), tensors)
-        # the file's tensors are not aligned as torch's own, and sums over them would differ in the last bit
-        model.load_state_dict({name: tensor.clone() for name, tensor in tensors.items()}, assign=True)
+        own = model.state_dict()
+        check_weights(Path(dir), own, tensors)
+        # the file's tensors are neither aligned nor laid out as the model's own, and the last bits of sums depend on both
+        copies = {name: torch.empty_like(own[name], dtype=t.dtype).copy_(t) for name, t in tensors.items()}
+        model.load_state_dict(copies, assign=True)
         return model.eval()
 
     def _dimensions(self, name: str) -> networks.Dimensions:

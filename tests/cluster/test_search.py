@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import tomllib
+from contextlib import suppress
 from pathlib import Path
 
 import optuna
@@ -84,7 +85,8 @@ def start(config_file: Path, folder: Path) -> subprocess.Popen[bytes]:
 
 def kill(driver: subprocess.Popen[bytes]) -> None:
     """Kill the driver alone; Ray's processes see that it is gone."""
-    os.kill(driver.pid, signal.SIGKILL)
+    with suppress(ProcessLookupError):  # on a busy machine it may have come to its end
+        os.kill(driver.pid, signal.SIGKILL)
     driver.wait()
 
 
@@ -131,7 +133,7 @@ def kill_and_go_on(large: Path, folder: Path, moments: list[int], trials: int) -
 
 
 def test_a_killed_search_goes_on_with_every_trial(large: Path, tmp_path: Path) -> None:
-    kill_and_go_on(large, tmp_path, [15], trials=2)
+    kill_and_go_on(large, tmp_path, [8], trials=2)
 
 
 @pytest.mark.acceptance
