@@ -330,7 +330,7 @@ class DMVAE(nn.Module):
             model = cls(config, encoders, decoders)
         own = model.state_dict()
         check_weights(Path(dir), own, tensors)
-        # the file's tensors are neither aligned nor laid out as the model's own, and the last bits of sums depend on both
+        # the file's tensors are neither aligned nor laid out as the model's own; the last bits of sums depend on both
         copies = {name: torch.empty_like(own[name], dtype=t.dtype).copy_(t) for name, t in tensors.items()}
         model.load_state_dict(copies, assign=True)
         return model.eval()
