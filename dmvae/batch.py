@@ -33,6 +33,8 @@ class Batch:
             modality left out of it: present in every row.
         labels: int64 `(rows,)`, a class per row; negative where there is none.
         ids: the rows' names, an int64 tensor or a numpy array of strings.
+        size_factors: float `(rows,)`, positive: what a row's expected counts are proportional to, such as the depth
+            of its sequencing. Read in rows that have a modality of counts; None: each one's total in the row.
 
     Raises:
         ValueError: if tensors disagree on the number of rows, or a mask belongs to no modality or is not 0/1.
@@ -42,6 +44,7 @@ class Batch:
     masks: Mapping[str, Tensor] | None = None
     labels: Tensor | None = None
     ids: Ids | None = None
+    size_factors: Tensor | None = None
 
     def __post_init__(self) -> None:
         masks = {} if self.masks is None else dict(self.masks)
@@ -52,14 +55,15 @@ class Batch:
             )
         lengths = {name: len(values) for name, values in self.data.items()}
         lengths |= {f"mask of {name}": len(mask) for name, mask in masks.items()}
-        lengths |= {name: len(part) for name, part in (("labels", self.labels), ("ids", self.ids)) if part is not None}
+        others = {"labels": self.labels, "ids": self.ids, "size_factors": self.size_factors}
+        lengths |= {name: len(part) for name, part in others.items() if part is not None}
         if len(set(lengths.values())) > 1:
             raise ValueError(f"all parts of a batch have the same number of rows; got {lengths}.")
         if self.masks is not None:
             object.__setattr__(self, "masks", {name: _as_boolean(name, mask) for name, mask in masks.items()})
 
     def __len__(self) -> int:
-        for part in (*self.data.values(), self.labels, self.ids):
+        for part in (*self.data.values(), self.labels, self.ids, self.size_factors):
             if part is not None:
                 return len(part)
         return 0
@@ -83,6 +87,7 @@ class Batch:
             masks=None if self.masks is None else {name: select(mask) for name, mask in self.masks.items()},
             labels=None if self.labels is None else select(self.labels),
             ids=select(ids) if isinstance(ids, Tensor) else ids,
+            size_factors=None if self.size_factors is None else select(self.size_factors),
         )
 
     def __iter__(self) -> Iterator["Batch"]:
@@ -99,6 +104,7 @@ class Batch:
             masks=None if self.masks is None else {name: move(mask) for name, mask in self.masks.items()},
             labels=None if self.labels is None else move(self.labels),
             ids=move(self.ids) if isinstance(self.ids, Tensor) else self.ids,
+            size_factors=None if self.size_factors is None else move(self.size_factors),
         )
 
 

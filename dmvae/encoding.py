@@ -39,7 +39,10 @@ def conform(
     masks = getattr(inputs, "masks", None)
     if masks is not None:
         masks = {name: mask.to(device) for name, mask in masks.items()}
-    return Batch(data, masks, getattr(inputs, "labels", None), getattr(inputs, "ids", None))
+    size_factors = getattr(inputs, "size_factors", None)
+    if size_factors is not None:
+        size_factors = size_factors.to(device, dtype)
+    return Batch(data, masks, getattr(inputs, "labels", None), getattr(inputs, "ids", None), size_factors)
 
 
 def observe(batch: Batch, encoders: Mapping[str, nn.Module]) -> dict[str, Observed]:

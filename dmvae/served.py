@@ -6,6 +6,7 @@ What is loaded where nothing but torch, pydantic, numpy and safetensors is insta
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -219,7 +220,7 @@ class Served:
 
     def _nll(self, batch: Batch, request: Request, answers: list[dict[str, Any]], _: torch.Generator) -> None:
         # one id for all: a row's draws depend on its id and the seed, and not on its company
-        batch = Batch(batch.data, batch.masks, ids=torch.zeros(len(batch), dtype=torch.int64))
+        batch = replace(batch, ids=torch.zeros(len(batch), dtype=torch.int64))
         found = self.model.joint_nll(batch, request.num_draws, seed=request.seed)
         for number, answer in enumerate(answers):
             jacobian = math.fsum(self.units[name].log_jacobian for name in answer["observed"])

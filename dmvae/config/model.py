@@ -12,6 +12,9 @@ T = TypeVar("T", int, float)
 
 DEFAULT_SUBSETS = 2
 
+COUNT_DISTS = frozenset({"poisson", "negative_binomial"})
+"""Likelihoods of counts: non-negative whole numbers, their mean proportional to the row's size factor."""
+
 _DIST_PARAMS: dict[str, frozenset[str]] = {
     "normal": frozenset({"scale"}),
     "laplace": frozenset({"scale"}),

@@ -70,9 +70,8 @@ def open_dataset(path: str | Path, *, verify_on_use: bool = True) -> Dataset:
     """
     folder = Path(path)
     manifest = load_manifest(folder)
-    columns = Columns(
-        manifest.id_type, manifest.has_label, {name: info.column for name, info in manifest.modalities.items()}
-    )
+    modalities = {name: info.column for name, info in manifest.modalities.items()}
+    columns = Columns(manifest.id_type, manifest.has_label, modalities, manifest.size_factor)
     for split in manifest.splits.values():
         for shard in split.shards:
             _check_shard(folder, shard, columns)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from dmvae.config.model import COUNT_DISTS
 from dmvae.config.section import ModalityName, Name, Section
 from dmvae.data.error import DatasetError
 from dmvae.data.schema import TensorColumn
@@ -23,7 +24,8 @@ class ModalityInfo(Section):
     Attributes:
         shape: of one row.
         dtype: of the stored elements, as numpy calls it.
-        likelihood: a hint for whoever trains: `normal` for floats and uint8, `categorical` for int64.
+        likelihood: a hint for whoever trains: `normal` for floats and uint8, `categorical` for int64; `poisson` or
+            `negative_binomial` for counts in floats or int64, which are read as they are, in floats.
         classes: of a categorical modality; its values are 0..classes-1.
         scaling: what reading does to the stored values x: nothing (`none`), x / 255 (`unit`, always for uint8), or
             (x - mean) / std element by element (`standardise`).
@@ -43,12 +45,17 @@ class ModalityInfo(Section):
     def _check(self) -> "ModalityInfo":
         if min(self.shape, default=1) < 1:
             raise ValueError(f"a dimension is at least 1; got shape={self.shape}.")
-        if (self.dtype == "int64") != (self.likelihood == "categorical") or (self.dtype == "int64") != bool(
-            self.classes
-        ):
+        categorical, counts = self.likelihood == "categorical", self.likelihood in COUNT_DISTS
+        if categorical != bool(self.classes) or (not counts and categorical != (self.dtype == "int64")):
             raise ValueError(
-                f"int64 modalities, and no others, are categorical and have classes; got dtype={self.dtype}, "
-                f"likelihood={self.likelihood!r}, classes={self.classes}. Store counts and measurements as floats."
+                f"int64 modalities are categorical and have classes, or are counts; others are neither categorical nor "
+                f"have classes; got dtype={self.dtype}, likelihood={self.likelihood!r}, classes={self.classes}. Store "
+                f"measurements as floats."
+            )
+        if counts and (self.scaling != "none" or self.dtype == "uint8"):
+            raise ValueError(
+                f"counts are floats or int64 and are not scaled; got dtype={self.dtype}, scaling={self.scaling!r}, "
+                f"likelihood={self.likelihood!r}. Store them as float32, and leave their scaling out."
             )
         if (self.dtype == "uint8") != (self.scaling == "unit") or (self.dtype == "int64" and self.scaling != "none"):
             raise ValueError(
@@ -126,6 +133,7 @@ class Manifest(Section):
     Attributes:
         id_type: type of the row names.
         has_label: whether there is a column of labels.
+        size_factor: type of the column of size factors; None without one.
         modalities: by name, in the order of the columns.
         splits: by name.
         origin: how the dataset was made; says nothing about its content and does not enter the fingerprint.
@@ -135,6 +143,7 @@ class Manifest(Section):
     version: Literal[1] = 1
     id_type: Literal["int64", "string"]
     has_label: bool
+    size_factor: Literal["float16", "float32", "float64"] | None = None
     modalities: dict[ModalityName, ModalityInfo] = Field(min_length=1)
     splits: dict[Name, SplitInfo] = Field(min_length=1)
     origin: dict[str, Any] = Field(default_factory=dict)
@@ -160,7 +169,9 @@ class Manifest(Section):
     @property
     def fingerprint(self) -> str:
         """SHA-256, in hexadecimal, of what decides the values that are read and their place; not of `origin`."""
-        content = json.dumps(self.model_dump(mode="json", exclude={"origin"}), sort_keys=True)
+        # a manifest from before there were size factors keeps its fingerprint
+        left_out = {"origin"} if self.size_factor else {"origin", "size_factor"}
+        content = json.dumps(self.model_dump(mode="json", exclude=left_out), sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
 
 

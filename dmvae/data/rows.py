@@ -24,6 +24,7 @@ class Rows:
         present: boolean `(rows,)` per modality, true where the row has it.
         labels: int64 `(rows,)`, negative where there is none; None without labels.
         splits: `(rows,)` strings, the split of each row; None where the source has no splits of its own.
+        size_factors: float64 `(rows,)`, positive, NaN where there is none (see `Batch`); None without size factors.
 
     Raises:
         DatasetError: if the arrays do not fit together or are of a type that shards do not store.
@@ -34,6 +35,7 @@ class Rows:
     present: Mapping[str, Array]
     labels: Array | None = None
     splits: Array | None = None
+    size_factors: Array | None = None
 
     def __post_init__(self) -> None:
         if self.ids.dtype != np.int64 and self.ids.dtype.kind != "U":
@@ -44,11 +46,14 @@ class Rows:
             raise DatasetError(f"every modality has a mask; got {list(self.present)} for {list(self.data)}.")
         lengths = {name: len(values) for name, values in self.data.items()}
         lengths |= {f"mask.{name}": len(mask) for name, mask in self.present.items()}
-        lengths |= {name: len(p) for name, p in (("label", self.labels), ("split", self.splits)) if p is not None}
+        others = {"label": self.labels, "split": self.splits, "size_factor": self.size_factors}
+        lengths |= {name: len(part) for name, part in others.items() if part is not None}
         if set(lengths.values()) != {len(self.ids)}:
             raise DatasetError(f"all arrays have the same number of rows; got id: {len(self.ids)}, {lengths}.")
         for name, values in self.data.items():
             _check_values(name, values)
+        if self.size_factors is not None and self.size_factors.dtype != np.float64:
+            raise DatasetError(f"size factors are float64; got {self.size_factors.dtype}. Cast them.")
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -61,13 +66,16 @@ class Rows:
             present={name: mask[index] for name, mask in self.present.items()},
             labels=None if self.labels is None else self.labels[index],
             splits=None if self.splits is None else self.splits[index],
+            size_factors=None if self.size_factors is None else self.size_factors[index],
         )
 
     @property
     def columns(self) -> Columns:
         """The columns that a shard of these rows has."""
         modalities = {name: TensorColumn(values.shape[1:], values.dtype.name) for name, values in self.data.items()}
-        return Columns("int64" if self.ids.dtype == np.int64 else "string", self.labels is not None, modalities)
+        id_type = "int64" if self.ids.dtype == np.int64 else "string"
+        size_factor = None if self.size_factors is None else self.size_factors.dtype.name
+        return Columns(id_type, self.labels is not None, modalities, size_factor)
 
     def record_batch(self, schema: pa.Schema) -> pa.RecordBatch:
         """Return the rows as Arrow; missing slots are null, and zero underneath so that files are reproducible."""
@@ -83,6 +91,8 @@ class Rows:
             arrays.append(pa.ExtensionArray.from_storage(column.arrow_type, lists))
         if self.labels is not None:
             arrays.append(pa.array(self.labels, pa.int64(), mask=self.labels < 0))
+        if self.size_factors is not None:
+            arrays.append(pa.array(self.size_factors, mask=np.isnan(self.size_factors)))
         return pa.record_batch(arrays, schema=schema)
 
 

@@ -1,4 +1,4 @@
-"""Which Arrow columns a shard has: `id`, one nullable fixed-shape tensor per modality, and perhaps `label`."""
+"""Which Arrow columns a shard has: `id`, a nullable fixed-shape tensor per modality, perhaps `label`, `size_factor`."""
 
 import math
 from collections.abc import Mapping
@@ -48,12 +48,13 @@ class TensorColumn:
 class Columns:
     """What a shard's schema says: the type of its ids, whether it has labels, and its modalities by name.
 
-    A column `size_factor` (floats, for counts) is allowed and not read.
+    `size_factor` is the type of the rows' size factors (for counts), by numpy's name; None without such a column.
     """
 
     id_type: str
     has_label: bool
     modalities: Mapping[str, TensorColumn]
+    size_factor: str | None = None
 
     @property
     def row_bytes(self) -> int:
@@ -70,7 +71,9 @@ class Columns:
         id_type = pa.int64() if self.id_type == "int64" else pa.string()
         fields = [pa.field("id", id_type, nullable=False)]
         fields += [pa.field(name, column.arrow_type) for name, column in self.modalities.items()]
-        return pa.schema(fields + ([pa.field("label", pa.int64())] if self.has_label else []))
+        fields += [pa.field("label", pa.int64())] if self.has_label else []
+        fields += [pa.field("size_factor", ARROW_TYPES[self.size_factor])] if self.size_factor else []
+        return pa.schema(fields)
 
 
 def read_columns(schema: pa.Schema, where: str) -> Columns:
@@ -89,12 +92,17 @@ def read_columns(schema: pa.Schema, where: str) -> Columns:
     has_label = "label" in schema.names
     if has_label and schema.field("label").type != pa.int64():
         raise DatasetError(f"{where}: labels are int64; got {schema.field('label').type}. Cast the column 'label'.")
-    if "size_factor" in schema.names and not pa.types.is_floating(schema.field("size_factor").type):
-        raise DatasetError(f"{where}: size factors are floats; got {schema.field('size_factor').type}. Cast them.")
+    size_factor = None
+    if "size_factor" in schema.names:
+        found = schema.field("size_factor").type
+        size_factor = next((name for name, arrow in ARROW_TYPES.items() if arrow == found), None)
+        if not pa.types.is_floating(found):
+            raise DatasetError(f"{where}: size factors are floats; got {found}. Cast the column 'size_factor'.")
     names = [name for name in schema.names if name not in ("id", "label", "size_factor")]
     if not names:
         raise DatasetError(f"{where}: a shard has at least one modality; got {schema.names}. Add a tensor column.")
-    return Columns(id_type, has_label, {name: _read_tensor(schema.field(name), where) for name in names})
+    modalities = {name: _read_tensor(schema.field(name), where) for name in names}
+    return Columns(id_type, has_label, modalities, size_factor)
 
 
 def _read_tensor(field: pa.Field, where: str) -> TensorColumn:

@@ -75,6 +75,8 @@ class MappedShard:
         row_bytes = {name: column.row_bytes for name, column in self.columns.modalities.items()}
         row_bytes |= {"id": 8} if self.columns.id_type == "int64" else {}
         row_bytes |= {"label": 8} if self.columns.has_label else {}
+        size_factor = self.columns.size_factor
+        row_bytes |= {"size_factor": np.dtype(size_factor).itemsize} if size_factor else {}
         self._columns = {
             name: self._locate([batch.column(name) for batch in batches], name, size)
             for name, size in row_bytes.items()
@@ -86,7 +88,7 @@ class MappedShard:
         group, place = np.divmod(rows, self.record_batch_rows)
         values = self._take(column.values[group] + place * column.row_bytes, column.row_bytes)
         if name not in self.columns.modalities:
-            return values.view(np.int64)
+            return values.view(np.dtype(self.columns.size_factor) if name == "size_factor" else np.int64)
         tensor = self.columns.modalities[name]
         return values.view(tensor.dtype).reshape(len(rows), *tensor.shape)
 

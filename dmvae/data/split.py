@@ -58,9 +58,10 @@ class Split:
     def read(self, positions: Int64[np.ndarray, " row"], dtype: torch.dtype = torch.float32) -> Batch:
         """Read the rows at `positions`, in that order.
 
-        Floats and uint8 are scaled as the manifest says and given as `dtype`; int64 stays. Missing slots are zero.
+        Floats and uint8 are scaled as the manifest says and given as `dtype`, counts are given as `dtype`, and classes
+        stay int64. Missing slots are zero.
         A modality that this split has in every row has no mask, and without any other `masks` is None. Labels are -1
-        where there is none.
+        where there is none, size factors NaN.
 
         Raises:
             DatasetError: if a position is out of range, or a shard fails its check on first use.
@@ -82,11 +83,11 @@ class Split:
             name: _join([part.shard.present(name, part.rows) for part in parts], parts) for name in self._incomplete
         }
         ids = _join([part.shard.ids(part.rows) for part in parts], parts)
-        labels = self._labels(parts)
+        labels, size_factors = self._labels(parts), self._size_factors(parts, dtype)
         stop = 0
         for length in lengths:
             start, stop = stop, stop + length
-            yield self._convert(slice(start, stop), stored, present, ids, labels, dtype)
+            yield self._convert(slice(start, stop), stored, present, ids, labels, size_factors, dtype)
 
     def _convert(
         self,
@@ -95,6 +96,7 @@ class Split:
         present: Mapping[str, Array],
         ids: Array,
         labels: Tensor | None,
+        size_factors: Tensor | None,
         dtype: torch.dtype,
     ) -> Batch:
         missing = {name: np.flatnonzero(~mask[rows]) for name, mask in present.items()}
@@ -103,6 +105,7 @@ class Split:
             masks={name: torch.from_numpy(mask[rows]) for name, mask in present.items()} or None,
             labels=None if labels is None else labels[rows],
             ids=torch.from_numpy(ids[rows]) if ids.dtype == np.int64 else ids[rows],
+            size_factors=None if size_factors is None else size_factors[rows],
         )
 
     def ids(self) -> Array:
@@ -175,6 +178,15 @@ class Split:
         ]
         return torch.from_numpy(_join(labels, parts))
 
+    def _size_factors(self, parts: "list[_Part]", dtype: torch.dtype) -> Tensor | None:
+        if self.manifest.size_factor is None:
+            return None
+        factors = [
+            np.where(part.shard.present("size_factor", part.rows), part.shard.gather("size_factor", part.rows), np.nan)
+            for part in parts
+        ]
+        return torch.from_numpy(_join(factors, parts)).to(dtype)
+
     def _shard(self, number: int) -> MappedShard:
         with self._lock:
             if number not in self._shards:
@@ -234,7 +246,7 @@ class _Scale:
 
     def __init__(self, info: ModalityInfo) -> None:
         self._scaling = info.scaling
-        self._floats = info.dtype != "int64"
+        self._floats = info.likelihood != "categorical"
         if info.scaling == "standardise":
             self._mean = torch.tensor(info.mean, dtype=torch.float64).reshape(info.shape)
             self._std = torch.tensor(info.std, dtype=torch.float64).reshape(info.shape)

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from dmvae.config.model import COUNT_DISTS
 from dmvae.data.error import DatasetError
 from dmvae.data.manifest import Manifest, ModalityInfo, ShardInfo, SplitInfo
 from dmvae.data.schema import Columns
@@ -47,7 +48,7 @@ def survey(
                 f"all shards have the same columns; got {shard.columns} in {shard.path}, "
                 f"{first.columns} in {first.path}. Write one of them again."
             )
-        check_values(shard, dict(classes or {}))
+        check_values(shard, dict(classes or {}), dict(likelihood or {}))
     scaling, likelihood, classes = dict(scaling or {}), dict(likelihood or {}), dict(classes or {})
     unknown = sorted({*scaling, *likelihood, *classes} - set(first.columns.modalities))
     if unknown:
@@ -62,6 +63,7 @@ def survey(
     return Manifest(
         id_type="int64" if first.columns.id_type == "int64" else "string",
         has_label=first.columns.has_label,
+        size_factor=first.columns.size_factor,
         modalities=modalities,
         splits={
             name: SplitInfo(shards=tuple(_describe_shard(folder, shard) for shard in split))
@@ -111,12 +113,19 @@ def _describe(
     if scaling == "standardise" and kind != "float":
         raise DatasetError(f"floats can be standardised; got {name!r} of {column.dtype}. Leave its scaling out.")
     hinted = classes is not None or likelihood == "categorical"
-    if (kind == "int64" and likelihood not in (None, "categorical")) or (kind != "int64" and hinted):
+    counts = likelihood in COUNT_DISTS
+    if counts and (kind == "uint8" or scaling != "none" or classes is not None):
         raise DatasetError(
-            f"int64 modalities, and no others, are categorical; got likelihood={likelihood!r}, classes={classes} for "
-            f"{name!r} of {column.dtype}. Leave the hint out, or change the type in the source."
+            f"counts are floats or int64, not scaled, without classes; got likelihood={likelihood!r}, "
+            f"scaling={scaling!r}, classes={classes} for {name!r} of {column.dtype}. Make them float32 in the source, "
+            f"and leave scaling and classes out."
         )
-    if kind == "int64":
+    if (kind == "int64" and not counts and likelihood not in (None, "categorical")) or (kind != "int64" and hinted):
+        raise DatasetError(
+            f"int64 modalities are categorical or counts, others are not categorical; got likelihood={likelihood!r}, "
+            f"classes={classes} for {name!r} of {column.dtype}. Leave the hint out, or change the type in the source."
+        )
+    if kind == "int64" and not counts:
         found = [_largest(shard, name) for split in shards.values() for shard in split]
         classes = classes or max(found) + 1
     mean = std = None

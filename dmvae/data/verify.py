@@ -3,13 +3,14 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dmvae.config.model import COUNT_DISTS
 from dmvae.data.error import DatasetError
 from dmvae.data.manifest import Manifest, ShardInfo
 from dmvae.data.shard import MappedShard
@@ -29,21 +30,26 @@ def row_blocks(shard: MappedShard) -> Iterator[Array]:
         yield np.arange(start, min(start + shard.record_batch_rows, shard.rows))
 
 
-def check_values(shard: MappedShard, classes: dict[str, int | None]) -> None:
+def check_values(shard: MappedShard, classes: Mapping[str, int | None], likelihood: Mapping[str, str]) -> None:
     """Refuse a value that no model can take.
 
     Args:
         shard: the file.
         classes: number of classes per categorical modality; None where it is not known yet.
+        likelihood: hints by modality, which tell counts.
 
     Raises:
-        DatasetError: for NaN or infinity in an observed row, a class out of range or a negative label; it names the
-            file, the column and the first such row.
+        DatasetError: for NaN or infinity in an observed row, a class out of range, a count that is none, a negative
+            label or a size factor that is not positive, or absent from a row with counts; it names the file, the
+            column and the first such row.
     """
+    counts = [name for name in shard.columns.modalities if likelihood.get(name) in COUNT_DISTS]
     for rows in row_blocks(shard):
         for name, column in shard.columns.modalities.items():
             if column.dtype != "uint8":
-                _check_modality(shard, name, rows, classes.get(name))
+                _check_modality(shard, name, rows, classes.get(name), name in counts)
+        if shard.columns.size_factor:
+            _check_size_factors(shard, rows, counts)
         if shard.columns.has_label:
             negative = shard.present("label", rows) & (shard.gather("label", rows) < 0)
             if negative.any():
@@ -53,9 +59,12 @@ def check_values(shard: MappedShard, classes: dict[str, int | None]) -> None:
                 )
 
 
-def _check_modality(shard: MappedShard, name: str, rows: Array, classes: int | None) -> None:
+def _check_modality(shard: MappedShard, name: str, rows: Array, classes: int | None, counts: bool) -> None:
     values = shard.gather(name, rows).reshape(len(rows), -1)
-    if values.dtype == np.int64:
+    if counts:
+        wrong = ~(np.isfinite(values) & (values >= 0) & (values == np.floor(values)))
+        law = "a count is a whole number of 0 or more"
+    elif values.dtype == np.int64:
         wrong = (values < 0) | (values >= (np.iinfo(np.int64).max if classes is None else classes))
         law = f"a categorical value lies in 0..{'' if classes is None else classes - 1}"
     else:
@@ -67,6 +76,23 @@ def _check_modality(shard: MappedShard, name: str, rows: Array, classes: int | N
             f"{law}; got {value} in {_first(shard, name, rows[found])}. Correct it, or make that row's {name!r} null, "
             f"in the source, and prepare the dataset again."
         )
+
+
+def _check_size_factors(shard: MappedShard, rows: Array, counts: list[str]) -> None:
+    factors, present = shard.gather("size_factor", rows), shard.present("size_factor", rows)
+    wrong = present & ~(np.isfinite(factors) & (factors > 0))
+    if wrong.any():
+        raise DatasetError(
+            f"a size factor is positive and finite; got {factors[wrong][0]} in "
+            f"{_first(shard, 'size_factor', rows[wrong])}. Correct it in the source, and prepare the dataset again."
+        )
+    for name in counts:
+        absent = shard.present(name, rows) & ~present
+        if absent.any():
+            raise DatasetError(
+                f"a row that has counts has a size factor where there is a column of them; got null beside {name!r} in "
+                f"{_first(shard, 'size_factor', rows[absent])}. Give the row one, or leave the column out."
+            )
 
 
 def _first(shard: MappedShard, column: str, rows: Array) -> str:
@@ -96,7 +122,8 @@ def verify_shard(path: Path, info: ShardInfo, manifest: Manifest, remember: bool
             f"damaged or altered: copy it again, or prepare the dataset again."
         )
     shard = MappedShard(path)
-    check_values(shard, {name: modality.classes for name, modality in manifest.modalities.items()})
+    modalities = manifest.modalities.items()
+    check_values(shard, {name: m.classes for name, m in modalities}, {name: m.likelihood for name, m in modalities})
     for name, count in info.observed.items():
         seen = sum(int(shard.present(name, rows).sum()) for rows in row_blocks(shard))
         if seen != count:

@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +184,7 @@ class Embedder:
             else self._trained[name].read(self._stored[name].show(values)).to(values.dtype)
             for name, values in batch.data.items()
         }
-        return Batch(data, batch.masks, batch.labels, batch.ids)
+        return replace(batch, data=data)
 
 
 def _lists(values: torch.Tensor, there: np.ndarray | None = None) -> pa.Array:
