@@ -1,7 +1,7 @@
 """Charts of a trained model: curves, maps, scatter plots, and how far the NLL can be believed."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +115,52 @@ def coherence_matrix(figures: Mapping[str, float]) -> Picture:
                       for key, value in figures.items() if key.endswith("joint_coherence"))  # fmt: skip
     text = f"One draw per row, judged by classifiers of real rows. Samples that agree in all modalities: {joint}."
     return Picture("coherence", "Coherence", text, figure)
+
+
+def missing_patterns(
+    modalities: Sequence[str], observed: Sequence[float], patterns: Sequence[tuple[Sequence[bool], int]], rows: int
+) -> Picture:
+    """Draw which modalities rows have together, the most frequent combination first (an UpSet plot).
+
+    Args:
+        modalities: their names.
+        observed: the share of rows that have each.
+        patterns: combinations, who is there in each, and how many rows have it.
+        rows: how many there are, of these and of other combinations.
+    """
+    counts = np.array([count for _, count in patterns])
+    width, height = 1.2 + 0.42 * max(len(patterns), 6), 0.8 + 0.3 * len(modalities)
+    figure = Figure(figsize=(width + 4.2, height + 2.6), layout="constrained")
+    (empty, above), (left, grid) = figure.subplots(2, 2, width_ratios=[2.6, width], height_ratios=[2.2, height])
+    empty.axis("off")
+    places, lines = np.arange(len(patterns)), np.arange(len(modalities))
+    above.bar(places, counts, color="C0", width=0.7)
+    for place, count in enumerate(counts):
+        above.text(
+            place, count, f"{count / rows:.{0 if count >= 0.1 * rows else 1}%}", ha="center", va="bottom", size=7
+        )
+    others = rows - counts.sum()
+    rest = f"; the other {others / rows:.0%} of rows have rarer ones" if others else ""
+    above.set(ylabel="rows", title=f"rows that have exactly this combination{rest}")
+    for line in lines[::2]:
+        for axes in (left, grid):
+            axes.axhspan(line - 0.5, line + 0.5, color="0.95", lw=0)
+    for place, (pattern, _) in enumerate(patterns):
+        there = np.flatnonzero(pattern)
+        grid.scatter([place] * len(lines), lines, s=45, color="0.85", zorder=2)
+        grid.plot([place] * len(there), there, "o-", color="C0", markersize=6.5, lw=1.6, zorder=3)
+    left.barh(lines, [100 * share for share in observed], color="C0", height=0.6)
+    left.set(xlabel="rows that have it, %", xlim=(100, 0))
+    left.set_yticks(lines, modalities)
+    grid.set_yticks([])
+    for axes in (left, grid):
+        axes.set_ylim(len(modalities) - 0.5, -0.5)
+    for axes in (above, grid):
+        axes.set(xlim=(-0.6, len(patterns) - 0.4), xticks=[])
+    for axes in (above, left, grid):
+        axes.spines[["top", "right"]].set_visible(False)
+    text = f"{rows:,} rows; a filled dot is a modality that the rows of that column have."
+    return Picture("missingness", "What is missing together", text, figure)
 
 
 _MISSING = {

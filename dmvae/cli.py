@@ -180,6 +180,12 @@ def _prepare_config() -> type[Section]:
     return PrepareConfig
 
 
+def _inspect_config() -> type[Section]:
+    from dmvae.config.inspect import InspectConfig
+
+    return InspectConfig
+
+
 def _train_config() -> type[Section]:
     from dmvae.config.training import TrainConfig
 
@@ -253,7 +259,31 @@ def _prepare(config: Any) -> None:
     from dmvae.data.prepare import prepare
 
     folder = prepare(config, progress=_say)
-    _say(f"next      {command('train')} CONFIG.toml --data.dataset {folder}")
+    _say(f"next      {command('inspect')} {folder} --output {folder}-inspection")
+
+
+def _inspect(config: Any) -> None:
+    from dmvae.inspection import inspect
+
+    try:
+        found = inspect(config, progress=_say)
+    except ImportError as error:
+        raise CommandError(str(error)) from None
+    for line in found.lines:
+        _say(line)
+    _say("")
+    for finding in found.findings:
+        _say(f"{finding.level:<6} {finding.text}")
+    if config.output is None and found.run is not None:
+        _say(f"\n{found.run}")
+    if found.run is not None:
+        file = "CONFIG.toml" if config.output is None else Path(config.output) / "train.toml"
+        _say(f"next   {command('train')} {file}")
+    wrong, doubtful = found.count("wrong"), found.count("check")
+    unchecked = "" if config.verify else " (checksums were not looked at: --verify)"
+    if wrong:
+        raise CommandError(f"{wrong} of these findings are wrong and {doubtful} to be checked{unchecked}")
+    _say(f"nothing is wrong; {doubtful} findings to be checked{unchecked}")
 
 
 def _train(config: Any) -> None:
@@ -415,6 +445,12 @@ def _say(text: str) -> None:
 VERBS: dict[str, Verb] = {
     "init": Verb("Write the configurations that come with the package, to start from.", _init_config, _init, "folder"),
     "prepare": Verb("Convert incomplete multimodal data into a dataset of Arrow shards.", _prepare_config, _prepare),
+    "inspect": Verb(
+        "Show what a dataset holds and what may be wrong with it, and propose a run.",
+        _inspect_config,
+        _inspect,
+        "dataset",
+    ),
     "train": Verb("Train a DMVAE with Ray Train workers; the same command resumes.", _train_config, _train),
     "search": Verb(
         "Search for the best configuration with Ray Tune and Optuna; the same command resumes.",
