@@ -239,6 +239,6 @@ def check_labels(*splits: Split) -> None:
     without_any = [split.name for split in splits if not has_labels(split)]
     if without_any:
         raise ValueError(
-            f"coherence and probes compare classes, so the splits have labels; {without_any} of {splits[0].folder} "
+            f"coherence and probes compare classes, so the splits have labels; {without_any} of {splits[0].where} "
             "has none. Leave these measures out."
         )

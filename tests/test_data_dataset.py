@@ -28,7 +28,7 @@ def written(folder: Path, rows: Rows, **settings: Any) -> Split:
 
 
 def first_shard(split: Split) -> Path:
-    return split.folder / split.manifest.splits["train"].shards[0].path
+    return Path(split.where) / split.manifest.splits["train"].shards[0].path
 
 
 @pytest.mark.parametrize("complete", [True, False])

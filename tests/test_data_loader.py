@@ -100,7 +100,7 @@ def test_little_is_read_ahead(split: Split, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_an_error_in_the_thread_is_raised_where_the_batch_is_wanted(split: Split) -> None:
-    shard = split.folder / "train/part-00001.arrow"
+    shard = Path(split.where) / "train/part-00001.arrow"
     content = bytearray(shard.read_bytes())
     content[2000] ^= 1
     shard.write_bytes(content)

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+from jaxtyping import Int64
 
 from dmvae.batch import Batch
 from dmvae.data.order import EpochOrder
@@ -15,12 +16,16 @@ from dmvae.data.split import Split
 LOOKAHEAD_ROWS = 8192
 LOOKAHEAD_BYTES = 64 << 20
 """Rows are gathered from the shards together, up to these limits; what is held is as stored, not yet converted."""
+OPEN_AHEAD_CHUNKS = 8
+"""So many such portions before their rows are gathered, the shards that they need are fetched and verified."""
 LOOKAHEAD_BATCHES = 4
 """Converted batches that wait for the consumer."""
 
 Item = TypeVar("Item")
 Slice = tuple[int, int, int]
 """Step of the epoch, and positions [start, stop) of its global batch."""
+Chunk = tuple[list[Slice], Int64[np.ndarray, " row"]]
+"""Slices that are read together, and their rows."""
 
 
 def read_epoch(
@@ -53,10 +58,21 @@ def read_epoch(
 def _read_chunks(
     split: Split, order: EpochOrder, epoch: int, chunks: Iterable[list[Slice]], dtype: torch.dtype
 ) -> Iterator[tuple[int, int, Batch]]:
-    for chunk in chunks:
-        batches = split.read_batches(order.rows_of(epoch, chunk), [stop - start for _, start, stop in chunk], dtype)
+    for chunk, rows in _open_ahead(split, ((chunk, order.rows_of(epoch, chunk)) for chunk in chunks)):
+        batches = split.read_batches(rows, [stop - start for _, start, stop in chunk], dtype)
         for (step, start, _), batch in zip(chunk, batches, strict=True):
             yield step, start, batch
+
+
+def _open_ahead(split: Split, chunks: Iterable[Chunk]) -> Iterator[Chunk]:
+    """Yield `chunks`, with the shards of the next ones on their way."""
+    waiting: deque[Chunk] = deque()
+    for chunk in chunks:
+        split.open_ahead(chunk[1])
+        waiting.append(chunk)
+        if len(waiting) > OPEN_AHEAD_CHUNKS:
+            yield waiting.popleft()
+    yield from waiting
 
 
 def read_rows(
@@ -84,7 +100,8 @@ def read_rows(
 
     blocks = range(rank, -(-len(split) // block_rows), world_size)
     bounds = ((block, block * block_rows, min((block + 1) * block_rows, len(split))) for block in blocks)
-    return _ahead((block, split.read(np.arange(start, stop), dtype)) for block, start, stop in bounds)
+    chunks = _open_ahead(split, (([bound], np.arange(*bound[1:])) for bound in bounds))
+    return _ahead((bound[0], split.read(rows, dtype)) for (bound,), rows in chunks)
 
 
 def _lookahead(split: Split) -> int:

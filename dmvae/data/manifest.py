@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from dmvae.config.model import COUNT_DISTS
 from dmvae.config.section import ModalityName, Name, Section
 from dmvae.data.error import DatasetError
-from dmvae.data.schema import TensorColumn
+from dmvae.data.schema import Columns, TensorColumn
 
 MANIFEST_NAME = "dataset.json"
 VERSION = 1
@@ -167,6 +167,17 @@ class Manifest(Section):
         return {name: info.shape for name, info in self.modalities.items()}
 
     @property
+    def columns(self) -> Columns:
+        """The columns that every shard has."""
+        modalities = {name: info.column for name, info in self.modalities.items()}
+        return Columns(self.id_type, self.has_label, modalities, self.size_factor)
+
+    @property
+    def bytes(self) -> int:
+        """Of all shards."""
+        return sum(shard.bytes for split in self.splits.values() for shard in split.shards)
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256, in hexadecimal, of what decides the values that are read and their place; not of `origin`."""
         # a manifest from before there were size factors keeps its fingerprint
@@ -203,8 +214,17 @@ def load_manifest(folder: Path) -> Manifest:
             if folder.is_dir()
             else f"a dataset is a folder; got {str(folder)!r}, which does not exist. Make it with jobs.prepare."
         )
+    return parse_manifest(path.read_bytes(), str(path))
+
+
+def parse_manifest(text: bytes, path: str) -> Manifest:
+    """Return the manifest that was read from `path`.
+
+    Raises:
+        DatasetError: if it is not a manifest of this version, or was edited.
+    """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(text)
     except ValueError as error:
         raise DatasetError(f"{path}: a manifest is JSON; got {error}. Make the dataset again.") from error
     if not isinstance(content, dict) or content.get("format") != "dmvae-dataset":

@@ -1,5 +1,6 @@
 """One memory-mapped Arrow file: rows gathered by their byte offset, without a loop over rows or record batches."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,12 @@ from dmvae.data.error import DatasetError
 from dmvae.data.schema import Columns, read_columns
 
 Array = np.ndarray[Any, np.dtype[Any]]
+
+
+def sha256_of(path: Path) -> str:
+    """Return the file's SHA-256 in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def open_reader(path: Path) -> tuple[pa.ipc.RecordBatchFileReader, pa.Buffer]:
@@ -46,22 +53,28 @@ class _Column:
 class MappedShard:
     """The rows of one file, by position.
 
+    Args:
+        path: the file.
+        where: what messages call it. None: `path`.
+        hold: what has to live as long as the map is used.
+
     Raises:
         DatasetError: if the file is no shard, is compressed, has a null id, or its record batches are not all of one
             size (the last may be shorter).
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, where: str | None = None, hold: object = None) -> None:
+        self.path, self.where = path, where or str(path)
+        self._hold = hold
         reader, self._buffer = open_reader(path)
-        self.columns: Columns = read_columns(reader.schema, str(path))
+        self.columns: Columns = read_columns(reader.schema, self.where)
         try:
             batches = [reader.get_batch(index) for index in range(reader.num_record_batches)]
             for batch in batches:
                 batch.validate()  # buffers as long as their arrays need
                 batch.column("id").validate(full=True)  # strings that lie in their buffer
         except (pa.ArrowException, OSError, ValueError) as error:
-            raise DatasetError(f"{path}: a shard can be read; got: {error}. Copy it again.") from error
+            raise DatasetError(f"{self.where}: a shard can be read; got: {error}. Copy it again.") from error
         sizes = np.array([batch.num_rows for batch in batches], dtype=np.int64)
         self.rows = int(sizes.sum())
         self.record_batch_rows = int(sizes[0]) if len(sizes) else 1
@@ -71,7 +84,7 @@ class MappedShard:
         self._ids = pa.chunked_array([batch.column("id") for batch in batches], reader.schema.field("id").type)
         if self._ids.null_count:
             row = self._ids.is_null().to_pylist().index(True)
-            raise DatasetError(f"an id is not null; got null in {path}, row {row}. Give the row an id.")
+            raise DatasetError(f"an id is not null; got null in {self.where}, row {row}. Give the row an id.")
         row_bytes = {name: column.row_bytes for name, column in self.columns.modalities.items()}
         row_bytes |= {"id": 8} if self.columns.id_type == "int64" else {}
         row_bytes |= {"label": 8} if self.columns.has_label else {}
@@ -122,7 +135,7 @@ class MappedShard:
         even = len(sizes) == 0 or (bool((sizes[:-1] == sizes[0]).all()) and 0 < sizes[-1] <= sizes[0])
         if not even:
             raise DatasetError(
-                f"{self.path}: a shard's record batches have one size (the last may be shorter); got {sizes[:8]}... "
+                f"{self.where}: a shard's record batches have one size (the last may be shorter); got {sizes[:8]}... "
                 f"Write it with combine_chunks() and write_table(table, max_chunksize=...)."
             )
 
@@ -132,7 +145,7 @@ class MappedShard:
             buffers = array.buffers()
             if len(buffers) == 3 and array.storage.values.null_count:
                 raise DatasetError(
-                    f"{self.path}: a modality is present or missing as a whole; got null elements in {name!r}. "
+                    f"{self.where}: a modality is present or missing as a whole; got null elements in {name!r}. "
                     f"Fill them, or make the whole row null."
                 )
             values[group] = self._offset(buffers[-1], array, name)
@@ -143,7 +156,28 @@ class MappedShard:
         offset = int(buffer.address - self._buffer.address)
         if array.offset or not 0 <= offset <= self._buffer.size - buffer.size:
             raise DatasetError(
-                f"{self.path}: shards are not compressed, so that they can be mapped; got a compressed column "
+                f"{self.where}: shards are not compressed, so that they can be mapped; got a compressed column "
                 f"{name!r}. Write it again without IpcWriteOptions(compression=...)."
             )
         return offset
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """A shard's file on this node.
+
+    Attributes:
+        path: of the file.
+        where: where it comes from, for messages.
+        is_summed: whether its SHA-256 was compared with the manifest when it was copied here.
+        hold: keeps it here.
+    """
+
+    path: Path
+    where: str
+    is_summed: bool = False
+    hold: object = None
+
+    def map(self) -> MappedShard:
+        """Map its rows."""
+        return MappedShard(self.path, self.where, self.hold)

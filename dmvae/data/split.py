@@ -2,8 +2,8 @@
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,26 +13,37 @@ from torch import Tensor
 
 from dmvae.batch import Batch
 from dmvae.data.error import DatasetError
-from dmvae.data.manifest import Manifest, ModalityInfo
-from dmvae.data.shard import MappedShard
+from dmvae.data.manifest import Manifest, ModalityInfo, ShardInfo
+from dmvae.data.place import Place
+from dmvae.data.shard import MappedShard, ShardFile
 from dmvae.data.verify import row_blocks, verify_shard
 
 Array = np.ndarray[Any, np.dtype[Any]]
+
+_OPENERS = 4
+"""Shards that are fetched and verified at the same time."""
 
 
 class Split:
     """The rows of one split; a row's position counts through the shards in the manifest's order.
 
-    A shard is mapped when a row of it is first read, and verified before that.
+    A shard is fetched, verified and mapped, in a thread, when a row of it is first read or read ahead of. It stays
+    mapped, unless this node cannot hold the whole dataset.
+
+    Attributes:
+        where: the dataset's folder or URI.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, name: str, verify_on_use: bool) -> None:
-        self.folder = folder
+    def __init__(self, place: Place, manifest: Manifest, name: str, verify_on_use: bool) -> None:
+        self.where = place.where
         self.manifest = manifest
         self.name = name
+        self._place = place
         self._infos = [info for info in self.manifest.splits[name].shards if info.rows]
         self._starts = np.cumsum([0] + [info.rows for info in self._infos])
-        self._shards: dict[int, MappedShard] = {}
+        self._shards: dict[int, Future[MappedShard]] = {}
+        self._opener: ThreadPoolExecutor | None = None
+        self._keeps_all = place.holds(manifest.bytes)
         self._scales = {name: _Scale(info) for name, info in self.manifest.modalities.items()}
         self._incomplete = [name for name, count in self.observed.items() if count < len(self)]
         self._verify_on_use = verify_on_use
@@ -78,6 +89,7 @@ class Split:
         """
         self._check_positions(positions)
         parts = self._parts(positions)
+        self._let_go(parts)
         stored = {name: _join([part.shard.gather(name, part.rows) for part in parts], parts) for name in self._scales}
         present = {
             name: _join([part.shard.present(name, part.rows) for part in parts], parts) for name in self._incomplete
@@ -108,6 +120,12 @@ class Split:
             size_factors=None if size_factors is None else size_factors[rows],
         )
 
+    def open_ahead(self, positions: Int64[np.ndarray, " row"]) -> None:
+        """Begin to fetch, verify and map the shards of rows that will be read; without effect if not all fit here."""
+        if self._keeps_all and len(self._shards) < len(self._infos):
+            for number in np.unique(self._numbers(positions)):
+                self._shard(int(number))
+
     def ids(self) -> Array:
         """Return the names of all rows, int64 or strings."""
         parts = self._parts(np.arange(len(self)))
@@ -132,10 +150,11 @@ class Split:
         Raises:
             DatasetError: if a check fails; it names the shard, the column and the first row.
         """
-        for number in range(len(self._infos)):
-            self._verify(number, remember=not full)
+        for info in self._infos:
+            file = self._place.fetch(info)
+            verify_shard(file, info, self.manifest, remember=not full)
             if full:
-                _check_rows_have_something(self._map(number))
+                _check_rows_have_something(self._map(file, info))
         if full:
             self.check_ids()
 
@@ -148,31 +167,32 @@ class Split:
         names, counts = np.unique(self.ids(), return_counts=True)
         if (counts > 1).any():
             raise DatasetError(
-                f"{self._where}: an id occurs once in a split; got {names[counts > 1][0]} "
+                f"{self.where}, split {self.name!r}: an id occurs once in a split; got {names[counts > 1][0]} "
                 f"{counts[counts > 1][0]} times, and {int((counts > 1).sum())} such ids. Make them unique in the "
                 f"source, and prepare the dataset again."
             )
 
-    @property
-    def _where(self) -> str:
-        return f"{self.folder}, split {self.name!r}"
-
     def _check_positions(self, positions: Array) -> None:
         if len(positions) and not 0 <= positions.min() <= positions.max() < len(self):
             raise DatasetError(
-                f"{self._where}: positions lie in 0..{len(self) - 1}; got {positions.min()} to {positions.max()}."
+                f"{self.where}, split {self.name!r}: positions lie in 0..{len(self) - 1}; got {positions.min()} to "
+                f"{positions.max()}."
             )
 
     def _parts(self, positions: Array) -> "list[_Part]":
         """Divide positions by shard; no position at all is a part of the first shard, which gives empty arrays."""
         if len(self._infos) == 1 or not len(positions):
-            return [_Part(self._shard(0), positions, slice(None))]
-        number = np.searchsorted(self._starts, positions, side="right") - 1
+            return [_Part(self._shard(0).result(), positions, slice(None))]
+        number = self._numbers(positions)
         picked = {int(shard): np.flatnonzero(number == shard) for shard in np.unique(number)}
+        opening = {shard: self._shard(shard) for shard in picked}
         return [
-            _Part(self._shard(shard), positions[places] - self._starts[shard], places)
+            _Part(opening[shard].result(), positions[places] - self._starts[shard], places)
             for shard, places in picked.items()
         ]
+
+    def _numbers(self, positions: Array) -> Array:
+        return np.searchsorted(self._starts, positions, side="right") - 1
 
     def _labels(self, parts: "list[_Part]") -> Tensor | None:
         if not self.manifest.has_label:
@@ -192,24 +212,39 @@ class Split:
         ]
         return torch.from_numpy(_join(factors, parts)).to(dtype)
 
-    def _shard(self, number: int) -> MappedShard:
+    def _shard(self, number: int) -> "Future[MappedShard]":
         with self._lock:
-            if number not in self._shards:
-                if self._verify_on_use:
-                    self._verify(number, remember=True)
-                self._shards[number] = self._map(number)
+            known = self._shards.get(number)
+            if known is None or (known.done() and known.exception() is not None):
+                if self._opener is None:
+                    self._opener = ThreadPoolExecutor(_OPENERS, thread_name_prefix="dmvae-open")
+                self._shards[number] = self._opener.submit(self._open, number)
             return self._shards[number]
 
-    def _verify(self, number: int, remember: bool) -> None:
-        info = self._infos[number]
-        verify_shard(self.folder / info.path, info, self.manifest, remember)
+    def _let_go(self, parts: "list[_Part]") -> None:
+        """Unmap what is not read now where not all shards fit, so that others may have the room."""
+        if not self._keeps_all:
+            used = {id(part.shard) for part in parts}
+            with self._lock:
+                self._shards = {n: s for n, s in self._shards.items() if s.done() and id(s.result()) in used}
 
-    def _map(self, number: int) -> MappedShard:
+    def _open(self, number: int) -> MappedShard:
         info = self._infos[number]
-        shard = MappedShard(self.folder / info.path)
+        file = self._place.fetch(info)
+        if self._verify_on_use:
+            verify_shard(file, info, self.manifest)
+        return self._map(file, info)
+
+    def _map(self, file: ShardFile, info: ShardInfo) -> MappedShard:
+        shard = file.map()
+        if shard.columns != self.manifest.columns:
+            raise DatasetError(
+                f"{shard.where}: the manifest says {self.manifest.columns}; got {shard.columns}. Copy it again, or "
+                f"prepare again."
+            )
         if (shard.rows, shard.record_batch_rows) != (info.rows, info.record_batch_rows):
             raise DatasetError(
-                f"{shard.path}: the manifest says {info.rows} rows in record batches of {info.record_batch_rows}; got "
+                f"{shard.where}: the manifest says {info.rows} rows in record batches of {info.record_batch_rows}; got "
                 f"{shard.rows} in record batches of {shard.record_batch_rows}. Copy it again."
             )
         return shard
@@ -221,7 +256,7 @@ def _check_rows_have_something(shard: MappedShard) -> None:
         if nothing.any():
             first = rows[nothing]
             raise DatasetError(
-                f"a row has at least one modality; got none in {shard.path}, row {first[0]} "
+                f"a row has at least one modality; got none in {shard.where}, row {first[0]} "
                 f"(id {shard.ids(first[:1])[0]}). Leave it out in the source, and prepare the dataset again."
             )
 

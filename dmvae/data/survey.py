@@ -10,8 +10,8 @@ from dmvae.config.model import COUNT_DISTS
 from dmvae.data.error import DatasetError
 from dmvae.data.manifest import Manifest, ModalityInfo, ShardInfo, SplitInfo
 from dmvae.data.schema import Columns
-from dmvae.data.shard import MappedShard
-from dmvae.data.verify import check_values, row_blocks, sha256_of
+from dmvae.data.shard import MappedShard, sha256_of
+from dmvae.data.verify import check_values, row_blocks
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

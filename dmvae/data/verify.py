@@ -1,6 +1,5 @@
 """Whether a shard holds what its manifest says: its checksum, and values that a model can be trained on."""
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -13,15 +12,10 @@ import numpy as np
 from dmvae.config.model import COUNT_DISTS
 from dmvae.data.error import DatasetError
 from dmvae.data.manifest import Manifest, ShardInfo
-from dmvae.data.shard import MappedShard
+from dmvae.data.shard import MappedShard, ShardFile, sha256_of
+from dmvae.data.staging import cache_folder
 
 Array = np.ndarray[Any, np.dtype[Any]]
-
-
-def sha256_of(path: Path) -> str:
-    """Return the file's SHA-256 in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def row_blocks(shard: MappedShard) -> Iterator[Array]:
@@ -96,39 +90,41 @@ def _check_size_factors(shard: MappedShard, rows: Array, counts: list[str]) -> N
 
 
 def _first(shard: MappedShard, column: str, rows: Array) -> str:
-    return f"{shard.path}, column {column!r}, row {rows[0]} (id {shard.ids(rows[:1])[0]})"
+    return f"{shard.where}, column {column!r}, row {rows[0]} (id {shard.ids(rows[:1])[0]})"
 
 
-def verify_shard(path: Path, info: ShardInfo, manifest: Manifest, remember: bool = True) -> None:
+def verify_shard(file: ShardFile, info: ShardInfo, manifest: Manifest, remember: bool = True) -> None:
     """Check a shard's checksum and values against the manifest, once per (path, size, time of change).
 
     Args:
-        path: the file.
+        file: the shard.
         info: what the manifest says of it.
         manifest: the dataset's.
-        remember: trust an earlier check of the unchanged file, and record this one in the user's cache folder.
+        remember: trust an earlier check of the unchanged file, also that it had the checksum when it was copied here,
+            and record this one in the user's cache folder.
 
     Raises:
         DatasetError: if the file was altered, or holds a value that no model can take.
     """
+    path = file.path
     status = path.stat()
     entry = [status.st_size, status.st_mtime_ns, info.sha256, manifest.fingerprint]
     if remember and _remembered().get(str(path.resolve())) == entry:
         return
-    found = sha256_of(path)
+    found = info.sha256 if remember and file.is_summed else sha256_of(path)
     if found != info.sha256:
         raise DatasetError(
-            f"{path}: a shard has the SHA-256 of the manifest, {info.sha256[:12]}...; got {found[:12]}.... It was "
-            f"damaged or altered: copy it again, or prepare the dataset again."
+            f"{file.where}: a shard has the SHA-256 of the manifest, {info.sha256[:12]}...; got {found[:12]}.... It "
+            f"was damaged or altered: copy it again, or prepare the dataset again."
         )
-    shard = MappedShard(path)
+    shard = file.map()
     modalities = manifest.modalities.items()
     check_values(shard, {name: m.classes for name, m in modalities}, {name: m.likelihood for name, m in modalities})
     for name, count in info.observed.items():
         seen = sum(int(shard.present(name, rows).sum()) for rows in row_blocks(shard))
         if seen != count:
             raise DatasetError(
-                f"{path}: the manifest counts the rows that have a modality; got {seen} for {name!r} and says "
+                f"{file.where}: the manifest counts the rows that have a modality; got {seen} for {name!r} and says "
                 f"{count}. Compute the manifest anew from the shards."
             )
     if remember:
@@ -136,7 +132,7 @@ def verify_shard(path: Path, info: ShardInfo, manifest: Manifest, remember: bool
 
 
 def _cache_file() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dmvae" / "verified.json"
+    return cache_folder() / "verified.json"
 
 
 def _remembered() -> dict[str, list[Any]]:

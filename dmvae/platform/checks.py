@@ -91,4 +91,4 @@ def check_fit(model: DMVAE, dataset: Dataset) -> None:
     """
     found, own = dict(dataset.manifest.input_dims), model.config.shapes
     if found != own:
-        raise ValueError(f"a model is judged on data of its own modalities {own}; {dataset.path} has {found}.")
+        raise ValueError(f"a model is judged on data of its own modalities {own}; {dataset.where} has {found}.")

@@ -69,7 +69,7 @@ def embed(config: EmbedConfig, progress: Callable[[str], None]) -> EmbedSummary:
         if fresh < total:
             progress(f"{total - fresh:,} of {total:,} rows are there already")
         begun, done = time.monotonic(), 0
-        args = (str(folder), str(dataset.path.absolute()), str(output.absolute()), config, key)
+        args = (str(folder), dataset.where, str(output.absolute()), config, key)
         workers = min(config.workers, max(len(todo), 1))
         with local_cluster(workers) if workers > 1 else nullcontext():
             for shard in _run(args, todo, workers):

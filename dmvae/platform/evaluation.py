@@ -69,7 +69,7 @@ def judge(
     progress(f"NLL of {config.split}: {len(split):,} rows, {config.num_draws} draws each")
     show = Progress(progress, f"NLL of {config.split}")
     removal = quality.removal(extras.missing_rates) if "robustness" in config.measures else None
-    task = Task(str(model_dir), str(dataset.path.absolute()), config, extras.device, removal)
+    task = Task(str(model_dir), dataset.where, config, extras.device, removal)
     store = None if extras.output is None else RowStore(extras.output, _key(task, dataset))
     table = evaluate_nll(task, workers, show, store)
     figures = table.summary()

@@ -82,7 +82,7 @@ def _dataset_of(run: Mapping[str, Any]) -> Dataset:
     dataset = open_dataset(run["data"]["dataset"])
     if dataset.manifest.fingerprint != run["dataset"]["fingerprint"]:
         raise RegistryError(
-            f"a model is registered with the units of its dataset; {dataset.path} is another one by now (fingerprint "
+            f"a model is registered with the units of its dataset; {dataset.where} is another one by now (fingerprint "
             f"{dataset.manifest.fingerprint[:12]}, not {run['dataset']['fingerprint'][:12]}). Put the old one back."
         )
     return dataset
@@ -103,7 +103,7 @@ def _fill(
     card = {
         "run": run["name"],
         "run_id": result["run_id"],
-        "dataset": {"name": dataset.path.name, "fingerprint": dataset.manifest.fingerprint},
+        "dataset": {"name": dataset.name, "fingerprint": dataset.manifest.fingerprint},
         "train_rows": len(train),
         "train_observed": train.observed,
         "metrics": result["metrics"],

@@ -24,6 +24,7 @@ from dmvae import checkpoint
 from dmvae.config.training import TrainConfig
 from dmvae.data.dataset import Dataset, open_dataset
 from dmvae.data.manifest import Manifest
+from dmvae.data.place import locate
 from dmvae.model import DMVAE
 from dmvae.platform import shelf
 from dmvae.platform.checks import check_data
@@ -179,7 +180,7 @@ def resolve(config: TrainConfig, dataset: Dataset) -> TrainConfig:
 
 def absolute(config: TrainConfig) -> TrainConfig:
     """Make paths hold in processes that start elsewhere."""
-    data = config.data.model_copy(update={"dataset": str(Path(config.data.dataset).absolute())})
+    data = config.data.model_copy(update={"dataset": locate(config.data.dataset).where})
     init_from = None if config.init_from is None else str(Path(config.init_from).absolute())
     return config.model_copy(update={"data": data, "init_from": init_from})
 
@@ -252,8 +253,7 @@ def dataset_record(config: TrainConfig, dataset: Dataset) -> DatasetRecord:
     """Return what MLflow shows of the dataset behind a run."""
     manifest = dataset.manifest
     profile = {name: {"rows": split.rows, "observed": split.observed} for name, split in manifest.splits.items()}
-    source = Path(config.data.dataset).absolute()
-    return DatasetRecord(source.name, manifest.fingerprint, str(source), profile)
+    return DatasetRecord(dataset.name, manifest.fingerprint, dataset.where, profile)
 
 
 def _announce(config: TrainConfig, progress: Callable[[str], None]) -> None:
