@@ -256,9 +256,9 @@ def _init(config: Any) -> None:
 
 
 def _prepare(config: Any) -> None:
-    from dmvae.data.prepare import prepare
+    from dmvae.data.prepare import prepare_and_upload
 
-    folder = prepare(config, progress=_say)
+    folder = prepare_and_upload(config, progress=_say)
     _say(f"next      {command('inspect')} {folder} --output {folder}-inspection")
 
 

@@ -41,7 +41,7 @@ def make_dataset(folder: Path, rows: int = 240, seed: int = 0, left_in_train: bo
     return folder / "data"
 
 
-def make_config(folder: Path, dataset: Path, name: str = "run", **changes: Any) -> TrainConfig:
+def make_config(folder: Path, dataset: Path | str, name: str = "run", **changes: Any) -> TrainConfig:
     """Describe a short run in float64; `changes` are laid over, by section."""
     tree: dict[str, Any] = {
         "name": name,

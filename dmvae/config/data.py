@@ -12,7 +12,8 @@ class DataConfig(Section):
     """How training reads a dataset.
 
     Attributes:
-        dataset: the folder that `jobs.prepare` wrote.
+        dataset: what `jobs.prepare` wrote: a folder, or a URI such as `s3://BUCKET/NAME` (credentials from the
+            environment; shards are kept in `DMVAE_CACHE`, at most `DMVAE_CACHE_GB` of them).
         train_split: the split that is trained on.
         val_split: the split that the best epoch is chosen with.
         streams: a global batch takes equal parts of so many streams of rows. Part of the order of rows, so fixed
@@ -174,7 +175,7 @@ class PrepareConfig(Section):
     """What one `jobs.prepare` run makes, from what.
 
     Attributes:
-        dataset: the folder to write.
+        dataset: the folder to write, or a URI such as `s3://BUCKET/NAME`.
         source: where the rows come from.
         seed: decides splits, the rows' order and whatever the source draws.
         scaling: `standardise` divides a float modality by its standard deviation over the observed training rows,

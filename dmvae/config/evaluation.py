@@ -40,7 +40,7 @@ class EvaluateConfig(Section):
     model: str
     """A model's or a checkpoint's folder."""
     dataset: str
-    """A dataset's folder."""
+    """A dataset's folder or URI."""
     workers: Size = 1
     """Processes of one thread each; with more than one, Ray actors. The figures do not depend on it."""
     device: Device = "auto"

@@ -62,7 +62,7 @@ class EmbedConfig(Section):
     model: str
     """A registered model (`models:/NAME@champion`) or a run's or a model's folder."""
     dataset: str
-    """A dataset's folder."""
+    """A dataset's folder or URI."""
     output: str
     """The folder of the Parquet files; the same command goes on with what is there."""
     split: Name | None = None

@@ -13,7 +13,7 @@ class ReportConfig(Section):
     model: str
     """A run's, a model's or a checkpoint's folder; a run's is that of its best checkpoint."""
     dataset: str
-    """A dataset's folder."""
+    """A dataset's folder or URI."""
     split: Name = "test"
     """The rows that are shown."""
     train_split: Name = "train"

@@ -36,6 +36,11 @@ def is_uri(path: str | Path) -> bool:
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", str(path)) is not None
 
 
+def absolute(path: str) -> str:
+    """Make a folder hold in processes that start elsewhere; a URI does."""
+    return path if is_uri(path) else str(Path(path).absolute())
+
+
 def file_system(uri: str) -> tuple[pa.fs.FileSystem, str]:
     """Return the file system of a URI, with credentials from the environment, and the path in it."""
     if "@" in uri.partition("://")[2].partition("/")[0]:
@@ -44,8 +49,9 @@ def file_system(uri: str) -> tuple[pa.fs.FileSystem, str]:
             "recorded with the run; got a URI that holds some. Leave them out."
         )
     try:
-        system, path = pa.fs.FileSystem.from_uri(uri)
-    except (pa.ArrowException, ValueError, OSError) as error:
+        # which asks for the region of a bucket
+        system, path = _patiently(lambda: pa.fs.FileSystem.from_uri(uri), uri, _OPENING_SECONDS)
+    except (pa.ArrowException, ValueError) as error:
         raise DatasetError(f"a dataset is a folder or a URI that pyarrow.fs knows; got {uri!r}: {error}") from error
     return system, path.rstrip("/")
 

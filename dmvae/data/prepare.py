@@ -1,5 +1,6 @@
 """From a source to a dataset: check, split, shuffle, write."""
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 
 from dmvae.config.data import CsvSource, ImagesSource, NpzSource, ParquetSource, PrepareConfig, Source
 from dmvae.data.error import DatasetError
+from dmvae.data.place import check_free, is_uri, upload
 from dmvae.data.rows import Rows
 from dmvae.data.sources.csv import read_csv
 from dmvae.data.sources.digits import read_digits
@@ -52,12 +54,30 @@ def prepare(config: PrepareConfig, progress: Callable[[str], None] = print) -> P
         parts,
         scaling=config.scaling,
         likelihood=config.likelihood,
-        origin=config.model_dump(mode="json", exclude={"replace"}),
+        origin=config.model_dump(mode="json", exclude={"dataset", "replace"}),
         shard_bytes=config.shard_megabytes << 20,
         replace=config.replace,
     )
     progress(f"wrote {target}")
     return target
+
+
+def prepare_and_upload(config: PrepareConfig, progress: Callable[[str], None] = print) -> str:
+    """Make the dataset where `config` says, a folder or a URI of an object store, and return that.
+
+    For an object store it is made in a temporary folder and uploaded, the manifest last.
+
+    Raises:
+        DatasetError: as `prepare`, or if the store does not take it.
+    """
+    if not is_uri(config.dataset):
+        return str(prepare(config, progress))
+    check_free(config.dataset, config.replace)
+    with tempfile.TemporaryDirectory(prefix="dmvae-") as scratch:
+        folder = prepare(config.model_copy(update={"dataset": f"{scratch}/dataset"}), progress)
+        upload(folder, config.dataset, config.replace)
+    progress(f"wrote {config.dataset}")
+    return config.dataset
 
 
 def read_source(source: Source, seed: int) -> Rows:

@@ -1,7 +1,7 @@
 """The rows of one split: any of them, in any order, as batches."""
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -89,7 +89,6 @@ class Split:
         """
         self._check_positions(positions)
         parts = self._parts(positions)
-        self._let_go(parts)
         stored = {name: _join([part.shard.gather(name, part.rows) for part in parts], parts) for name in self._scales}
         present = {
             name: _join([part.shard.present(name, part.rows) for part in parts], parts) for name in self._incomplete
@@ -185,6 +184,7 @@ class Split:
             return [_Part(self._shard(0).result(), positions, slice(None))]
         number = self._numbers(positions)
         picked = {int(shard): np.flatnonzero(number == shard) for shard in np.unique(number)}
+        self._keep_only(picked)
         opening = {shard: self._shard(shard) for shard in picked}
         return [
             _Part(opening[shard].result(), positions[places] - self._starts[shard], places)
@@ -221,12 +221,11 @@ class Split:
                 self._shards[number] = self._opener.submit(self._open, number)
             return self._shards[number]
 
-    def _let_go(self, parts: "list[_Part]") -> None:
-        """Unmap what is not read now where not all shards fit, so that others may have the room."""
+    def _keep_only(self, numbers: Container[int]) -> None:
+        """Unmap the other shards where not all fit on this node, so that they can make room."""
         if not self._keeps_all:
-            used = {id(part.shard) for part in parts}
             with self._lock:
-                self._shards = {n: s for n, s in self._shards.items() if s.done() and id(s.result()) in used}
+                self._shards = {number: shard for number, shard in self._shards.items() if number in numbers}
 
     def _open(self, number: int) -> MappedShard:
         info = self._infos[number]

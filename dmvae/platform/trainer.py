@@ -22,9 +22,9 @@ from torch import nn
 
 from dmvae import checkpoint
 from dmvae.config.training import TrainConfig
+from dmvae.data import place
 from dmvae.data.dataset import Dataset, open_dataset
 from dmvae.data.manifest import Manifest
-from dmvae.data.place import locate
 from dmvae.model import DMVAE
 from dmvae.platform import shelf
 from dmvae.platform.checks import check_data
@@ -180,7 +180,7 @@ def resolve(config: TrainConfig, dataset: Dataset) -> TrainConfig:
 
 def absolute(config: TrainConfig) -> TrainConfig:
     """Make paths hold in processes that start elsewhere."""
-    data = config.data.model_copy(update={"dataset": locate(config.data.dataset).where})
+    data = config.data.model_copy(update={"dataset": place.absolute(config.data.dataset)})
     init_from = None if config.init_from is None else str(Path(config.init_from).absolute())
     return config.model_copy(update={"data": data, "init_from": init_from})
 
