@@ -9,7 +9,7 @@ class InspectConfig(Section):
     """What one `jobs.inspect` run looks at."""
 
     dataset: str = Field(min_length=1)
-    """A dataset's folder."""
+    """A dataset's folder or URI."""
     output: str | None = None
     """The folder of `train.toml` and `missingness.png`. None: the configuration is printed, and nothing is drawn."""
     verify: bool = False

@@ -135,9 +135,9 @@ class Split:
         return self._labels(self._parts(np.arange(len(self))))
 
     def shards(self) -> Iterator[MappedShard]:
-        """Yield the shards in order, each mapped when it is its turn, without a check of its checksum or values."""
-        for number in range(len(self._infos)):
-            yield self._map(number)
+        """Yield the shards in order, fetched and mapped in their turn, without a check of their sums or values."""
+        for info in self._infos:
+            yield self._map(self._place.fetch(info), info)
 
     def verify(self, full: bool = False) -> None:
         """Check the checksum and the observed values of every shard.

@@ -22,7 +22,8 @@ URI = "s3://bucket/sets/pairs"
 def test_prepare_train_evaluate_embed_and_report_take_a_uri(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     cause = rng.normal(size=(600, 2))
-    views = {name: (cause @ rng.normal(size=(2, dim))).astype(np.float32) for name, dim in (("left", 5), ("right", 3))}
+    mixed = {name: cause @ rng.normal(size=(2, dim)) for name, dim in (("left", 5), ("right", 3))}
+    views = {name: (x + 0.3 * rng.normal(size=x.shape)).astype(np.float32) for name, x in mixed.items()}
     np.savez(tmp_path / "rows.npz", id=np.arange(600), label=rng.integers(0, 2, 600), **views)
     prepared = {"dataset": URI, "shard_megabytes": 1, "source": {"kind": "npz", "path": str(tmp_path / "rows.npz")}}
     (tmp_path / "prepare.toml").write_text(tomli_w.dumps(prepared))
@@ -36,6 +37,7 @@ def test_prepare_train_evaluate_embed_and_report_take_a_uri(tmp_path: Path) -> N
             subprocess.run([sys.executable, "-m", *words], env=own, check=True)
 
         job("jobs.prepare", str(tmp_path / "prepare.toml"))
+        job("jobs.inspect", "--dataset", URI)
         job("jobs.train", str(tmp_path / "train.toml"))
         job("jobs.evaluate", "--model", best, "--dataset", URI, "--workers", "2", "--evaluation.num-draws", "20")
         job("jobs.embed", "--model", best, "--dataset", URI, "--output", str(tmp_path / "latents"))
