@@ -34,7 +34,7 @@ class Batch:
         labels: int64 `(rows,)`, a class per row; negative where there is none.
         ids: the rows' names, an int64 tensor or a numpy array of strings.
         size_factors: float `(rows,)`, positive: what a row's expected counts are proportional to, such as the depth
-            of its sequencing. Read in rows that have a modality of counts; None: each one's total in the row.
+            of its sequencing. Read in rows that have a modality of counts; None, or NaN: its total in the row.
 
     Raises:
         ValueError: if tensors disagree on the number of rows, or a mask belongs to no modality or is not 0/1.

@@ -12,6 +12,7 @@ from dmvae.batch import Batch
 from dmvae.density import LatentDensity
 from dmvae.latents import Latents
 from dmvae.metrics import has
+from dmvae.missing import without
 from dmvae.model import DMVAE
 from dmvae.nll import KHAT_LIMIT, NLLEstimate
 from dmvae.report import Figure, Picture, is_image
@@ -208,7 +209,7 @@ def imputed_scatter(model: DMVAE, rows: Batch, density: LatentDensity | None) ->
             continue
         generator = torch.Generator(model.device).manual_seed(0)
         drawn = model.predict(chosen, others, name, N=20, generator=generator, density=density)[name]
-        imputed = model.likelihoods[name].mean(drawn).mean(0).flatten(1).cpu().numpy()
+        imputed = model.means(drawn, name, without(chosen, name)).mean(0).flatten(1).cpu().numpy()
         observed = chosen.data[name].flatten(1).cpu().numpy()
         figure = Figure(figsize=(5, 5), layout="constrained")
         axes = figure.subplots()

@@ -45,24 +45,27 @@ def conform(
     return Batch(data, masks, getattr(inputs, "labels", None), getattr(inputs, "ids", None), size_factors)
 
 
-def observe(batch: Batch, encoders: Mapping[str, nn.Module]) -> dict[str, Observed]:
+def observe(
+    batch: Batch, encoders: Mapping[str, nn.Module], likelihoods: Mapping[str, likelihood.Likelihood]
+) -> dict[str, Observed]:
     """Encode each modality of the rows that have it; a modality that no row has is left out."""
     observed: dict[str, Observed] = {}
     for name, encoder in encoders.items():
         if name not in batch.data or len(batch) == 0:
             continue
-        values, mask = batch.data[name], (batch.masks or {}).get(name)
+        values, mask, size_factors = batch.data[name], (batch.masks or {}).get(name), batch.size_factors
         if mask is None or bool(mask.all()):
             here, rows = torch.ones(len(batch), dtype=torch.bool, device=values.device), None
         else:
             here, rows = mask, mask.nonzero().squeeze(1)
             values = values.index_select(0, rows)
+            size_factors = None if size_factors is None else size_factors.index_select(0, rows)
         if len(values) == 0:
             continue
         output = encoder(values)
         shared = _gaussian(output.embedding, output.log_covariance)
         private = _gaussian(output.style_embedding, output.style_log_covariance)
-        observed[name] = Observed(here, rows, values, shared, private)
+        observed[name] = Observed(here, rows, likelihoods[name].observe(values, size_factors), shared, private)
     return observed
 
 
@@ -93,6 +96,23 @@ def present(batch: Batch, name: str) -> Bool[Tensor, " row"]:
         return torch.zeros(len(batch), dtype=torch.bool)
     mask = (batch.masks or {}).get(name)
     return torch.ones(len(batch), dtype=torch.bool, device=batch.data[name].device) if mask is None else mask
+
+
+def size_factors(batch: Batch, name: str, unknown: float, like: Tensor) -> Float[Tensor, " row"]:
+    """Return what a row's counts are proportional to: its size factor, else their total, else `unknown`.
+
+    Args:
+        batch: rows.
+        name: of the modality of counts.
+        unknown: of rows that have neither.
+        like: has the type and the device of the result.
+    """
+    found = like.new_full((len(batch),), unknown)
+    if name in batch.data:
+        found = torch.where(present(batch, name), batch.data[name].flatten(1).sum(1).clamp(min=1), found)
+    if batch.size_factors is not None:
+        found = torch.where(batch.size_factors.isnan(), found, batch.size_factors)
+    return found
 
 
 def at_least_float32(x: Tensor) -> Tensor:

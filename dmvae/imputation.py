@@ -68,8 +68,9 @@ def held_out_errors(
 ) -> Errors:
     """Predict a modality of the rows that have it from their other modalities.
 
-    The prediction is the mean over draws of the likelihood's mean; the intervals are the quantiles of draws of the
-    values themselves, which have the likelihood's noise, and exist for normal and Laplace modalities.
+    The prediction is the mean over draws of the likelihood's mean, of counts at the row's size factor if it has one and
+    else at the likelihood's; the intervals are the quantiles of draws of the values themselves, which have the
+    likelihood's noise, and exist for normal and Laplace modalities.
 
     Args:
         model: in any mode.
@@ -91,7 +92,7 @@ def held_out_errors(
             generator = generator_of(model, part, seed)
             names = [name for name in model.config.modalities if name != modality] or [modality]
             output = model.predict(given, names, modality, num_draws, generator=generator, density=density)[modality]
-            mean = model.likelihoods[modality].mean(output.reshape(num_draws, len(part), *output.shape[2:]))
+            mean = model.means(output.reshape(num_draws, len(part), *output.shape[2:]), modality, given)
             truth = part.data[modality].to(mean)
             total += _errors(mean.mean(0), truth, _intervals(model, modality, mean, truth, generator))
     return total
@@ -168,11 +169,13 @@ def join(parts: Iterable[Batch]) -> Batch:
     """Put batches of the same modalities together."""
     batches_ = list(parts)
     labels = [part.labels for part in batches_ if part.labels is not None]
+    size_factors = [part.size_factors for part in batches_ if part.size_factors is not None]
     names = list(batches_[0].data)
     return Batch(
         data={name: torch.cat([part.data[name] for part in batches_]) for name in names},
         masks={name: torch.cat([has(part, name) for part in batches_]) for name in names},
         labels=torch.cat(labels) if labels else None,
+        size_factors=torch.cat(size_factors) if size_factors else None,
     )
 
 

@@ -21,7 +21,7 @@ class Term:
 
     Attributes:
         place: names the modality's noise.
-        values: `(rows, *shape)`.
+        values: `(rows, *shape)`, as `Likelihood.observe` gives them.
         private: q(z_i | x_i), in float64.
         decode: [z_s, z_i] in the decoder's type to the likelihood's parameters.
         likelihood: of the modality.

@@ -35,6 +35,14 @@ class Likelihood(nn.Module):
         """Return E[x | output] on the data's scale."""
         raise NotImplementedError
 
+    def mean_at(self, output: Float[Tensor, "..."], size_factors: Float[Tensor, " row"]) -> Tensor:
+        """Return E[x | output] for an output `(..., row, *shape)` of rows with these size factors (of counts)."""
+        return self.mean(output)
+
+    def observe(self, value: Tensor, size_factors: Tensor | None) -> Tensor:
+        """Return observed rows as `log_prob`, `score` and `information` are given them: their values, as a rule."""
+        return value
+
     def is_density(self, value: Tensor) -> bool:
         """Tell whether `log_prob` of these values is a log-density or log-probability."""
         return True
@@ -181,6 +189,124 @@ class Bernoulli(Likelihood):
         return _gram(tangents * torch.sqrt(p * (1 - p)).unsqueeze(1))
 
 
+class Counts(Likelihood):
+    """Counts 0, 1, 2, ... with the decoder's output as the logarithm of their mean at size factor 1.
+
+    Observed rows carry their size factor: `observe` makes `(rows, size + 1)` of them, the flattened counts and the
+    size factor's logarithm, which is added to the output. Counts by themselves are taken with their total.
+
+    Attributes:
+        size_factor: of rows for which none is known, because they lack the modality.
+    """
+
+    def __init__(self, shape: tuple[int, ...], size_factor: float = 1.0) -> None:
+        super().__init__(shape)
+        self.size_factor = float(size_factor)
+
+    def observe(self, value: Tensor, size_factors: Tensor | None) -> Tensor:
+        """Return the counts and the logarithm of the size factor; None or NaN: the row's total, or 1 of only zeros."""
+        counts = value.flatten(1)
+        sizes = counts.sum(1).clamp(min=1)
+        if size_factors is not None:
+            sizes = torch.where(size_factors.isnan(), sizes, size_factors)
+        return torch.cat((counts, sizes.log().unsqueeze(1)), dim=1)
+
+    def mean(self, output: Tensor) -> Tensor:
+        """Return the mean at the size factor of rows for which none is known."""
+        return self.size_factor * output.exp()
+
+    def mean_at(self, output: Float[Tensor, "..."], size_factors: Float[Tensor, " row"]) -> Tensor:
+        """Return the size factor times exp of the output."""
+        return output.exp() * size_factors.view(-1, *(1 for _ in self.shape))
+
+    def in_support(self, value: Tensor) -> bool:
+        """Tell whether every value is a whole number of 0 or more."""
+        return bool(((value >= 0) & (value == value.floor()) & value.isfinite()).all())
+
+    def _split(self, output: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Return flat counts and the logarithm of their means."""
+        size = math.prod(self.shape)
+        if value.shape[-1] != size + 1:
+            leading = value.shape[: value.dim() - len(self.shape)]
+            value = self.observe(value.reshape(-1, *self.shape).to(output.dtype), None).view(*leading, size + 1)
+        return value[..., :-1], output.flatten(-len(self.shape)) + value[..., -1:]
+
+
+class Poisson(Counts):
+    """Independent Poisson counts: x log mu - mu - log x!."""
+
+    def log_prob(self, output: Tensor, value: Tensor) -> Float[Tensor, "..."]:
+        """Return the log-probability in nats, summed over the modality's elements."""
+        counts, log_mean = self._split(output, value)
+        # of the rows, not of every draw: cheap even in float64, where sums of large terms keep their digits
+        normaliser = torch.lgamma(counts.double() + 1).sum(-1).to(output.dtype)
+        return (counts * log_mean - log_mean.exp()).sum(-1) - normaliser
+
+    def score(self, output: Float[Tensor, "row ..."], value: Tensor) -> Float[Tensor, "row ..."]:
+        """Return x - mu."""
+        counts, log_mean = self._split(output, value)
+        return (counts - log_mean.exp()).view_as(output)
+
+    def information(
+        self, tangents: Float[Tensor, "row tangent ..."], output: Float[Tensor, "row ..."], value: Tensor
+    ) -> Float[Tensor, "row tangent tangent"]:
+        """Return J' diag(mu) J."""
+        _, log_mean = self._split(output, value)
+        return _gram(tangents.flatten(2) * torch.exp(0.5 * log_mean).unsqueeze(1))
+
+
+class NegativeBinomial(Counts):
+    """Independent negative binomial counts of mean mu and variance mu + mu^2 / r, with dispersion r.
+
+        log p = log Gamma(x + r) / (Gamma(r) r^x x!) + x log mu - (x + r) log(1 + mu / r)
+
+    Poisson counts are the limit of large r.
+
+    Args:
+        shape: of one row.
+        dispersion: r, a number, or "learned" for one of each element.
+        size_factor: of rows for which none is known.
+
+    Source: Lopez et al. 2018 (scVI), whose inverse dispersion theta is r.
+    """
+
+    def __init__(
+        self, shape: tuple[int, ...], dispersion: float | int | str = "learned", size_factor: float = 1.0
+    ) -> None:
+        super().__init__(shape, size_factor)
+        learned = dispersion == "learned"
+        self.log_dispersion: Tensor | float = (
+            nn.Parameter(torch.zeros(math.prod(shape))) if learned else math.log(float(dispersion))
+        )
+
+    def log_prob(self, output: Tensor, value: Tensor) -> Float[Tensor, "..."]:
+        """Return the log-probability in nats, summed over the modality's elements."""
+        counts, log_mean = self._split(output, value)
+        log_r = torch.as_tensor(self.log_dispersion, dtype=torch.float64, device=output.device).double()
+        x, r = counts.double(), log_r.exp()
+        normaliser = torch.lgamma(x + r) - torch.lgamma(r) - x * log_r - torch.lgamma(x + 1)
+        log_p = counts * log_mean - (counts + r.to(output.dtype)) * F.softplus(log_mean - log_r.to(output.dtype))
+        return log_p.sum(-1) + normaliser.sum(-1).to(output.dtype)
+
+    def score(self, output: Float[Tensor, "row ..."], value: Tensor) -> Float[Tensor, "row ..."]:
+        """Return (x - mu) r / (mu + r)."""
+        counts, log_mean = self._split(output, value)
+        r = self._dispersion(output)
+        return (counts - (counts + r) * torch.sigmoid(log_mean - r.log())).view_as(output)
+
+    def information(
+        self, tangents: Float[Tensor, "row tangent ..."], output: Float[Tensor, "row ..."], value: Tensor
+    ) -> Float[Tensor, "row tangent tangent"]:
+        """Return J' diag(mu r / (mu + r)) J."""
+        _, log_mean = self._split(output, value)
+        r = self._dispersion(output)
+        weight = r * torch.sigmoid(log_mean - r.log())
+        return _gram(tangents.flatten(2) * weight.sqrt().unsqueeze(1))
+
+    def _dispersion(self, output: Tensor) -> Tensor:
+        return torch.as_tensor(self.log_dispersion, dtype=output.dtype, device=output.device).exp()
+
+
 class Categorical(Likelihood):
     """Independent categories, int64 in [0, classes), with logits in the output's last dimension."""
 
@@ -226,6 +352,8 @@ _REGISTRY: dict[str, Callable[..., Likelihood]] = {
     "laplace": Laplace,
     "bernoulli": Bernoulli,
     "categorical": Categorical,
+    "poisson": Poisson,
+    "negative_binomial": NegativeBinomial,
 }
 
 

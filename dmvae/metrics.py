@@ -183,7 +183,7 @@ def predicted_class_share(
         return Proportion()
     generator = generator_of(model, rows, seed)
     predicted = model.predict(given, "all", gen_mod, return_mean=return_mean, generator=generator, density=density)
-    return _recognised(classifier, _shown(model, gen_mod, predicted[gen_mod]), rows)
+    return _recognised(classifier, _shown(model, gen_mod, predicted[gen_mod], given), rows)
 
 
 def joint_coherence(
@@ -203,10 +203,11 @@ def joint_coherence(
     return Proportion(int(np.all([classes == seen[0] for classes in seen], axis=0).sum()), num_samples)
 
 
-def _shown(model: DMVAE, name: str, output: Tensor) -> Tensor:
+def _shown(model: DMVAE, name: str, output: Tensor, given: Batch | None = None) -> Tensor:
     """Return a decoder's output as values such as the data's: the mean, or of categories the likeliest."""
-    likelihood = model.likelihoods[name]
-    return output.argmax(-1) if isinstance(likelihood, Categorical) else likelihood.mean(output)
+    if isinstance(model.likelihoods[name], Categorical):
+        return output.argmax(-1)
+    return model.means(output, name, given)
 
 
 def posterior_mean_sums(model: DMVAE, rows: Batch | Iterable[Batch]) -> dict[str, MeanSums]:

@@ -14,7 +14,7 @@ from dmvae import likelihood, networks
 from dmvae.batch import Batch, MultimodalRows
 from dmvae.config.model import DMVAEConfig
 from dmvae.density import LatentDensity
-from dmvae.encoding import at_least_float32, combine, conform, observe, present
+from dmvae.encoding import at_least_float32, combine, conform, observe, present, size_factors
 from dmvae.folder import MODEL_CONFIG as MODEL_CONFIG
 from dmvae.folder import MODEL_WEIGHTS as MODEL_WEIGHTS
 from dmvae.folder import check_weights, read_folder, write_folder
@@ -136,7 +136,7 @@ class DMVAE(nn.Module):
             )
         bound = negative_bounds(
             self.config,
-            observe(batch, self.encoders),
+            observe(batch, self.encoders, self.likelihoods),
             self.decode_functions,
             self.likelihoods,
             noise,
@@ -155,7 +155,7 @@ class DMVAE(nn.Module):
         Encoders see present rows only.
         """
         names = self._names(modalities, "modalities")
-        return observe(self._batch(inputs), {name: self.encoders[name] for name in names})
+        return observe(self._batch(inputs), {name: self.encoders[name] for name in names}, self.likelihoods)
 
     @property
     def decode_functions(self) -> dict[str, Decode]:
@@ -216,8 +216,8 @@ class DMVAE(nn.Module):
         """Decode latents as `encode` and `generate_from_prior` return them.
 
         Returns:
-            the decoder's output per modality (logits for bernoulli and categorical), with the latents'
-            leading dimensions; `likelihoods[m].mean` brings it to the data's scale.
+            the decoder's output per modality (logits for bernoulli and categorical, log-means for counts), with the
+            latents' leading dimensions; `means` brings it to the data's scale.
         """
         with _inference(self):
             return decode_latents(self._decode_functions_of(modalities, "modalities"), embedding)
@@ -237,6 +237,18 @@ class DMVAE(nn.Module):
         wanted = self._names(gen_mod, "gen_mod")
         embedding = self.encode(inputs, cond_mod, N, return_mean, flatten, generator, density)
         return self.decode(embedding, wanted)
+
+    def means(self, output: Tensor, modality: str, inputs: MultimodalRows | None = None) -> Tensor:
+        """Return E[x_m | output] on the data's scale, for a decoder's output `(..., *output_shape)`.
+
+        Counts are shown at a size factor, the likelihood's as a rule. With `inputs`, output being `(..., rows,
+        *output_shape)` of their rows, it is the row's own where it is known: as given, or the total of the counts
+        that the row has.
+        """
+        module = self.likelihoods[modality]
+        if inputs is None or not isinstance(module, likelihood.Counts):
+            return module.mean(output)
+        return module.mean_at(output, size_factors(self._batch(inputs), modality, module.size_factor, output))
 
     def generate_from_prior(
         self, n_samples: int, generator: torch.Generator | None = None, density: LatentDensity | None = None
@@ -343,6 +355,7 @@ class DMVAE(nn.Module):
             shared_dim=self.config.latent_dim,
             private_dim=self.config.private_dims[name],
             classes=module.classes if isinstance(module, likelihood.Categorical) else None,
+            counts=isinstance(module, likelihood.Counts),
         )
 
     def _batch(self, inputs: MultimodalRows) -> Batch:

@@ -40,6 +40,7 @@ class Dimensions:
         shared_dim: dimension of the shared latent.
         private_dim: dimension of the private latent.
         classes: of categorical values, else None.
+        counts: whether the values are counts, which spread over orders of magnitude.
     """
 
     shape: tuple[int, ...]
@@ -47,6 +48,7 @@ class Dimensions:
     shared_dim: int
     private_dim: int
     classes: int | None = None
+    counts: bool = False
 
 
 class _Heads(nn.Linear):
@@ -74,11 +76,11 @@ def _hidden_dims(architecture: ArchitectureConfig) -> tuple[int, ...]:
 
 
 class MLPEncoder(nn.Module):
-    """A perceptron on the flattened row; categories enter one-hot."""
+    """A perceptron on the flattened row; categories enter one-hot, counts as log(1 + x)."""
 
     def __init__(self, architecture: ArchitectureConfig, dims: Dimensions) -> None:
         super().__init__()
-        self.classes = dims.classes
+        self.classes, self.counts = dims.classes, dims.counts
         sizes = [math.prod(dims.shape) * (dims.classes or 1), *_hidden_dims(architecture)]
         self.body = nn.Sequential(*_layers(sizes, architecture.dropout))
         self.heads = _Heads(sizes[-1], dims)
@@ -87,6 +89,8 @@ class MLPEncoder(nn.Module):
         """Map `(rows, *shape)` to the posteriors' parameters."""
         if self.classes is not None:
             x = F.one_hot(x, self.classes).to(self.heads.weight.dtype)
+        elif self.counts:
+            x = torch.log1p(x)
         return self.heads.split(self.body(x.flatten(1)))
 
 
@@ -116,6 +120,7 @@ class ConvEncoder(nn.Module):
     def __init__(self, architecture: ArchitectureConfig, dims: Dimensions) -> None:
         super().__init__()
         channels, self.pad = _image(architecture, dims)
+        self.counts = dims.counts
         convolutions: list[nn.Module] = []
         for before, after in itertools.pairwise((channels, *_CHANNELS)):
             convolutions += [nn.Conv2d(before, after, kernel_size=4, stride=2, padding=1), nn.ReLU()]
@@ -125,6 +130,7 @@ class ConvEncoder(nn.Module):
 
     def forward(self, x: Tensor) -> EncoderOutput:
         """Map `(rows, channels, height, width)` to the posteriors' parameters."""
+        x = torch.log1p(x) if self.counts else x
         x = F.pad(x, (self.pad,) * 4) if self.pad else x
         return self.heads.split(self.body(self.convolutions(x).flatten(1)))
 

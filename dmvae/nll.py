@@ -214,7 +214,9 @@ def _gather(
     forward_mode: Mapping[str, bool],
 ) -> Rows:
     """Encode rows that all have the modalities `names`."""
-    observed = model.observe(Batch({name: batch.data[name].index_select(0, chosen) for name in names}), names)
+    size_factors = None if batch.size_factors is None else batch.size_factors.index_select(0, chosen)
+    data = {name: batch.data[name].index_select(0, chosen) for name in names}
+    observed = model.observe(Batch(data, size_factors=size_factors), names)
     shared = product_of_experts(
         torch.stack([part.shared.mean for part in observed.values()]),
         torch.stack([part.shared.log_var for part in observed.values()]),

@@ -28,7 +28,7 @@ class Observed:
     Attributes:
         present: which rows of the batch these are.
         rows: their positions in the batch; None means all of them, in order.
-        values: `(observed, *shape)`.
+        values: `(observed, *shape)`, as `Likelihood.observe` gives them.
         shared: q(z_s | x_m), observed rows only.
         private: q(z_p | x_m), observed rows only.
     """

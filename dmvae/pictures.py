@@ -108,7 +108,7 @@ def _images(model: DMVAE) -> list[str]:
 
 
 def _show(model: DMVAE, name: str, output: Tensor) -> Tensor:
-    return model.likelihoods[name].mean(output).detach().cpu()
+    return model.means(output, name).detach().cpu()
 
 
 def _different_labels(rows: Batch) -> Batch:

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError,
 from torch import Tensor
 
 from dmvae.batch import Batch
+from dmvae.config.model import COUNT_DISTS
 from dmvae.model import DMVAE
 
 UNITS = "units.json"
@@ -36,6 +37,8 @@ class Unit(BaseModel):
     scaling: str = "none"
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    has_size_factor: bool = False
+    """Whether the training rows came with size factors; without, a row's is the total of its counts."""
 
     def read(self, values: Tensor) -> Tensor:
         """Bring `(rows, *shape)` of the data's units to what the model was trained on."""
@@ -103,12 +106,18 @@ class Served:
     Attributes:
         model: in eval mode.
         units: by modality.
+        shapes: by field of a row; with a modality of counts a row may have a `size_factor`.
+        counts: the modalities of counts.
         row: the type of one row.
     """
 
     def __init__(self, model: DMVAE, units: Mapping[str, Unit]) -> None:
         self.model, self.units = model.eval(), dict(units)
-        self.row = row_type({name: unit.shape for name, unit in self.units.items()})
+        self.shapes: dict[str, tuple[int, ...]] = {name: unit.shape for name, unit in self.units.items()}
+        self.counts = [name for name in self.units if model.config.distributions[name] in COUNT_DISTS]
+        if self.counts:
+            self.shapes["size_factor"] = ()
+        self.row = row_type(self.shapes)
 
     @classmethod
     def load(cls, folder: Path) -> "Served":
@@ -117,7 +126,7 @@ class Served:
         return cls(DMVAE.load(folder), {name: Unit.model_validate(unit) for name, unit in units.items()})
 
     def parse(self, rows: Sequence[Any]) -> list[dict[str, Any]]:
-        """Check rows and return them as dicts with every modality, None where it is missing.
+        """Check rows and return them as dicts with every modality, and the size factor of counts; None where missing.
 
         Raises:
             ValueError: naming the row, the field and what is wrong with it.
@@ -131,25 +140,38 @@ class Served:
                 field = str(first["loc"][0]) if first["loc"] else "row"
                 known = f"; a row has {', '.join(self.units)}" if first["type"] == "extra_forbidden" else ""
                 raise ValueError(f"row {number}: {field}: {first['msg']}{known}") from None
-            parsed.append({name: getattr(row, name) for name in self.units})
+            parsed.append({name: getattr(row, name) for name in self.shapes})
         return parsed
 
     def batch(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
         """Bring parsed rows to the model's units.
 
         Raises:
-            ValueError: naming the row and the modality whose values have another shape, are not finite or not classes.
+            ValueError: naming the row and the modality whose values have another shape, are not finite, not classes or
+                no counts, or whose size factor is not positive, or absent where the training rows had one.
         """
         data, masks = {}, {}
         for name, unit in self.units.items():
             masks[name] = torch.tensor([row[name] is not None for row in rows], dtype=torch.bool)
-            dtype = torch.int64 if unit.dtype == "int64" else torch.float32
+            dtype = torch.float32 if unit.classes is None else torch.int64
             values = torch.zeros((len(rows), *unit.shape), dtype=dtype)
             for number, row in enumerate(rows):
                 if row[name] is not None:
                     values[number] = self._checked(name, row[name], number)
             data[name] = unit.read(values)
-        return Batch(data, masks)
+        return Batch(data, masks, size_factors=self._size_factors(rows))
+
+    def _size_factors(self, rows: Sequence[Mapping[str, Any]]) -> Tensor | None:
+        if not self.counts:
+            return None
+        for number, row in enumerate(rows):
+            found = row["size_factor"]
+            if found is not None and not 0 < found < math.inf:
+                raise ValueError(f"row {number}: size_factor: it is positive and finite; got {found:g}.")
+            for name in self.counts:
+                if found is None and self.units[name].has_size_factor and row[name] is not None:
+                    raise ValueError(f"row {number}: size_factor: the training rows had one beside {name}; give it.")
+        return torch.tensor([math.nan if row["size_factor"] is None else row["size_factor"] for row in rows])
 
     def answer(self, rows: Sequence[Any], request: Request) -> list[dict[str, Any]]:
         """Answer a request about rows; every answer says which modalities were observed.
@@ -181,7 +203,7 @@ class Served:
     def _reconstruct(self, batch: Batch, _: Request, answers: list[dict[str, Any]], __: torch.Generator) -> None:
         outputs = self.model.predict(batch, return_mean=True)
         for name, unit in self.units.items():
-            shown = unit.show(self.model.likelihoods[name].mean(outputs[name]).float().cpu())
+            shown = unit.show(self.model.means(outputs[name], name, batch).float().cpu())
             for number, answer in enumerate(answers):
                 if name in answer["observed"]:
                     answer.setdefault("values", {})[name] = shown[number].tolist()
@@ -203,8 +225,9 @@ class Served:
             missing = [number for number, answer in enumerate(answers) if name not in answer["observed"]]
             if not missing:
                 continue
-            draws = self._decoded(name, drawn[""][:, missing], drawn[name][:, missing])
-            best = self._decoded(name, shared.mean[missing], private[name].mean[missing])
+            rows = batch[torch.tensor(missing)]
+            draws = self._decoded(name, drawn[""][:, missing], drawn[name][:, missing], rows)
+            best = self._decoded(name, shared.mean[missing], private[name].mean[missing], rows)
             mean, sd = unit.show(draws.mean(0)), unit.show_spread(draws.std(0))
             for place, number in enumerate(missing):
                 told = {"mean": mean[place].tolist(), "sd": sd[place].tolist(), "best": unit.show(best[place]).tolist()}
@@ -212,11 +235,10 @@ class Served:
                     told["samples"] = unit.show(draws[: request.num_samples, place]).tolist()
                 answers[number]["imputed"][name] = told
 
-    def _decoded(self, name: str, shared: Tensor, private: Tensor) -> Tensor:
-        """Decode latents `(..., dim)` of one modality to its mean, on the CPU."""
+    def _decoded(self, name: str, shared: Tensor, private: Tensor, rows: Batch) -> Tensor:
+        """Decode latents `(..., row, dim)` of one modality to its mean, on the CPU."""
         output = self.model.decode({"z": shared, "modalities_z": {name: private}}, name)[name]
-        mean: Tensor = self.model.likelihoods[name].mean(output).float().cpu()
-        return mean
+        return self.model.means(output, name, rows).float().cpu()
 
     def _nll(self, batch: Batch, request: Request, answers: list[dict[str, Any]], _: torch.Generator) -> None:
         # one id for all: a row's draws depend on its id and the seed, and not on its company
@@ -230,7 +252,7 @@ class Served:
     def _sample(self, batch: Batch, _: Request, answers: list[dict[str, Any]], generator: torch.Generator) -> None:
         outputs = self.model.decode(self.model.generate_from_prior(len(batch), generator))
         for name, unit in self.units.items():
-            shown = unit.show(self.model.likelihoods[name].mean(outputs[name]).float().cpu())
+            shown = unit.show(self.model.means(outputs[name], name).float().cpu())
             for number, answer in enumerate(answers):
                 answer.setdefault("values", {})[name] = shown[number].tolist()
 
@@ -248,6 +270,9 @@ class Served:
             raise ValueError(f"row {number}: {name}: values are 0 to 255; got {array.min():g} to {array.max():g}.")
         if unit.classes is not None and ((array % 1 != 0).any() or array.min() < 0 or array.max() >= unit.classes):
             raise ValueError(f"row {number}: {name}: values are classes 0 to {unit.classes - 1}; got {array.max():g}.")
+        if name in self.counts and ((array % 1 != 0).any() or array.min() < 0):
+            wrong = array[(array % 1 != 0) | (array < 0)][0]
+            raise ValueError(f"row {number}: {name}: counts are whole numbers of 0 or more; got {wrong:g}.")
         return torch.from_numpy(array)
 
 

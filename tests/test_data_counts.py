@@ -115,3 +115,14 @@ def test_size_factors_stay_with_their_rows() -> None:
     assert batch.to("cpu").size_factors is not None
     with pytest.raises(ValueError, match="same number of rows"):
         Batch({"x": torch.zeros(3, 1)}, size_factors=torch.ones(2))
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_the_manifest_says_what_size_factor_training_rows_have(tmp_path: Path, given: bool) -> None:
+    rows = counted() if given else counted(size_factors=None)
+    write_dataset(tmp_path / "data", {"train": rows, "val": counted(6)} if given else {"train": rows}, likelihood=HINTS)
+    modalities = open_dataset(tmp_path / "data").manifest.modalities
+    here = rows.present["rna"]
+    expected = rows.size_factors[here].mean() if given else rows.data["rna"][here].sum(1).mean()
+    assert modalities["rna"].size_factor == pytest.approx(expected, rel=1e-6)
+    assert modalities["protein"].size_factor is None

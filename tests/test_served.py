@@ -106,3 +106,48 @@ def test_it_is_read_from_a_folder(served: Served, tmp_path: Path) -> None:
     (tmp_path / UNITS).write_text(json.dumps({name: unit.model_dump() for name, unit in UNIT.items()}))
     loaded = Served.load(tmp_path)
     assert loaded.answer([FULL], Request(operation="encode")) == served.answer([FULL], Request(operation="encode"))
+
+
+COUNTED = {
+    "rna": Unit(shape=(2,), dtype="float32", likelihood="poisson"),
+    "protein": Unit(shape=(1,), dtype="float32"),
+}
+
+
+def counted(**changes: Any) -> Served:
+    torch.manual_seed(0)
+    config = DMVAEConfig(
+        input_dims={name: unit.shape for name, unit in COUNTED.items()},
+        decoders_dist={"rna": "poisson"},
+        decoder_dist_params={"rna": {"size_factor": 50.0}},
+    )
+    return Served(DMVAE(config), {name: unit.model_copy(update=changes) for name, unit in COUNTED.items()})
+
+
+def test_imputed_counts_are_at_the_row_s_size_factor_or_the_training_rows() -> None:
+    rows = [{"protein": [0.5]}, {"protein": [0.5], "size_factor": 200.0}]
+    first, second = counted().answer(rows, Request(operation="impute"))
+    for key in ("mean", "sd", "best"):
+        np.testing.assert_allclose(4 * np.array(first["imputed"]["rna"][key]), second["imputed"]["rna"][key], rtol=1e-5)
+    one, many = counted().answer(
+        [{"rna": [3, 4]}, {"rna": [3, 4], "size_factor": 70}], Request(operation="reconstruct")
+    )
+    np.testing.assert_allclose(10 * np.array(one["values"]["rna"]), many["values"]["rna"], rtol=1e-5)
+    given = Request(operation="nll")
+    total, same, other = counted().answer([{"rna": [3, 4], "size_factor": size} for size in (None, 7, 9)], given)
+    assert total["nll"] == same["nll"] != other["nll"]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"rna": [1.5, 0]}, "row 0: rna: counts are whole numbers of 0 or more; got 1.5"),
+        ({"rna": [1, -2]}, "got -2"),
+        ({"rna": [1, 2], "size_factor": 0}, "row 0: size_factor: it is positive and finite; got 0"),
+        ({"rna": [1, 2]}, "row 0: size_factor: the training rows had one beside rna; give it"),
+    ],
+)
+def test_counts_that_are_none_are_refused(row: dict[str, Any], message: str) -> None:
+    served = counted(has_size_factor=True)
+    with pytest.raises(ValueError, match=message):
+        served.batch(served.parse([row]))

@@ -3,11 +3,12 @@
 import math
 from typing import Any, Literal, TypeVar
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, model_validator
 
 from dmvae.config.section import ModalityName, Section, Size
 
 Shape = tuple[Size, ...]
+Parameter = NonNegativeInt | NonNegativeFloat | Literal["learned"]
 T = TypeVar("T", int, float)
 
 DEFAULT_SUBSETS = 2
@@ -20,7 +21,10 @@ _DIST_PARAMS: dict[str, frozenset[str]] = {
     "laplace": frozenset({"scale"}),
     "bernoulli": frozenset(),
     "categorical": frozenset({"classes"}),
+    "poisson": frozenset({"size_factor"}),
+    "negative_binomial": frozenset({"dispersion", "size_factor"}),
 }
+_LEARNABLE = frozenset({"scale", "dispersion"})
 
 
 class ArchitectureConfig(Section):
@@ -54,9 +58,13 @@ class DMVAEConfig(Section):
     modalities_specific_dim: dict[ModalityName, Size] | Size = 2
     """Dimension of the private latents."""
     decoders_dist: dict[ModalityName, str] | None = None
-    """`normal` (the default), `laplace`, `bernoulli`, `categorical`, or a registered name, per modality."""
-    decoder_dist_params: dict[ModalityName, dict[str, Size | PositiveFloat | Literal["learned"]]] | None = None
-    """`scale` of normal and laplace: a number (default 1) or "learned"; `classes` of categorical."""
+    """`normal` (the default), `laplace`, `bernoulli`, `categorical`, `poisson`, `negative_binomial`, or a registered
+    name, per modality. The decoder gives the logarithm of a count's mean at size factor 1."""
+    decoder_dist_params: dict[ModalityName, dict[str, Parameter]] | None = None
+    """`scale` of normal and laplace: a number (default 1) or "learned"; `classes` of categorical; `dispersion` r of
+    negative_binomial, of variance mu + mu^2 / r: a number or "learned" for each feature (the default); `size_factor` of
+    counts in rows for which none is known, because they lack the modality (default 1; training takes the training
+    rows' mean)."""
     uses_likelihood_rescaling: bool = False
     rescale_factors: dict[ModalityName, NonNegativeFloat] | None = None
     """The paper's lambda. Default with rescaling on: max_dim / prod(shape)."""
@@ -127,6 +135,9 @@ class DMVAEConfig(Section):
         if stray:
             known = sorted(_DIST_PARAMS[dist]) or "none"
             raise ValueError(f"decoder_dist_params of a {dist} modality are {known}; got {stray} for {name!r}.")
+        for key, value in params.items():
+            if value == 0 or (value == "learned" and key not in _LEARNABLE):
+                raise ValueError(f"decoder_dist_params.{name}.{key} is a number greater than 0; got {value!r}.")
         classes = params.get("classes")
         if dist == "categorical" and (not isinstance(classes, int) or classes < 2):
             raise ValueError(

@@ -31,6 +31,8 @@ class ModalityInfo(Section):
             (x - mean) / std element by element (`standardise`).
         mean: of the observed training rows, one number per element in row-major order; for `standardise`.
         std: likewise; a feature that is constant in training has 1.
+        size_factor: of counts, the mean over the observed training rows: of the column of size factors, else of the
+            rows' totals. Rows that lack the modality are shown at it.
     """
 
     shape: tuple[int, ...]
@@ -40,6 +42,7 @@ class ModalityInfo(Section):
     scaling: Literal["none", "unit", "standardise"] = "none"
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    size_factor: float | None = Field(default=None, gt=0)
 
     @model_validator(mode="after")
     def _check(self) -> "ModalityInfo":
@@ -181,9 +184,11 @@ class Manifest(Section):
     def fingerprint(self) -> str:
         """SHA-256, in hexadecimal, of what decides the values that are read and their place; not of `origin`."""
         # a manifest from before there were size factors keeps its fingerprint
-        left_out = {"origin"} if self.size_factor else {"origin", "size_factor"}
-        content = json.dumps(self.model_dump(mode="json", exclude=left_out), sort_keys=True)
-        return hashlib.sha256(content.encode()).hexdigest()
+        content = self.model_dump(mode="json", exclude={"origin"})
+        for part in (content, *content["modalities"].values()):
+            if part["size_factor"] is None:
+                del part["size_factor"]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def save_manifest(manifest: Manifest, folder: Path) -> None:

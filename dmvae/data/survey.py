@@ -139,12 +139,25 @@ def _describe(
         scaling="unit" if kind == "uint8" else scaling,
         mean=mean,
         std=std,
+        size_factor=_mean_size(name, shards.get("train", [])) if counts else None,
     )
 
 
 def _largest(shard: MappedShard, name: str) -> int:
     blocks = (shard.gather(name, rows)[shard.present(name, rows)] for rows in row_blocks(shard))
     return max((int(values.max()) for values in blocks if len(values)), default=0)
+
+
+def _mean_size(name: str, shards: list[MappedShard]) -> float | None:
+    """Return the mean size factor, or else total, over the rows that have the counts; None where that is no row's."""
+    total, count = 0.0, 0
+    for shard in shards:
+        for rows in row_blocks(shard):
+            rows = rows[shard.present(name, rows)]
+            column = "size_factor" if shard.columns.size_factor else name
+            total += float(shard.gather(column, rows).sum(dtype=np.float64))
+            count += len(rows)
+    return total / count if total > 0 else None
 
 
 def _moments(name: str, shards: list[MappedShard]) -> tuple[tuple[float, ...], tuple[float, ...]]:

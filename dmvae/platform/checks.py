@@ -5,7 +5,7 @@ import torch
 from dmvae import likelihood
 from dmvae.comparison import check_labels
 from dmvae.config.evaluation import EvaluationConfig
-from dmvae.config.model import DMVAEConfig
+from dmvae.config.model import COUNT_DISTS, DMVAEConfig
 from dmvae.config.training import TrainConfig
 from dmvae.data.dataset import Dataset
 from dmvae.data.loader import read_rows
@@ -44,6 +44,7 @@ def check_support(config: DMVAEConfig, split: Split, dtype: torch.dtype = torch.
         for name, info in split.manifest.modalities.items()
         if info.dtype == "float64"
         or (info.dtype != "uint8" and config.distributions[name] in ("bernoulli", "categorical"))
+        or config.distributions[name] in COUNT_DISTS
     ]
 
     def fits(name: str, values: torch.Tensor) -> bool:
@@ -61,7 +62,7 @@ def check_support(config: DMVAEConfig, split: Split, dtype: torch.dtype = torch.
             raise ValueError(
                 f"split {split.name!r}, column {name!r}, id {batch.ids[row]}: a value is out of the range of the "
                 f"{config.distributions[name]} likelihood (bernoulli: [0, 1]; categorical: 0 to classes - 1; "
-                f"else finite in {dtype}). "
+                f"counts: whole numbers of 0 or more; else finite in {dtype}). "
                 f"Choose another likelihood for it, or correct the data."
             )
 

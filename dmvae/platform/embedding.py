@@ -172,7 +172,7 @@ class Embedder:
         if self._config.impute:
             outputs = self._model.predict(batch, return_mean=True)
             for name, unit in self._trained.items():
-                shown = unit.show(self._model.likelihoods[name].mean(outputs[name]).float().cpu())
+                shown = unit.show(self._model.means(outputs[name], name, batch).float().cpu())
                 columns[f"imputed/{name}"] = _lists(shown.flatten(1), ~has(batch, name).numpy())
         return pa.table(columns)
 

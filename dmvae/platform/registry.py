@@ -97,7 +97,9 @@ def _fill(
     content.mkdir()
     for file in (MODEL_CONFIG, MODEL_WEIGHTS):
         shutil.copy2(run_dir / "best" / file, content / file)
-    units = {name: info.model_dump(mode="json") for name, info in dataset.manifest.modalities.items()}
+    sized = dataset.manifest.size_factor is not None
+    modalities = dataset.manifest.modalities.items()
+    units = {name: info.model_dump(mode="json") | {"has_size_factor": sized} for name, info in modalities}
     (content / UNITS).write_text(json.dumps(units, indent=2) + "\n")
     train = dataset.split(run["data"]["train_split"])
     card = {
@@ -174,7 +176,7 @@ def save(content: Path, target: Path) -> None:
     import mlflow
 
     served = Served.load(content)
-    shapes = {name: list(unit.shape) for name, unit in served.units.items()}
+    shapes = {name: list(shape) for name, shape in served.shapes.items()}
     example = _example(served)
     code = target.with_name("code") / "dmvae"
     _copy_core(code)
@@ -201,13 +203,15 @@ def _example(served: Served) -> dict[str, Any]:
     unit = served.units[first]
     if unit.classes is not None:
         return {first: [0.0] * len(drawn["values"][first])} if len(unit.shape) == 1 else {}
-    return {first: _clipped(drawn["values"][first], 255.0 if unit.scaling == "unit" else None)}
+    counts = first in served.counts
+    values = _clipped(drawn["values"][first], 255.0 if unit.scaling == "unit" else None, 0 if counts else 3)
+    return {first: values} | ({"size_factor": 1.0} if counts else {})
 
 
-def _clipped(values: Any, high: float | None) -> Any:
+def _clipped(values: Any, high: float | None, digits: int) -> Any:
     if isinstance(values, list):
-        return [_clipped(value, high) for value in values]
-    return round(values if high is None else min(max(values, 0.0), high), 3)
+        return [_clipped(value, high, digits) for value in values]
+    return round(values if high is None else min(max(values, 0.0), high), digits)
 
 
 def _copy_core(target: Path) -> None:

@@ -21,6 +21,7 @@ from ray.train.torch import TorchTrainer
 from torch import nn
 
 from dmvae import checkpoint
+from dmvae.config.model import COUNT_DISTS
 from dmvae.config.training import TrainConfig
 from dmvae.data import place
 from dmvae.data.dataset import Dataset, open_dataset
@@ -139,6 +140,8 @@ def resolve(config: TrainConfig, dataset: Dataset) -> TrainConfig:
     model["decoders_dist"] = proposed | (model.get("decoders_dist") or {})
     params = dict(model.get("decoder_dist_params") or {})
     for name, info in manifest.modalities.items():
+        if model["decoders_dist"][name] in COUNT_DISTS and info.size_factor is not None:
+            params[name] = {"size_factor": info.size_factor} | params.get(name, {})
         if model["decoders_dist"][name] != "categorical":
             continue
         if info.classes is None:
