@@ -53,8 +53,8 @@ class Batch:
             raise ValueError(
                 f"a mask belongs to a modality of data; got masks for {stray}. Known: {sorted(self.data)}."
             )
-        lengths = {name: len(values) for name, values in self.data.items()}
-        lengths |= {f"mask of {name}": len(mask) for name, mask in masks.items()}
+        lengths = {name: values.shape[0] for name, values in self.data.items()}  # len() takes ten times as long
+        lengths |= {f"mask of {name}": mask.shape[0] for name, mask in masks.items()}
         others = {"labels": self.labels, "ids": self.ids, "size_factors": self.size_factors}
         lengths |= {name: len(part) for name, part in others.items() if part is not None}
         if len(set(lengths.values())) > 1:

@@ -117,6 +117,11 @@ class EpochOrder:
         self._group_start = np.concatenate(([0], np.cumsum(self._group_rows)))
         # stream c fills the places [cut[c], cut[c + 1]) of the line: as many as it gives to all batches together
         self._cut = self._before(np.arange(self.streams + 1), self.num_batches)
+        # places of a full batch's positions: those of the first batch, moved by what a stream gives to each
+        edge = np.arange(self.streams + 1) * batch_size // self.streams
+        stream = self._streams_of(batch_size)
+        self._first_places = (self._cut[:-1] - edge[:-1])[stream] + np.arange(batch_size)
+        self._strides = np.diff(edge)[stream]
         self._plan: _Plan | None = None
 
     @property
@@ -170,12 +175,17 @@ class EpochOrder:
         rows = self.batch_size_of(step)
         if not 0 <= start <= stop <= rows:
             raise ValueError(f"positions lie within the batch's {rows} rows; got {start}:{stop} of step {step}.")
-        stream = np.arange(self.streams + 1)
-        edge = stream * rows // self.streams
-        given = self._before(stream, step)
-        position = np.arange(start, stop)
-        owner = np.searchsorted(edge, position, side="right") - 1
-        return (self._cut[:-1] + np.diff(given) - edge[:-1])[owner] + position
+        if step < self.num_batches - 1:
+            return np.asarray(self._first_places[start:stop] + step * self._strides[start:stop])
+        stream, position = self._streams_of(rows), np.arange(rows)
+        edge = np.arange(self.streams + 1) * rows // self.streams
+        given = self._before(np.arange(self.streams + 1), step)
+        return np.asarray((self._cut[:-1] + np.diff(given) - edge[:-1])[stream] + position)[start:stop]
+
+    def _streams_of(self, rows: int) -> Int64[np.ndarray, " row"]:
+        """Return the stream that each position of a batch of so many rows belongs to."""
+        edge = np.arange(self.streams + 1) * rows // self.streams
+        return np.searchsorted(edge, np.arange(rows), side="right") - 1
 
     def _make_plan(self, epoch: int) -> _Plan:
         order = permutation(len(self._group_rows), _key(self.seed, epoch, 1))

@@ -3,7 +3,9 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from dmvae.config.section import check_modality_name
@@ -65,6 +67,15 @@ class Columns:
     def record_batch_rows(self) -> int:
         """Rows of a record batch of about 1 MiB: a power of two from 64 to 4096."""
         return int(2 ** min(12, max(6, round(math.log2(RECORD_BATCH_BYTES / self.row_bytes)))))
+
+    @property
+    def fixed_size(self) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
+        """Element type and shape of one row, of every column but ids that are strings."""
+        plain = {"id": "int64"} if self.id_type == "int64" else {}
+        plain |= {"label": "int64"} if self.has_label else {}
+        plain |= {"size_factor": self.size_factor} if self.size_factor else {}
+        found = {name: (np.dtype(column.dtype), column.shape) for name, column in self.modalities.items()}
+        return found | {name: (np.dtype(dtype), ()) for name, dtype in plain.items()}
 
     def arrow_schema(self) -> pa.Schema:
         """Return the schema that a writer uses."""

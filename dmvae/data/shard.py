@@ -11,6 +11,7 @@ import pyarrow.ipc
 from jaxtyping import Bool, Int64
 
 from dmvae.data.error import DatasetError
+from dmvae.data.gather import Addresses, Gatherer
 from dmvae.data.schema import Columns, read_columns
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -39,15 +40,6 @@ def open_reader(path: Path) -> tuple[pa.ipc.RecordBatchFileReader, pa.Buffer]:
             f"{path}: a shard is an Arrow IPC file (not a stream, not Feather v1); got: {error}. Copy it again from "
             f"where it came, or make the dataset again."
         ) from error
-
-
-@dataclass(frozen=True)
-class _Column:
-    """Where the record batches of a column begin in the file: byte offsets of values and validity, -1: no null."""
-
-    row_bytes: int
-    values: Int64[np.ndarray, " group"]
-    validity: Int64[np.ndarray, " group"]
 
 
 class MappedShard:
@@ -79,57 +71,34 @@ class MappedShard:
         self.rows = int(sizes.sum())
         self.record_batch_rows = int(sizes[0]) if len(sizes) else 1
         self._check_sizes(sizes)
-        self._bytes = np.frombuffer(self._buffer, dtype=np.uint8)
-        self._items: dict[int, Array] = {}
         self._ids = pa.chunked_array([batch.column("id") for batch in batches], reader.schema.field("id").type)
         if self._ids.null_count:
             row = self._ids.is_null().to_pylist().index(True)
             raise DatasetError(f"an id is not null; got null in {self.where}, row {row}. Give the row an id.")
-        row_bytes = {name: column.row_bytes for name, column in self.columns.modalities.items()}
-        row_bytes |= {"id": 8} if self.columns.id_type == "int64" else {}
-        row_bytes |= {"label": 8} if self.columns.has_label else {}
-        size_factor = self.columns.size_factor
-        row_bytes |= {"size_factor": np.dtype(size_factor).itemsize} if size_factor else {}
-        self._columns = {
-            name: self._locate([batch.column(name) for batch in batches], name, size)
-            for name, size in row_bytes.items()
+        self._addresses = {
+            name: self._locate([batch.column(name) for batch in batches], name) for name in self.columns.fixed_size
         }
+        self._rows = Gatherer(self.columns, [self.rows], [self.record_batch_rows])
+        self.enter(self._rows, 0)
+
+    def enter(self, gatherer: Gatherer, file: int) -> None:
+        """Tell a gatherer of several shards where this one is mapped; it must not outlive this object's use."""
+        start = int(self._buffer.address)
+        gatherer.add(file, self._addresses, start, start + int(self._buffer.size))
 
     def gather(self, name: str, rows: Int64[np.ndarray, " row"]) -> Array:
         """Copy the values of a column, `(rows, *shape)`; what stands in a missing slot is undefined."""
-        column = self._columns[name]
-        group, place = np.divmod(rows, self.record_batch_rows)
-        values = self._take(column.values[group] + place * column.row_bytes, column.row_bytes)
-        if name not in self.columns.modalities:
-            return values.view(np.dtype(self.columns.size_factor) if name == "size_factor" else np.int64)
-        tensor = self.columns.modalities[name]
-        return values.view(tensor.dtype).reshape(len(rows), *tensor.shape)
+        return self._rows.values(name, self._rows.locate(rows))
 
     def present(self, name: str, rows: Int64[np.ndarray, " row"]) -> Bool[np.ndarray, " row"]:
         """Return which of `rows` have a value in column `name`."""
-        validity = self._columns[name].validity
-        if not len(validity) or validity.max() < 0:
-            return np.ones(len(rows), dtype=bool)
-        group, place = np.divmod(rows, self.record_batch_rows)
-        start = validity[group]
-        bits = self._bytes[np.where(start < 0, 0, start + (place >> 3))] >> (place & 7).astype(np.uint8)
-        return np.asarray((start < 0) | ((bits & 1) == 1))
+        return self._rows.present(name, self._rows.locate(rows))
 
     def ids(self, rows: Int64[np.ndarray, " row"]) -> Array:
         """Return the row names, int64 or strings."""
         if self.columns.id_type == "int64":
             return self.gather("id", rows)
         return np.asarray(self._ids.take(pa.array(rows)).to_pylist(), dtype=str)
-
-    def _take(self, offsets: Int64[np.ndarray, " row"], row_bytes: int) -> Array:
-        """Copy `row_bytes` bytes from each of `offsets`: one gather over a view in which every byte begins an item."""
-        if not len(offsets):
-            return np.empty(0, dtype=np.uint8)
-        if row_bytes not in self._items:
-            starts = len(self._bytes) - row_bytes + 1
-            first = self._bytes[:row_bytes].view(f"V{row_bytes}")
-            self._items[row_bytes] = np.lib.stride_tricks.as_strided(first, (starts,), (1,))
-        return np.asarray(self._items[row_bytes][offsets].view(np.uint8))
 
     def _check_sizes(self, sizes: Int64[np.ndarray, " group"]) -> None:
         even = len(sizes) == 0 or (bool((sizes[:-1] == sizes[0]).all()) and 0 < sizes[-1] <= sizes[0])
@@ -139,8 +108,8 @@ class MappedShard:
                 f"Write it with combine_chunks() and write_table(table, max_chunksize=...)."
             )
 
-    def _locate(self, arrays: list[pa.Array], name: str, row_bytes: int) -> _Column:
-        values, validity = np.empty((2, len(arrays)), dtype=np.int64)
+    def _locate(self, arrays: list[pa.Array], name: str) -> Addresses:
+        values, bits = np.zeros((2, len(arrays)), dtype=np.int64)
         for group, array in enumerate(arrays):
             buffers = array.buffers()
             if len(buffers) == 3 and array.storage.values.null_count:
@@ -148,18 +117,18 @@ class MappedShard:
                     f"{self.where}: a modality is present or missing as a whole; got null elements in {name!r}. "
                     f"Fill them, or make the whole row null."
                 )
-            values[group] = self._offset(buffers[-1], array, name)
-            validity[group] = -1 if array.null_count == 0 else self._offset(buffers[0], array, name)
-        return _Column(row_bytes, values, validity)
+            values[group] = self._address(buffers[-1], array, name)
+            bits[group] = 0 if array.null_count == 0 else self._address(buffers[0], array, name)
+        return Addresses(values, bits)
 
-    def _offset(self, buffer: pa.Buffer, array: pa.Array, name: str) -> int:
+    def _address(self, buffer: pa.Buffer, array: pa.Array, name: str) -> int:
         offset = int(buffer.address - self._buffer.address)
         if array.offset or not 0 <= offset <= self._buffer.size - buffer.size:
             raise DatasetError(
                 f"{self.where}: shards are not compressed, so that they can be mapped; got a compressed column "
                 f"{name!r}. Write it again without IpcWriteOptions(compression=...)."
             )
-        return offset
+        return int(buffer.address)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 import threading
 from collections.abc import Container, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from dmvae.batch import Batch
 from dmvae.data.error import DatasetError
+from dmvae.data.gather import Gatherer, Located
 from dmvae.data.manifest import Manifest, ModalityInfo, ShardInfo
 from dmvae.data.place import Place
 from dmvae.data.shard import MappedShard, ShardFile
@@ -41,13 +43,15 @@ class Split:
         self._place = place
         self._infos = [info for info in self.manifest.splits[name].shards if info.rows]
         self._starts = np.cumsum([0] + [info.rows for info in self._infos])
+        sizes = [info.record_batch_rows for info in self._infos]
+        self._rows = Gatherer(manifest.columns, [info.rows for info in self._infos], sizes)
         self._shards: dict[int, Future[MappedShard]] = {}
         self._opener: ThreadPoolExecutor | None = None
         self._keeps_all = place.holds(manifest.bytes)
         self._scales = {name: _Scale(info) for name, info in self.manifest.modalities.items()}
         self._incomplete = [name for name, count in self.observed.items() if count < len(self)]
         self._verify_on_use = verify_on_use
-        self._lock = threading.Lock()
+        self._lock, self._reading = threading.Lock(), threading.Lock()
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -88,51 +92,46 @@ class Split:
         and so fits the cache.
         """
         self._check_positions(positions)
-        parts = self._parts(positions)
-        stored = {name: _join([part.shard.gather(name, part.rows) for part in parts], parts) for name in self._scales}
-        present = {
-            name: _join([part.shard.present(name, part.rows) for part in parts], parts) for name in self._incomplete
-        }
-        ids = _join([part.shard.ids(part.rows) for part in parts], parts)
-        labels, size_factors = self._labels(parts), self._size_factors(parts, dtype)
-        stop = 0
-        for length in lengths:
-            start, stop = stop, stop + length
-            yield self._convert(slice(start, stop), stored, present, ids, labels, size_factors, dtype)
-
-    def _convert(
-        self,
-        rows: slice,
-        stored: Mapping[str, Array],
-        present: Mapping[str, Array],
-        ids: Array,
-        labels: Tensor | None,
-        size_factors: Tensor | None,
-        dtype: torch.dtype,
-    ) -> Batch:
-        missing = {name: np.flatnonzero(~mask[rows]) for name, mask in present.items()}
-        return Batch(
-            data={name: scale(stored[name][rows], missing.get(name), dtype) for name, scale in self._scales.items()},
-            masks={name: torch.from_numpy(mask[rows]) for name, mask in present.items()} or None,
-            labels=None if labels is None else labels[rows],
-            ids=torch.from_numpy(ids[rows]) if ids.dtype == np.int64 else ids[rows],
-            size_factors=None if size_factors is None else size_factors[rows],
-        )
+        lengths = list(lengths)
+        with self._located(positions) as (rows, shards):
+            stored = {name: self._rows.values(name, rows) for name in self._scales}
+            present = {name: self._rows.present(name, rows) for name in self._incomplete}
+            ids = self._ids(rows, shards)
+            labels, factors = self._labels(rows), self._size_factors(rows)
+        for name, mask in present.items():
+            # by numpy and before the conversion: torch takes fifty times as long to fill the rows of a mask
+            stored[name][np.flatnonzero(~mask)] = 0
+        data = {name: _cut(values, lengths) for name, values in stored.items()}
+        masks = {name: _cut(mask, lengths) for name, mask in present.items()}
+        names = _cut(ids, lengths) if ids.dtype == np.int64 else np.split(ids, np.cumsum(lengths)[:-1])
+        classes = None if labels is None else _cut(labels, lengths)
+        depths = None if factors is None else _cut(factors, lengths)
+        for number in range(len(lengths)):
+            missing = {name: mask[number] for name, mask in masks.items()}
+            yield Batch(
+                data={
+                    name: scale(data[name][number], missing.get(name), dtype) for name, scale in self._scales.items()
+                },
+                masks=missing or None,
+                labels=None if classes is None else classes[number],
+                ids=names[number],
+                size_factors=None if depths is None else depths[number].to(dtype),
+            )
 
     def open_ahead(self, positions: Int64[np.ndarray, " row"]) -> None:
         """Begin to fetch, verify and map the shards of rows that will be read; without effect if not all fit here."""
         if self._keeps_all and len(self._shards) < len(self._infos):
-            for number in np.unique(self._numbers(positions)):
-                self._shard(int(number))
+            for number in self._numbers(self._rows.locate(positions)):
+                self._shard(number)
 
     def ids(self) -> Array:
         """Return the names of all rows, int64 or strings."""
-        parts = self._parts(np.arange(len(self)))
-        return _join([part.shard.ids(part.rows) for part in parts], parts)
+        return np.concatenate([self._ids(rows, shards) for rows, shards in self._by_shard()])
 
     def labels(self) -> Tensor | None:
         """Return the labels of all rows, -1 where there is none; None if the dataset has no labels."""
-        return self._labels(self._parts(np.arange(len(self))))
+        found = [labels for rows, _ in self._by_shard() if (labels := self._labels(rows)) is not None]
+        return torch.from_numpy(np.concatenate(found)) if found else None
 
     def shards(self) -> Iterator[MappedShard]:
         """Yield the shards in order, fetched and mapped in their turn, without a check of their sums or values."""
@@ -178,39 +177,46 @@ class Split:
                 f"{positions.max()}."
             )
 
-    def _parts(self, positions: Array) -> "list[_Part]":
-        """Divide positions by shard; no position at all is a part of the first shard, which gives empty arrays."""
-        if len(self._infos) == 1 or not len(positions):
-            return [_Part(self._shard(0).result(), positions, slice(None))]
-        number = self._numbers(positions)
-        picked = {int(shard): np.flatnonzero(number == shard) for shard in np.unique(number)}
-        self._keep_only(picked)
-        opening = {shard: self._shard(shard) for shard in picked}
-        return [
-            _Part(opening[shard].result(), positions[places] - self._starts[shard], places)
-            for shard, places in picked.items()
-        ]
+    @contextmanager
+    def _located(self, positions: Array) -> "Iterator[tuple[Located, dict[int, MappedShard]]]":
+        """Yield where rows lie and their shards, which stay mapped meanwhile; for one thread at a time."""
+        with self._reading:
+            rows = self._rows.locate(positions)
+            numbers = self._numbers(rows)
+            self._keep_only(numbers)
+            opening = {number: self._shard(number) for number in numbers}
+            yield rows, {number: shard.result() for number, shard in opening.items()}
 
-    def _numbers(self, positions: Array) -> Array:
-        return np.searchsorted(self._starts, positions, side="right") - 1
+    def _by_shard(self) -> "Iterator[tuple[Located, dict[int, MappedShard]]]":
+        """Yield the same of all rows in order, a shard at a time."""
+        for start, stop in pairwise(self._starts.tolist()):
+            with self._located(np.arange(start, stop)) as found:
+                yield found
 
-    def _labels(self, parts: "list[_Part]") -> Tensor | None:
+    def _numbers(self, rows: Located) -> list[int]:
+        return np.flatnonzero(np.bincount(rows.file)).tolist()
+
+    def _ids(self, rows: Located, shards: Mapping[int, MappedShard]) -> Array:
+        if self.manifest.id_type == "int64":
+            return self._rows.values("id", rows)
+        places = {number: np.flatnonzero(rows.file == number) for number in shards}
+        within = rows.position - self._starts[rows.file]
+        names = {number: shard.ids(within[places[number]]) for number, shard in shards.items()}
+        # the widest type: strings of different shards differ in length
+        result = np.empty(len(within), dtype=np.result_type(np.dtype("U1"), *names.values()))
+        for number, found in names.items():
+            result[places[number]] = found
+        return result
+
+    def _labels(self, rows: Located) -> Array | None:
         if not self.manifest.has_label:
             return None
-        labels = [
-            np.where(part.shard.present("label", part.rows), part.shard.gather("label", part.rows), -1)
-            for part in parts
-        ]
-        return torch.from_numpy(_join(labels, parts))
+        return np.where(self._rows.present("label", rows), self._rows.values("label", rows), -1)
 
-    def _size_factors(self, parts: "list[_Part]", dtype: torch.dtype) -> Tensor | None:
+    def _size_factors(self, rows: Located) -> Array | None:
         if self.manifest.size_factor is None:
             return None
-        factors = [
-            np.where(part.shard.present("size_factor", part.rows), part.shard.gather("size_factor", part.rows), np.nan)
-            for part in parts
-        ]
-        return torch.from_numpy(_join(factors, parts)).to(dtype)
+        return np.where(self._rows.present("size_factor", rows), self._rows.values("size_factor", rows), np.nan)
 
     def _shard(self, number: int) -> "Future[MappedShard]":
         with self._lock:
@@ -232,7 +238,10 @@ class Split:
         file = self._place.fetch(info)
         if self._verify_on_use:
             verify_shard(file, info, self.manifest)
-        return self._map(file, info)
+        shard = self._map(file, info)
+        with self._lock:
+            shard.enter(self._rows, number)
+        return shard
 
     def _map(self, file: ShardFile, info: ShardInfo) -> MappedShard:
         shard = file.map()
@@ -260,24 +269,8 @@ def _check_rows_have_something(shard: MappedShard) -> None:
             )
 
 
-@dataclass(frozen=True)
-class _Part:
-    """The rows of one shard among those that are read, and their places there."""
-
-    shard: MappedShard
-    rows: Array
-    places: Array | slice
-
-
-def _join(arrays: list[Array], parts: list[_Part]) -> Array:
-    """Put what the parts gave in the order that was asked for."""
-    if len(parts) == 1:
-        return arrays[0]
-    # the widest type: strings of different shards differ in length
-    result = np.empty((sum(map(len, arrays)), *arrays[0].shape[1:]), dtype=np.result_type(*arrays))
-    for part, array in zip(parts, arrays, strict=True):
-        result[part.places] = array
-    return result
+def _cut(values: Array, lengths: list[int]) -> Sequence[Tensor]:
+    return torch.from_numpy(values).split_with_sizes(lengths)
 
 
 class _Scale:
@@ -290,19 +283,20 @@ class _Scale:
             self._mean = torch.tensor(info.mean, dtype=torch.float64).reshape(info.shape)
             self._std = torch.tensor(info.std, dtype=torch.float64).reshape(info.shape)
 
-    def __call__(self, values: Array, missing: Array | None, dtype: torch.dtype) -> Tensor:
-        """Return the values with zeros in the rows `missing`; the array is changed."""
-        if missing is not None:
-            # by numpy and before the conversion: torch takes fifty times as long to fill the rows of a mask
-            values[missing] = 0
-        tensor = torch.from_numpy(values)
+    def __call__(self, values: Tensor, present: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Return the values, zero in the rows that are not present, where the stored ones are zero too.
+
+        The argument may be changed, or returned.
+        """
         if not self._floats:
-            return tensor
+            return values
         if self._scaling == "unit":
-            return tensor.to(dtype).div_(255)
+            return values.to(dtype).div_(255)
         if self._scaling == "none":
-            return tensor.to(dtype)
+            return values.to(dtype)
         # in the wider of both types: float64 measurements with a large mean would otherwise cancel
-        wide = torch.promote_types(tensor.dtype, dtype)
-        scaled = ((tensor.to(wide) - self._mean.to(wide)) / self._std.to(wide)).to(dtype)
-        return scaled if missing is None else scaled.index_fill_(0, torch.from_numpy(missing), 0)
+        wide = torch.promote_types(values.dtype, dtype)
+        scaled = ((values.to(wide) - self._mean.to(wide)) / self._std.to(wide)).to(dtype)
+        if present is None:
+            return scaled
+        return scaled.index_fill_(0, torch.from_numpy(np.flatnonzero(~present.numpy())), 0)
