@@ -1,3 +1,4 @@
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -7,13 +8,15 @@ import pytest
 import torch
 
 from dmvae.config.data import DigitsSource, NpzSource, PrepareConfig
-from dmvae.data import sources
+from dmvae.data import shuffle, sources, stream
 from dmvae.data.dataset import Dataset, open_dataset
 from dmvae.data.error import DatasetError
 from dmvae.data.prepare import prepare
 from dmvae.data.rows import Rows
 from dmvae.data.sources.digits import read_digits
 from dmvae.data.sources.npz import read_npz
+
+SHARES = {"train": 0.8, "val": 0.1, "test": 0.1}
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +42,7 @@ def arrays(num: int = 100) -> dict[str, Any]:
 
 def prepared(folder: Path, content: dict[str, Any], told: list[str] | None = None, **settings: Any) -> Dataset:
     np.savez(folder / "source.npz", **content)
-    source = NpzSource(path=str(folder / "source.npz"))
+    source = NpzSource(path=str(folder / "source.npz"), group=settings.pop("group", None))
     config = PrepareConfig(dataset=str(folder / "data"), source=source, **settings)
     return open_dataset(prepare(config, (told if told is not None else []).append))
 
@@ -82,7 +85,7 @@ def test_the_sources_own_splits_are_kept(tmp_path: Path) -> None:
     content = arrays(10) | {"split": np.array(["fit"] * 7 + ["held_out"] * 3)}
     dataset = prepared(tmp_path, content)
     assert sorted(dataset.split("held_out").ids().tolist()) == ["patient 7", "patient 8", "patient 9"]
-    with pytest.raises(DatasetError, match="Leave splits out"):
+    with pytest.raises(DatasetError, match="shares make splits where the source has none"):
         prepared(tmp_path, content, replace=True, splits={"train": 1.0})
 
 
@@ -112,6 +115,53 @@ def test_partial_rows_are_refused_dropped_or_filled(tmp_path: Path) -> None:
         assert batch.data["x"][rows == row, 1].item() == pytest.approx(np.nanmean(mean))
 
 
+def test_the_result_does_not_depend_on_chunks_or_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = arrays()
+    content["x"][[20, 30], 1] = np.nan
+    settings: dict[str, Any] = {"partial": "mean", "scaling": {"x": "standardise"}}
+    whole = prepared(tmp_path, content, **settings).manifest
+    for chunk, held in ((500, 1 << 20), (900, 1000)):
+        monkeypatch.setattr(stream, "CHUNK_BYTES", chunk)
+        monkeypatch.setattr(shuffle, "HELD_BYTES", held)
+        cut = prepared(tmp_path, content, replace=True, **settings).manifest
+        assert cut.splits == whole.splits
+        assert cut.modalities["x"].mean == pytest.approx(whole.modalities["x"].mean, rel=1e-15)
+
+
+def test_rows_of_a_group_come_into_one_split(tmp_path: Path) -> None:
+    group = np.repeat(np.arange(20), 5)
+    dataset = prepared(tmp_path, arrays() | {"patient": group}, group="patient")
+    splits = {name: {int(key.split()[1]) // 5 for key in dataset.split(name).ids().tolist()} for name in SHARES}
+    assert {name: len(found) for name, found in splits.items()} == {"train": 16, "val": 2, "test": 2}
+    assert set.union(*splits.values()) == set(range(20))
+    assert "patient" not in dataset.manifest.modalities
+    with pytest.raises(DatasetError, match=r"at least one group; got 2 groups of up to 50 rows, and none for \['"):
+        prepared(tmp_path, arrays() | {"patient": np.repeat(["a", "b"], 50)}, replace=True, group="patient")
+
+
+def test_labels_are_in_every_split_in_the_same_shares(tmp_path: Path) -> None:
+    labels = np.repeat([0, 1, -1], [60, 30, 10])
+    dataset = prepared(tmp_path, arrays() | {"label": labels}, stratify=True)
+    for name, share in SHARES.items():
+        found = dataset.split(name).labels()
+        assert found is not None
+        assert np.bincount(found.numpy() + 1).tolist() == [round(10 * share), round(60 * share), round(30 * share)]
+
+
+def test_no_room_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for held in (1 << 20, 1000):  # no room for shards, and none for what is put aside
+        monkeypatch.setattr(shuffle, "HELD_BYTES", held)
+        np.savez(tmp_path / "source.npz", x=np.zeros((300, 40)))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3000 if held > 1000 else 1500, hard))
+        try:
+            with pytest.raises(DatasetError, match="needs room on the disk"):
+                prepare(PrepareConfig(dataset=str(tmp_path / "d"), source=NpzSource(path=str(tmp_path / "source.npz"))))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert [path.name for path in tmp_path.iterdir()] == ["source.npz"]
+
+
 def test_rows_with_nothing_are_left_out_and_counted(tmp_path: Path) -> None:
     told: list[str] = []
     dataset = prepared(tmp_path, {"x": arrays()["x"]}, told)
@@ -122,9 +172,21 @@ def test_rows_with_nothing_are_left_out_and_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "settings", "message"),
     [
-        ({"x": np.full((100, 2), np.inf)}, {}, "an observed value is finite; got infinity in 100 rows of 'x'"),
+        ({"x": np.full((100, 2), np.inf)}, {}, "source.npz, row 0: an observed value is finite; got infinity in .x."),
         ({"word": np.full(100, -1)}, {}, "a categorical value lies in"),
-        ({"id": np.zeros(100, dtype=int)}, {}, "an id occurs once"),
+        (
+            {"id": np.arange(100) % 60},
+            {},
+            r"source.npz, row \d+: an id occurs once; got \d+ in .*source.npz, row \d+ too",
+        ),
+        ({"split": np.array(["a/b"] * 100)}, {}, "source.npz, row 0, split: a name is letters"),
+        ({"label": np.full(100, -1)}, {"stratify": True, "group": "id"}, "by groups or by labels; got both"),
+        ({}, {"group": "patient"}, "source.group is an array; got 'patient'"),
+        (
+            {"size_factor": np.arange(100.0)},
+            {},
+            "source.npz: size_factor, row 0: a size factor is positive and finite; got 0.0",
+        ),
         ({"mask.sound": np.ones(100, dtype=bool)}, {}, r"got masks for \['sound'\]"),
         ({"mask.x": np.full(100, 2)}, {}, "boolean or 0/1"),
         ({"mask.x": np.ones((100, 2), dtype=bool)}, {}, r"\(rows,\), boolean"),

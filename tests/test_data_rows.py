@@ -6,6 +6,7 @@ import pytest
 
 from dmvae.data.error import DatasetError
 from dmvae.data.rows import Rows
+from dmvae.data.stream import Stream
 
 
 def make_rows(
@@ -31,6 +32,11 @@ def make_rows(
         present=present,
         labels=rng.integers(-1, 3, num) if labels else None,
     )
+
+
+def collect(stream: Stream) -> Rows:
+    """All rows of a source."""
+    return Rows.join([chunk.rows for chunk in stream.chunks])
 
 
 def test_a_selection_of_rows_keeps_every_part_together() -> None:

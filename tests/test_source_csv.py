@@ -8,6 +8,7 @@ from dmvae.data.dataset import open_dataset
 from dmvae.data.error import DatasetError
 from dmvae.data.prepare import prepare
 from dmvae.data.sources.csv import read_csv
+from tests.test_data_rows import collect
 
 BLOOD = "id,iron,zinc\n7,1.5,2\n3,,\n9,4,5.5\n"
 GENES = "id\tg1\tg2\tnote\n9\t1\t2\tx\n4\t3\t4\ty\n"
@@ -25,7 +26,7 @@ def write(folder: Path, **files: str) -> CsvSource:
 
 
 def test_an_absent_id_or_empty_cells_are_a_missing_modality(tmp_path: Path) -> None:
-    rows = read_csv(write(tmp_path, blood=BLOOD, genes=GENES))
+    rows = collect(read_csv(write(tmp_path, blood=BLOOD, genes=GENES), tmp_path))
     assert rows.ids.tolist() == [7, 3, 9, 4]
     assert rows.present["blood"].tolist() == [True, False, True, False]
     assert rows.present["genes"].tolist() == [False, False, True, True]
@@ -47,7 +48,8 @@ def test_labels_and_splits_come_from_the_table_of_rows_and_back_from_shards(tmp_
 
 
 def test_ids_with_leading_zeros_stay_strings(tmp_path: Path) -> None:
-    assert read_csv(write(tmp_path, blood="id,a\n007,1\n12,2\n")).ids.tolist() == ["007", "12"]
+    rows = collect(read_csv(write(tmp_path, blood="id,a\n007,1\n12,2\n"), tmp_path))
+    assert rows.ids.tolist() == ["007", "12"]
 
 
 @pytest.mark.parametrize(
@@ -59,9 +61,12 @@ def test_ids_with_leading_zeros_stay_strings(tmp_path: Path) -> None:
         ({"blood": "id,a\n1,2,3\n"}, r"blood.csv: a source is a table with a header; got: .*Expected 2 columns, got 3"),
         ({"blood": "id,a\n1,two\n"}, r"blood.csv, modality 'blood': modalities are numbers"),
         ({"blood": "name,a\n1,2\n"}, r"blood.csv: a table has one column 'id'"),
-        ({"blood": BLOOD, "people": "id,label\n3,a\n7,b\n9,c\n"}, r"people.csv: labels are integers or null; .*'a'"),
+        (
+            {"blood": BLOOD, "people": "id,label\n3,a\n7,b\n9,c\n"},
+            r"people.csv, line 2: labels are integers or null; .*'a'",
+        ),
     ],
 )
 def test_a_faulty_table_is_named_with_its_line(tmp_path: Path, files: dict[str, str], message: str) -> None:
     with pytest.raises(DatasetError, match=message):
-        read_csv(write(tmp_path, **files))
+        collect(read_csv(write(tmp_path, **files), tmp_path))

@@ -7,6 +7,7 @@ from PIL import Image
 from dmvae.config.data import ImageColumn, ImagesSource
 from dmvae.data.error import DatasetError
 from dmvae.data.sources.images import read_images
+from tests.test_data_rows import collect
 
 
 def source_of(folder: Path, table: str) -> ImagesSource:
@@ -21,7 +22,7 @@ def source_of(folder: Path, table: str) -> ImagesSource:
 def test_images_are_read_and_absent_files_are_missing(tmp_path: Path) -> None:
     pixels = np.arange(18, dtype=np.uint8).reshape(2, 3, 3)
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    rows = read_images(source_of(tmp_path, "id,file,label\nx,a.png,1\ny,gone.png,0\nz,,\n"))
+    rows = collect(read_images(source_of(tmp_path, "id,file,label\nx,a.png,1\ny,gone.png,0\nz,,\n")))
     assert rows.present["scan"].tolist() == [True, False, False]
     assert (rows.data["scan"][0] == pixels.transpose(2, 0, 1)).all()
     assert rows.data["grey"].shape == (3, 1, 2, 3)
@@ -32,6 +33,6 @@ def test_images_are_read_and_absent_files_are_missing(tmp_path: Path) -> None:
 def test_what_does_not_decode_is_named_with_its_line(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"no image")
     with pytest.raises(DatasetError, match=r"rows.csv, line 2: .*a.png is an image"):
-        read_images(source_of(tmp_path, "id,file\nx,a.png\n"))
+        collect(read_images(source_of(tmp_path, "id,file\nx,a.png\n")))
     with pytest.raises(DatasetError, match=r"column 'file' names files in .*; none exists"):
-        read_images(source_of(tmp_path, "id,file\nx,b.png\n"))
+        collect(read_images(source_of(tmp_path, "id,file\nx,b.png\n")))

@@ -7,11 +7,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from dmvae.config.data import ColumnGroup, ParquetSource, PrepareConfig
+from dmvae.data import stream
 from dmvae.data.dataset import open_dataset
 from dmvae.data.error import DatasetError
 from dmvae.data.prepare import prepare
-from dmvae.data.sources import parquet
 from dmvae.data.sources.parquet import read_parquet
+from tests.test_data_rows import collect
 
 
 def write(path: Path, columns: dict[str, Any], **options: Any) -> str:
@@ -39,7 +40,7 @@ def test_every_kind_of_column_is_read_with_what_is_missing(tmp_path: Path) -> No
         "cube": ColumnGroup(columns="cube"),
         "genes": ColumnGroup(columns="gene_*", dtype="float32"),
     }
-    rows = read_parquet(ParquetSource(path=path, modalities=groups))
+    rows = collect(read_parquet(ParquetSource(path=path, modalities=groups)))
     assert rows.ids.tolist() == ["a", "b", "c"]
     assert rows.labels is not None
     assert rows.labels.tolist() == [1, -1, 0]
@@ -58,7 +59,7 @@ def test_every_kind_of_column_is_read_with_what_is_missing(tmp_path: Path) -> No
 
 
 def test_a_folder_in_small_batches_comes_back_from_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parquet, "BATCH_ROWS", 7)
+    monkeypatch.setattr(stream, "CHUNK_BYTES", 140)
     values = np.random.default_rng(0).normal(size=(60, 3)).astype(np.float32)
     missing = np.arange(60) % 4 == 1
     missing[:30] = True  # the whole first file, whose lists therefore have no length
@@ -83,7 +84,8 @@ def test_a_folder_in_small_batches_comes_back_from_shards(tmp_path: Path, monkey
         ({"x": [1.0, 2.0], "label": ["cat", "dog"]}, "labels are integers or null; got string .*'cat'"),
         ({"x": [1.0, 2.0], "id": [3, None]}, "row 1: an id is not null"),
         ({"x": ["a", "b"]}, "modalities are numbers, lists of them or fixed-size binary; got string"),
-        ({"x": [1.0], "size_factor": [1.0]}, "size_factor"),
+        ({"x": [1.0], "joint": [1.0]}, "a modality's name is .*got 'joint'"),
+        ({"x": [1.0, 2.0], "size_factor": [1.0, 0.0]}, "row 1: a size factor is positive and finite; got 0.0"),
         ({"id": [1]}, "at least one modality"),
     ],
 )
@@ -99,10 +101,10 @@ def test_what_is_no_parquet_or_matches_nothing_is_named(tmp_path: Path) -> None:
     (tmp_path / "text.parquet").write_text("no")
     path = write(tmp_path / "good.parquet", {"x": [1.0]})
     with pytest.raises(DatasetError, match=r"text.parquet: a source is Parquet"):
-        read_parquet(ParquetSource(path=str(tmp_path / "text.parquet")))
+        collect(read_parquet(ParquetSource(path=str(tmp_path / "text.parquet"))))
     with pytest.raises(DatasetError, match=r"file or a folder of them; got .*nowhere"):
-        read_parquet(ParquetSource(path=str(tmp_path / "nowhere")))
+        collect(read_parquet(ParquetSource(path=str(tmp_path / "nowhere"))))
     with pytest.raises(DatasetError, match=r"'gene_\*' matches none of x"):
-        read_parquet(ParquetSource(path=path, modalities={"g": ColumnGroup(columns="gene_*")}))
+        collect(read_parquet(ParquetSource(path=path, modalities={"g": ColumnGroup(columns="gene_*")})))
     with pytest.raises(DatasetError, match=r"source.id is a column; got 'cell'"):
-        read_parquet(ParquetSource(path=path, id="cell"))
+        collect(read_parquet(ParquetSource(path=path, id="cell")))

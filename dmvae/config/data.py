@@ -33,15 +33,17 @@ class NpzSource(Section):
     """Arrays in one `.npz` file, the first axis being rows.
 
     An array is a modality of its name, except `id` (integers or strings), `label` (integers, negative: none),
-    `split` (strings) and `mask.NAME` (boolean or 0/1, true where the row has modality NAME). Without a mask, a row
-    of floats that are all NaN is missing.
+    `split` (strings), `size_factor` (of counts; positive, NaN: none) and `mask.NAME` (boolean or 0/1, true where the
+    row has modality NAME). Without a mask, a row of floats that are all NaN is missing.
 
     Attributes:
         path: the file.
+        group: the array of groups, integers or strings, whose rows come into one split.
     """
 
     kind: Literal["npz"] = "npz"
     path: str = Field(min_length=1)
+    group: str | None = None
 
 
 class ColumnGroup(Section):
@@ -70,6 +72,8 @@ class ParquetSource(Section):
         id: the column of ids, integers or strings. Without such a column rows are numbered.
         label: the column of labels, integers or null; may be absent.
         split: the column of splits, strings; may be absent.
+        size_factor: the column of size factors of counts, positive or null; may be absent.
+        group: a column of groups, integers or strings, whose rows come into one split.
         modalities: columns by modality. None: each other column is a modality of its name.
     """
 
@@ -78,6 +82,8 @@ class ParquetSource(Section):
     id: str = "id"
     label: str = "label"
     split: str = "split"
+    size_factor: str = "size_factor"
+    group: str | None = None
     modalities: dict[ModalityName, ColumnGroup] | None = Field(default=None, min_length=1)
 
 
@@ -103,6 +109,8 @@ class CsvSource(Section):
         rows: a file with the ids of all rows, and perhaps labels and splits. None: every id of any modality is a row.
         label: the column of labels in `rows`, integers or empty; may be absent.
         split: the column of splits in `rows`; may be absent.
+        size_factor: the column of size factors of counts in `rows`, positive or empty; may be absent.
+        group: a column of groups in `rows`, integers or strings, whose rows come into one split.
     """
 
     kind: Literal["csv"] = "csv"
@@ -111,6 +119,8 @@ class CsvSource(Section):
     rows: str | None = None
     label: str = "label"
     split: str = "split"
+    size_factor: str = "size_factor"
+    group: str | None = None
 
 
 class ImageColumn(Section):
@@ -131,6 +141,7 @@ class ImagesSource(Section):
         id: the column of ids.
         label: the column of labels, integers or empty; may be absent.
         split: the column of splits; may be absent.
+        group: a column of groups, integers or strings, whose rows come into one split.
     """
 
     kind: Literal["images"] = "images"
@@ -140,6 +151,7 @@ class ImagesSource(Section):
     id: str = "id"
     label: str = "label"
     split: str = "split"
+    group: str | None = None
 
 
 class DigitsSource(Section):
@@ -183,7 +195,8 @@ class PrepareConfig(Section):
         partial: what becomes of a row that has a modality with some features NaN: `refuse` says how many and stops,
             `drop` takes the whole modality of that row for missing, `mean` fills in the feature's training mean.
         splits: shares of the rows by split. None: 0.8 `train`, 0.1 `val`, 0.1 `test`. Sources that come with
-            splits of their own leave no choice.
+            splits of their own leave no choice. Rows of one group come into one split if the source names groups.
+        stratify: every label in the same shares.
         likelihood: hints by modality, recorded for whoever trains. Default: `categorical` for integers, else `normal`.
         shard_megabytes: a shard is closed when it has grown to this size.
         replace: take the place of a dataset of the same name.
@@ -195,6 +208,7 @@ class PrepareConfig(Section):
     scaling: dict[ModalityName, Literal["none", "standardise"]] = Field(default_factory=dict)
     partial: Literal["refuse", "drop", "mean"] = "refuse"
     splits: dict[Name, float] | None = None
+    stratify: bool = False
     likelihood: dict[ModalityName, str] = Field(default_factory=dict)
     shard_megabytes: int = Field(default=256, ge=1)
     replace: bool = False

@@ -38,13 +38,18 @@ def check_modality_name(name: str) -> str:
 ModalityName = Annotated[str, AfterValidator(check_modality_name)]
 
 
-def _check_run_name(name: str) -> str:
+def check_name(name: str) -> str:
+    """Return `name` if a run, a dataset or a split may be called so.
+
+    Raises:
+        ValueError: if it is not letters, digits, `.`, `_` or `-`.
+    """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise ValueError(f"a name is letters, digits, '.', '_' or '-', without a path; got {name!r}. Rename it.")
     return name
 
 
-Name = Annotated[str, AfterValidator(_check_run_name)]
+Name = Annotated[str, AfterValidator(check_name)]
 
 
 def _check_is_no_truth_value(number: Any) -> Any:

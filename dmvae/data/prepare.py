@@ -1,33 +1,38 @@
-"""From a source to a dataset: check, split, shuffle, write."""
+"""From a source to a dataset: read and check, divide, shuffle, write; in memory that does not grow with the source."""
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dmvae.config.data import CsvSource, ImagesSource, NpzSource, ParquetSource, PrepareConfig, Source
+from dmvae.config.data import CsvSource, DigitsSource, ImagesSource, NpzSource, ParquetSource, PrepareConfig, Source
 from dmvae.data.error import DatasetError
+from dmvae.data.manifest import save_manifest
+from dmvae.data.pace import Pace
 from dmvae.data.place import check_free, is_uri, upload
 from dmvae.data.rows import Rows
+from dmvae.data.scan import Scan
 from dmvae.data.sources.csv import read_csv
 from dmvae.data.sources.digits import read_digits
 from dmvae.data.sources.images import read_images
 from dmvae.data.sources.npz import read_npz
 from dmvae.data.sources.parquet import read_parquet
-from dmvae.data.writer import check_target, write_dataset
+from dmvae.data.stream import Stream, in_memory
+from dmvae.data.survey import survey
+from dmvae.data.writer import SplitWriter, check_target, new_dataset
 
 Array = np.ndarray[Any, np.dtype[Any]]
-
-DEFAULT_SHARES = {"train": 0.8, "val": 0.1, "test": 0.1}
 
 
 def prepare(config: PrepareConfig, progress: Callable[[str], None] = print) -> Path:
     """Make the dataset that `config` describes and return its folder.
 
-    The same configuration and source give the same bytes.
+    The same configuration and rows give the same bytes. A source is read once; of all its rows a few numbers each are
+    held. While it works, the disk holds the rows twice.
 
     Args:
         config: what to make.
@@ -39,25 +44,19 @@ def prepare(config: PrepareConfig, progress: Callable[[str], None] = print) -> P
     target = Path(config.dataset)
     check_target(target, config.replace)
     progress(f"reading {config.source.kind}")
-    rows = read_source(config.source, config.seed)
-    _check_settings(config, rows)
-    _refuse_infinity(rows)
-    parts = _without_empty_rows(_fill_partial(_divide(rows, config), config.partial, progress), progress)
-    generator = np.random.default_rng([config.seed, 2])
-    parts = {name: part.take(generator.permutation(len(part))) for name, part in parts.items()}
-    for name, part in parts.items():
-        _check_unique(f"split {name!r}", part.ids)
-        shares = ", ".join(f"{modality} in {mask.mean():.1%}" for modality, mask in part.present.items() if len(mask))
-        progress(f"{name}: {len(part)} rows, {shares or 'empty'}")
-    write_dataset(
-        target,
-        parts,
-        scaling=config.scaling,
-        likelihood=config.likelihood,
-        origin=config.model_dump(mode="json", exclude={"dataset", "replace"}),
-        shard_bytes=config.shard_megabytes << 20,
-        replace=config.replace,
-    )
+    with new_dataset(target, config.replace) as part:
+        scratch = part / ".scratch"
+        scratch.mkdir()
+        stream = read_source(config.source, config.seed, scratch)
+        for note in stream.notes:
+            progress(note)
+        scan = Scan(config, stream, scratch / "rows", progress)
+        _write(scan, part, config.shard_megabytes << 20, progress)
+        scan.shuffle.remove()
+        scratch.rmdir()
+        progress("checking what was written")
+        origin = config.model_dump(mode="json", exclude={"dataset", "replace"})
+        save_manifest(survey(part, scaling=config.scaling, likelihood=config.likelihood, origin=origin), part)
     progress(f"wrote {target}")
     return target
 
@@ -80,129 +79,69 @@ def prepare_and_upload(config: PrepareConfig, progress: Callable[[str], None] = 
     return config.dataset
 
 
-def read_source(source: Source, seed: int) -> Rows:
-    """Read all rows of a source."""
+def read_source(source: Source, seed: int, scratch: Path) -> Stream:
+    """Begin to read a source; `scratch` is a folder for files that are gone when it was read."""
     if isinstance(source, NpzSource):
         return read_npz(source)
     if isinstance(source, ParquetSource):
         return read_parquet(source)
     if isinstance(source, CsvSource):
-        return read_csv(source)
+        return read_csv(source, scratch)
     if isinstance(source, ImagesSource):
         return read_images(source)
-    return read_digits(source, seed)
+    assert isinstance(source, DigitsSource)
+    return in_memory(read_digits(source, seed), "digits")
 
 
-def _check_settings(config: PrepareConfig, rows: Rows) -> None:
-    known = ", ".join(rows.data)
-    for setting, names in (("scaling", config.scaling), ("likelihood", config.likelihood)):
-        unknown = sorted(names.keys() - rows.data.keys())
-        if unknown:
-            raise DatasetError(
-                f"{setting} is set for modalities of the source, {known}; got {unknown}. Correct the name."
-            )
-    for name, scaling in config.scaling.items():
-        if scaling == "standardise" and rows.data[name].dtype.kind != "f":
-            raise DatasetError(
-                f"floats can be standardised; got scaling.{name} for {rows.data[name].dtype}. Leave it out."
-            )
-    if rows.splits is not None and config.splits is not None:
-        raise DatasetError(
-            f"shares make splits where the source has none; this one has {sorted(set(rows.splits.tolist()))}, and "
-            f"got splits={config.splits}. Leave splits out."
-        )
+def _write(scan: Scan, folder: Path, shard_bytes: int, progress: Callable[[str], None]) -> None:
+    """Write the rows to the folders of their splits, in the order of the shuffle."""
+    means = {name: _training_mean(scan, name) for name in scan.filled}
+    observed = {split: dict.fromkeys(scan.columns.modalities, 0) for split in scan.names}
+    pace, done = Pace(progress, "wrote", len(scan.codes)), 0
+    with ExitStack() as stack:
+        writers = [stack.enter_context(SplitWriter(folder / split, scan.columns, shard_bytes)) for split in scan.names]
+        for rows, numbers in scan.shuffle.sorted():
+            scan.check_unique(rows, numbers)
+            filled, codes = _fill(rows, means), scan.codes[numbers]
+            for code, (split, writer) in enumerate(zip(scan.names, writers, strict=True)):
+                chosen = filled.take(codes == code)
+                writer.write(chosen)
+                for name, mask in chosen.present.items():
+                    observed[split][name] += int(mask.sum())
+            done += len(rows)
+            pace(done)
+    for code, (split, counts) in enumerate(observed.items()):
+        num = int((scan.codes == code).sum())
+        shares = ", ".join(f"{name} in {count / max(num, 1):.1%}" for name, count in counts.items())
+        progress(f"{split}: {num} rows, {shares if num else 'empty'}")
 
 
-def _divide(rows: Rows, config: PrepareConfig) -> dict[str, Rows]:
-    """Divide the rows by the source's splits, or at random by shares."""
-    if rows.splits is not None:
-        names = list(dict.fromkeys(rows.splits.tolist()))
-        return {name: rows.take(rows.splits == name) for name in names}
-    _check_unique("the source", rows.ids)
-    shares = config.splits or DEFAULT_SHARES
-    order = np.random.default_rng([config.seed, 3]).permutation(len(rows))
-    cuts = np.rint(np.cumsum(list(shares.values()))[:-1] * len(rows)).astype(int)
-    return {name: rows.take(part) for name, part in zip(shares, np.split(order, cuts), strict=True)}
-
-
-def _fill_partial(parts: dict[str, Rows], partial: str, progress: Callable[[str], None]) -> dict[str, Rows]:
-    """Apply the policy for observed rows with some NaN features."""
-    for name in next(iter(parts.values())).data:
-        found = {split: _partial_rows(rows, name) for split, rows in parts.items()}
-        count = int(sum(mask.sum() for mask in found.values()))
-        if not count:
+def _training_mean(scan: Scan, name: str) -> Array:
+    """Return the mean of each feature over the training rows that have a value there, in float64."""
+    if "train" not in scan.names:
+        raise DatasetError(f"a training mean needs a split 'train'; got {sorted(scan.names)}. Set partial to 'drop'.")
+    shape = scan.columns.modalities[name].shape
+    count, first, total = np.zeros(shape, dtype=np.int64), np.full(shape, np.nan), np.zeros((1, *shape))
+    for rows, numbers in scan.shuffle.sorted(keep=True):
+        chosen = (scan.codes[numbers] == scan.names.index("train")) & rows.present[name]
+        values = rows.data[name][chosen].astype(np.float64)
+        if not len(values):
             continue
-        if partial == "refuse":
-            split, mask = next((split, mask) for split, mask in found.items() if mask.any())
-            raise DatasetError(
-                f"a modality is present or missing as a whole; got {count} rows in which some features of {name!r} "
-                f"are NaN, the first with id {parts[split].ids[mask][0]}. Set partial to 'drop' (the modality is "
-                f"missing in those rows) or 'mean' (they get the feature's training mean)."
-            )
-        if partial == "drop":
-            progress(f"{name}: taken for missing in {count} rows that have some features NaN")
-            parts = {split: _drop(rows, name, found[split]) for split, rows in parts.items()}
-        else:
-            progress(f"{name}: training means filled into {count} rows that have some features NaN")
-            mean = _training_mean(parts, name)
-            parts = {split: _fill(rows, name, found[split], mean) for split, rows in parts.items()}
-    return parts
-
-
-def _refuse_infinity(rows: Rows) -> None:
-    for name, values in rows.data.items():
-        if values.dtype.kind != "f":
-            continue
-        infinite = rows.present[name] & np.isinf(values).reshape(len(rows), -1).any(axis=1)
-        if infinite.any():
-            raise DatasetError(
-                f"an observed value is finite; got infinity in {int(infinite.sum())} rows of {name!r}, the first with "
-                f"id {rows.ids[infinite][0]}. Correct the source, or mask those rows."
-            )
-
-
-def _partial_rows(rows: Rows, name: str) -> Array:
-    values, present = rows.data[name].reshape(len(rows), -1), rows.present[name]
-    if values.dtype.kind != "f":
-        return np.zeros(len(rows), dtype=bool)
-    return np.asarray(present & np.isnan(values).any(axis=1))
-
-
-def _drop(rows: Rows, name: str, partial: Array) -> Rows:
-    return replace(rows, present={**rows.present, name: rows.present[name] & ~partial})
-
-
-def _training_mean(parts: dict[str, Rows], name: str) -> Array:
-    if "train" not in parts:
-        raise DatasetError(f"a training mean needs a split 'train'; got {sorted(parts)}. Set partial to 'drop'.")
-    values = parts["train"].data[name][parts["train"].present[name]].astype(np.float64)
-    count = (~np.isnan(values)).sum(axis=0)
+        known = ~np.isnan(values)
+        count += known.sum(axis=0)
+        # from a value of the feature, so that a large mean costs no digits; one by one, so that pieces do not matter
+        found = values[known.argmax(axis=0), *np.indices(shape, sparse=True)]
+        first = np.where(np.isnan(first), found, first)
+        total = np.add.accumulate(np.concatenate((total, np.where(known, values - first, 0))))[-1:]
     if not count.all():
         raise DatasetError(
             f"a training mean needs a training value; got none for {int((count == 0).sum())} features of {name!r}. "
             f"Leave those features out, or set partial to 'drop'."
         )
-    return np.asarray(np.nansum(values, axis=0) / count)
+    return np.asarray(first + total[0] / count)
 
 
-def _fill(rows: Rows, name: str, partial: Array, mean: Array) -> Rows:
-    values = rows.data[name].copy()
-    values[partial] = np.where(np.isnan(values[partial]), mean, values[partial])
-    return replace(rows, data={**rows.data, name: values})
-
-
-def _without_empty_rows(parts: dict[str, Rows], progress: Callable[[str], None]) -> dict[str, Rows]:
-    kept = {split: np.logical_or.reduce(list(rows.present.values())) for split, rows in parts.items()}
-    empty = int(sum((~mask).sum() for mask in kept.values()))
-    if empty:
-        progress(f"left out {empty} rows that have no modality at all")
-    return {split: rows.take(kept[split]) for split, rows in parts.items()}
-
-
-def _check_unique(where: str, ids: Array) -> None:
-    names, counts = np.unique(ids, return_counts=True)
-    if (counts > 1).any():
-        raise DatasetError(
-            f"an id occurs once in a split; got {names[counts > 1][0]} {counts[counts > 1][0]} times in {where}, and "
-            f"{int((counts > 1).sum())} such ids. Make them unique in the source."
-        )
+def _fill(rows: Rows, means: Mapping[str, Array]) -> Rows:
+    """Put the training means where an observed row has NaN; rows that miss the modality stay as they are."""
+    data = {name: np.where(np.isnan(rows.data[name]), mean, rows.data[name]) for name, mean in means.items()}
+    return replace(rows, data={**rows.data, **{name: data[name].astype(rows.data[name].dtype) for name in data}})

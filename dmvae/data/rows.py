@@ -1,6 +1,6 @@
 """Rows in memory as numpy arrays: what a source gives and a writer takes."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ class Rows:
         present: boolean `(rows,)` per modality, true where the row has it.
         labels: int64 `(rows,)`, negative where there is none; None without labels.
         splits: `(rows,)` strings, the split of each row; None where the source has no splits of its own.
+        groups: `(rows,)`, int64 or strings; rows of one group (a patient's) come into one split. None without groups.
         size_factors: float64 `(rows,)`, positive, NaN where there is none (see `Batch`); None without size factors.
 
     Raises:
@@ -35,6 +36,7 @@ class Rows:
     present: Mapping[str, Array]
     labels: Array | None = None
     splits: Array | None = None
+    groups: Array | None = None
     size_factors: Array | None = None
 
     def __post_init__(self) -> None:
@@ -46,8 +48,8 @@ class Rows:
             raise DatasetError(f"every modality has a mask; got {list(self.present)} for {list(self.data)}.")
         lengths = {name: len(values) for name, values in self.data.items()}
         lengths |= {f"mask.{name}": len(mask) for name, mask in self.present.items()}
-        others = {"label": self.labels, "split": self.splits, "size_factor": self.size_factors}
-        lengths |= {name: len(part) for name, part in others.items() if part is not None}
+        special = {"label": self.labels, "split": self.splits, "group": self.groups, "size_factor": self.size_factors}
+        lengths |= {name: len(values) for name, values in special.items() if values is not None}
         if set(lengths.values()) != {len(self.ids)}:
             raise DatasetError(f"all arrays have the same number of rows; got id: {len(self.ids)}, {lengths}.")
         for name, values in self.data.items():
@@ -67,6 +69,40 @@ class Rows:
             labels=None if self.labels is None else self.labels[index],
             splits=None if self.splits is None else self.splits[index],
             size_factors=None if self.size_factors is None else self.size_factors[index],
+            groups=None if self.groups is None else self.groups[index],
+        )
+
+    @classmethod
+    def join(cls, parts: "Sequence[Rows]") -> "Rows":
+        """Return the rows of all parts, one after another; the parts have the same columns."""
+        if len(parts) == 1:
+            return parts[0]
+        return cls(
+            ids=np.concatenate([part.ids for part in parts]),
+            data={name: np.concatenate([part.data[name] for part in parts]) for name in parts[0].data},
+            present={name: np.concatenate([part.present[name] for part in parts]) for name in parts[0].present},
+            labels=_join([part.labels for part in parts]),
+            splits=_join([part.splits for part in parts]),
+            groups=_join([part.groups for part in parts]),
+            size_factors=_join([part.size_factors for part in parts]),
+        )
+
+    @classmethod
+    def of_batch(cls, batch: pa.RecordBatch, columns: Columns) -> "Rows":
+        """Return what `record_batch` gave for rows of these columns; other columns of the batch are left aside."""
+        ids = batch.column("id")
+        tensors = {name: batch.column(name) for name in columns.modalities}
+        return cls(
+            ids=ids.to_numpy() if columns.id_type == "int64" else np.array(ids.to_pylist(), dtype=np.str_),
+            data={
+                name: tensor.storage.values.to_numpy(zero_copy_only=False).reshape(
+                    len(batch), *columns.modalities[name].shape
+                )
+                for name, tensor in tensors.items()
+            },
+            present={name: tensor.is_valid().to_numpy(zero_copy_only=False) for name, tensor in tensors.items()},
+            labels=batch.column("label").fill_null(-1).to_numpy() if columns.has_label else None,
+            size_factors=batch.column("size_factor").fill_null(np.nan).to_numpy() if columns.size_factor else None,
         )
 
     @property
@@ -94,6 +130,12 @@ class Rows:
         if self.size_factors is not None:
             arrays.append(pa.array(self.size_factors, mask=np.isnan(self.size_factors)))
         return pa.record_batch(arrays, schema=schema)
+
+
+def _join(parts: list[Array | None]) -> Array | None:
+    given = [part for part in parts if part is not None]
+    assert len(given) in (0, len(parts))
+    return np.concatenate(given) if given else None
 
 
 def _check_values(name: str, values: Array) -> None:

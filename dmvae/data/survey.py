@@ -9,8 +9,9 @@ import numpy as np
 from dmvae.config.model import COUNT_DISTS
 from dmvae.data.error import DatasetError
 from dmvae.data.manifest import Manifest, ModalityInfo, ShardInfo, SplitInfo
-from dmvae.data.schema import Columns
+from dmvae.data.schema import Columns, TensorColumn
 from dmvae.data.shard import MappedShard, sha256_of
+from dmvae.data.summary import Summary
 from dmvae.data.verify import check_values, row_blocks
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -40,49 +41,76 @@ def survey(
         DatasetError: if a file is no shard, shards disagree, a value is NaN, infinite or a negative class, or a setting
             belongs to no modality or to one of another type.
     """
-    shards = _map_shards(folder)
-    first = next(iter(next(iter(shards.values()))))
-    for shard in (shard for split in shards.values() for shard in split):
+    files = _find_shards(folder)
+    first = MappedShard(next(iter(files.values()))[0])
+    scaling, likelihood, classes = dict(scaling or {}), dict(likelihood or {}), dict(classes or {})
+    _check_settings(first.columns, scaling, likelihood, classes)
+    summaries = {name: Summary(first.columns.modalities[name].size) for name, how in scaling.items() if how != "none"}
+    sizes = {name: Summary(1) for name, hint in likelihood.items() if hint in COUNT_DISTS}
+    largest = {
+        name: 0
+        for name, column in first.columns.modalities.items()
+        if column.dtype == "int64" and likelihood.get(name) not in COUNT_DISTS
+    }
+    splits: dict[str, list[ShardInfo]] = {name: [] for name in files}
+    for split, path in ((split, path) for split, paths in files.items() for path in paths):
+        shard = MappedShard(path)  # one at a time: what is mapped counts as memory
         if shard.columns != first.columns:
             raise DatasetError(
                 f"all shards have the same columns; got {shard.columns} in {shard.path}, "
                 f"{first.columns} in {first.path}. Write one of them again."
             )
-        check_values(shard, dict(classes or {}), dict(likelihood or {}))
-    scaling, likelihood, classes = dict(scaling or {}), dict(likelihood or {}), dict(classes or {})
-    unknown = sorted({*scaling, *likelihood, *classes} - set(first.columns.modalities))
-    if unknown:
-        known = ", ".join(first.columns.modalities)
-        raise DatasetError(
-            f"a setting belongs to a modality; got {unknown}. The dataset has {known}: correct the name."
-        )
-    modalities = {
-        name: _describe(name, first.columns, shards, scaling.get(name, "none"), likelihood.get(name), classes.get(name))
-        for name in first.columns.modalities
-    }
+        check_values(shard, classes, likelihood)
+        splits[split].append(_describe_shard(folder, shard))
+        for rows in row_blocks(shard):
+            for name in largest:
+                largest[name] = max(largest[name], int(_observed(shard, name, rows).max(initial=0)))
+            for name in summaries if split == "train" else ():
+                summaries[name].add(_observed(shard, name, rows))
+            for name in sizes if split == "train" else ():
+                sizes[name].add(_sizes(shard, name, rows))
     return Manifest(
         id_type="int64" if first.columns.id_type == "int64" else "string",
         has_label=first.columns.has_label,
         size_factor=first.columns.size_factor,
-        modalities=modalities,
-        splits={
-            name: SplitInfo(shards=tuple(_describe_shard(folder, shard) for shard in split))
-            for name, split in shards.items()
+        modalities={
+            name: _describe(
+                name,
+                column,
+                likelihood.get(name),
+                classes.get(name) or (largest[name] + 1 if name in largest else None),
+                summaries.get(name),
+                sizes.get(name),
+            )
+            for name, column in first.columns.modalities.items()
         },
+        splits={name: SplitInfo(shards=tuple(shards)) for name, shards in splits.items()},
         origin=dict(origin or {}),
     )
 
 
-def _map_shards(folder: Path) -> dict[str, list[MappedShard]]:
+def _find_shards(folder: Path) -> dict[str, list[Path]]:
     splits = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    shards = {split.name: [MappedShard(path) for path in sorted(split.glob("*.arrow"))] for split in splits}
-    shards = {name: split for name, split in shards.items() if split}
+    shards = {split.name: found for split in splits if (found := sorted(split.glob("*.arrow")))}
     if not shards:
         raise DatasetError(
             f"a dataset has a folder per split with *.arrow files; got none in {str(folder)!r}. "
             f"Write, say, train/part-00000.arrow."
         )
     return shards
+
+
+def _observed(shard: MappedShard, name: str, rows: Array) -> Array:
+    """Return the values of those of `rows` that have the modality."""
+    return shard.gather(name, rows[shard.present(name, rows)])
+
+
+def _sizes(shard: MappedShard, name: str, rows: Array) -> Array:
+    """Return `(rows, 1)`, the size factor or else the total of each of `rows` that has the counts."""
+    if shard.columns.size_factor:
+        return shard.gather("size_factor", rows[shard.present(name, rows)])[:, None]
+    counts = _observed(shard, name, rows)
+    return np.asarray(counts.reshape(len(counts), -1).sum(axis=1, dtype=np.float64, keepdims=True))
 
 
 def _describe_shard(folder: Path, shard: MappedShard) -> ShardInfo:
@@ -100,88 +128,59 @@ def _describe_shard(folder: Path, shard: MappedShard) -> ShardInfo:
     )
 
 
-def _describe(
-    name: str,
-    columns: Columns,
-    shards: Mapping[str, list[MappedShard]],
-    scaling: Literal["none", "standardise"],
-    likelihood: str | None,
-    classes: int | None,
-) -> ModalityInfo:
-    column = columns.modalities[name]
-    kind = {"uint8": "uint8", "int64": "int64"}.get(column.dtype, "float")
-    if scaling == "standardise" and kind != "float":
-        raise DatasetError(f"floats can be standardised; got {name!r} of {column.dtype}. Leave its scaling out.")
+def _check_settings(
+    columns: Columns, scaling: Mapping[str, str], likelihood: Mapping[str, str], classes: Mapping[str, int]
+) -> None:
+    unknown = sorted({*scaling, *likelihood, *classes} - set(columns.modalities))
+    if unknown:
+        known = ", ".join(columns.modalities)
+        raise DatasetError(
+            f"a setting belongs to a modality; got {unknown}. The dataset has {known}: correct the name."
+        )
+    for name, column in columns.modalities.items():
+        _check_hints(name, column.dtype, scaling.get(name, "none"), likelihood.get(name), classes.get(name))
+
+
+def _check_hints(name: str, dtype: str, scaling: str, likelihood: str | None, classes: int | None) -> None:
+    if scaling == "standardise" and dtype in ("uint8", "int64"):
+        raise DatasetError(f"floats can be standardised; got {name!r} of {dtype}. Leave its scaling out.")
     hinted = classes is not None or likelihood == "categorical"
     counts = likelihood in COUNT_DISTS
-    if counts and (kind == "uint8" or scaling != "none" or classes is not None):
+    if counts and (dtype == "uint8" or scaling != "none" or classes is not None):
         raise DatasetError(
             f"counts are floats or int64, not scaled, without classes; got likelihood={likelihood!r}, "
-            f"scaling={scaling!r}, classes={classes} for {name!r} of {column.dtype}. Make them float32 in the source, "
+            f"scaling={scaling!r}, classes={classes} for {name!r} of {dtype}. Make them float32 in the source, "
             f"and leave scaling and classes out."
         )
-    if (kind == "int64" and not counts and likelihood not in (None, "categorical")) or (kind != "int64" and hinted):
+    if (dtype == "int64" and not counts and likelihood not in (None, "categorical")) or (dtype != "int64" and hinted):
         raise DatasetError(
             f"int64 modalities are categorical or counts, others are not categorical; got likelihood={likelihood!r}, "
-            f"classes={classes} for {name!r} of {column.dtype}. Leave the hint out, or change the type in the source."
+            f"classes={classes} for {name!r} of {dtype}. Leave the hint out, or change the type in the source."
         )
-    if kind == "int64" and not counts:
-        found = [_largest(shard, name) for split in shards.values() for shard in split]
-        classes = classes or max(found) + 1
-    mean = std = None
-    if scaling == "standardise":
-        mean, std = _moments(name, shards.get("train", []))
-    return ModalityInfo(
-        shape=column.shape,
-        dtype=column.dtype,
-        likelihood=likelihood or ("categorical" if kind == "int64" else "normal"),
-        classes=classes,
-        scaling="unit" if kind == "uint8" else scaling,
-        mean=mean,
-        std=std,
-        size_factor=_mean_size(name, shards.get("train", [])) if counts else None,
-    )
 
 
-def _largest(shard: MappedShard, name: str) -> int:
-    blocks = (shard.gather(name, rows)[shard.present(name, rows)] for rows in row_blocks(shard))
-    return max((int(values.max()) for values in blocks if len(values)), default=0)
-
-
-def _mean_size(name: str, shards: list[MappedShard]) -> float | None:
-    """Return the mean size factor, or else total, over the rows that have the counts; None where that is no row's."""
-    total, count = 0.0, 0
-    for shard in shards:
-        for rows in row_blocks(shard):
-            rows = rows[shard.present(name, rows)]
-            column = "size_factor" if shard.columns.size_factor else name
-            total += float(shard.gather(column, rows).sum(dtype=np.float64))
-            count += len(rows)
-    return total / count if total > 0 else None
-
-
-def _moments(name: str, shards: list[MappedShard]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and standard deviation per element over the rows that have the modality (Chan et al. 1979)."""
-    count, mean, squares = 0, np.zeros(1), np.zeros(1)
-    for shard in shards:
-        for rows in row_blocks(shard):
-            values = shard.gather(name, rows)[shard.present(name, rows)].reshape(
-                -1, shard.columns.modalities[name].size
-            )
-            if not len(values):
-                continue
-            values = values.astype(np.float64)
-            block_mean = values.mean(axis=0)
-            shift = block_mean - mean
-            total = count + len(values)
-            squares = squares + ((values - block_mean) ** 2).sum(axis=0) + shift**2 * (count * len(values) / total)
-            mean = mean + shift * (len(values) / total)
-            count = total
-    if not count:
+def _describe(
+    name: str,
+    column: TensorColumn,
+    likelihood: str | None,
+    classes: int | None,
+    summary: Summary | None,
+    sizes: Summary | None,
+) -> ModalityInfo:
+    if summary is not None and not summary.rows:
         raise DatasetError(
             f"standardising needs a training row that has the modality; got none for {name!r} in the split 'train'. "
             f"Leave its scaling out."
         )
-    std = np.sqrt(squares / count)
-    constant = std <= 1e-12 * np.maximum(np.abs(mean), 1e-300)
-    return tuple(mean.tolist()), tuple(np.where(constant, 1.0, std).tolist())
+    return ModalityInfo.model_validate(
+        {
+            "shape": column.shape,
+            "dtype": column.dtype,
+            "likelihood": likelihood or ("categorical" if column.dtype == "int64" else "normal"),
+            "classes": classes,
+            "scaling": "standardise" if summary else "unit" if column.dtype == "uint8" else "none",
+            "mean": None if summary is None else tuple(summary.mean.tolist()),
+            "std": None if summary is None else tuple(summary.std.tolist()),
+            "size_factor": (float(sizes.mean[0]) or None) if sizes else None,
+        }
+    )

@@ -5,9 +5,9 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import pyarrow as pa
 import pyarrow.ipc
@@ -15,6 +15,7 @@ import pyarrow.ipc
 from dmvae.data.error import DatasetError
 from dmvae.data.manifest import MANIFEST_NAME, save_manifest
 from dmvae.data.rows import Rows
+from dmvae.data.schema import Columns
 from dmvae.data.survey import survey
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -51,16 +52,83 @@ def write_dataset(
         DatasetError: if something is there already, the rows break a law, or there is no room or permission.
     """
     target = Path(path)
+    with new_dataset(target, replace) as part:
+        for name, rows in splits.items():
+            with SplitWriter(part / name, rows.columns, shard_bytes, record_batch_rows) as writer:
+                writer.write(rows)
+        save_manifest(survey(part, scaling=scaling, likelihood=likelihood, classes=classes, origin=origin), part)
+    return target
+
+
+@contextmanager
+def new_dataset(target: Path, replace: bool = False) -> Iterator[Path]:
+    """Yield an empty folder, which takes the place `target` when it was filled without an exception.
+
+    Raises:
+        DatasetError: as `write_dataset` does.
+    """
     check_target(target, replace)
     with _part_folder(target) as part:
-        for name, rows in splits.items():
-            _write_split(part / name, rows, shard_bytes, record_batch_rows or rows.columns.record_batch_rows)
-        manifest = survey(part, scaling=scaling, likelihood=likelihood, classes=classes, origin=origin)
-        save_manifest(manifest, part)
-        for folder in (*(part / name for name in splits), part):
+        yield part
+        for folder in (*(path for path in part.iterdir() if path.is_dir()), part):
             _sync(folder)
         _put_in_place(part, target, replace)
-    return target
+
+
+class SplitWriter:
+    """Writes the rows of one split, in the order in which they come, to a new folder of shards.
+
+    Holds less than a record batch of rows. A context manager, since the last rows are written when it is left.
+    """
+
+    def __init__(self, folder: Path, columns: Columns, shard_bytes: int, record_batch_rows: int | None = None) -> None:
+        self._folder, self._schema = folder, columns.arrow_schema()
+        self._group_rows = record_batch_rows or columns.record_batch_rows
+        self._groups_per_shard = max(1, round(shard_bytes / (self._group_rows * columns.row_bytes)))
+        self._rest: list[Rows] = []
+        self._groups = 0
+        self._shard = ExitStack()
+        self._writer: pa.ipc.RecordBatchFileWriter | None = None
+
+    def __enter__(self) -> "SplitWriter":
+        self._folder.mkdir()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with self._shard:
+            if kind is None and (self._rest or not self._groups):
+                self._write_group(Rows.join(self._rest) if self._rest else None)
+
+    def write(self, rows: Rows) -> None:
+        """Add rows."""
+        held = sum(map(len, self._rest))
+        if held + len(rows) < self._group_rows:
+            self._rest += [rows] if len(rows) else []
+            return
+        stop = self._group_rows - held
+        self._write_group(Rows.join([*self._rest, rows.take(slice(0, stop))]))
+        while stop + self._group_rows <= len(rows):
+            self._write_group(rows.take(slice(stop, stop + self._group_rows)))
+            stop += self._group_rows
+        self._rest = [rows.take(slice(stop, len(rows)))] if stop < len(rows) else []
+
+    def _write_group(self, rows: Rows | None) -> None:
+        """Write a record batch, in a new shard if the last one is full; None: a shard without rows."""
+        if self._groups % self._groups_per_shard == 0:
+            self._shard.close()
+            file = self._shard.enter_context(self._new_file(self._groups // self._groups_per_shard))
+            self._writer = self._shard.enter_context(pa.ipc.new_file(file, self._schema))
+        assert self._writer is not None
+        if rows is not None:
+            self._writer.write_batch(rows.record_batch(self._schema))
+        self._groups += 1
+
+    @contextmanager
+    def _new_file(self, number: int) -> Iterator[BinaryIO]:
+        with (self._folder / f"part-{number:05d}.arrow").open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def check_target(target: Path, replace: bool) -> None:
@@ -106,21 +174,6 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def _write_split(folder: Path, rows: Rows, shard_bytes: int, group_rows: int) -> None:
-    folder.mkdir()
-    schema = rows.columns.arrow_schema()
-    groups_per_shard = max(1, round(shard_bytes / (group_rows * rows.columns.row_bytes)))
-    starts = range(0, max(len(rows), 1), groups_per_shard * group_rows)
-    for number, start in enumerate(starts):
-        stop = min(start + groups_per_shard * group_rows, len(rows))
-        with (folder / f"part-{number:05d}.arrow").open("wb") as file:
-            with pa.ipc.new_file(file, schema) as writer:
-                for first in range(start, stop, group_rows):
-                    writer.write_batch(rows.take(slice(first, min(first + group_rows, stop))).record_batch(schema))
-            file.flush()
-            os.fsync(file.fileno())
 
 
 def _sync(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """Rows from a table of image files, decoded and resized with Pillow."""
 
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,16 @@ import numpy as np
 from dmvae.config.data import ImageColumn, ImagesSource
 from dmvae.data.error import DatasetError
 from dmvae.data.rows import Rows
-from dmvae.data.sources import table
-from dmvae.data.sources.csv import as_integers, column_of, read_table, unique_ids
+from dmvae.data.sources.csv import About, as_integers, read_about, to_numpy
+from dmvae.data.stream import Chunk, Spot, Stream, chunk_rows
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
-def read_images(source: ImagesSource) -> Rows:
+def read_images(source: ImagesSource) -> Stream:
     """Decode the images that the table names, as uint8 `(rows, channels, height, width)`; an absent file is missing.
+
+    The table is held, the images are not.
 
     Raises:
         DatasetError: if Pillow is not installed, the table breaks a law, an image does not decode or a column names no
@@ -26,30 +29,41 @@ def read_images(source: ImagesSource) -> Rows:
         pillow = import_module("PIL.Image")
     except ImportError as error:
         raise DatasetError("the source 'images' needs Pillow. Run pip install 'dmvae[images]'.") from error
-    frame = read_table(source.table, source.id)
-    keys = unique_ids(frame, source.id, source.table)
-    data, present = {}, {}
+    about = read_about(source.table, source)
+    files = {}
     for name, image in source.modalities.items():
-        column = column_of(frame, image.column)
-        if column is None:
-            raise DatasetError(f"{source.table}: column {image.column!r} names files; got {frame.column_names}.")
-        data[name], present[name] = _read_column(pillow, column.to_pylist(), image, source)
-    labels, splits = column_of(frame, source.label), column_of(frame, source.split)
-    return Rows(
-        ids=as_integers(keys),
-        data=data,
-        present=present,
-        labels=None if labels is None else table.labels(labels, source.table),
-        splits=None if splits is None else table.strings("splits", splits, source.table),
-    )
+        if image.column not in about.frame.column_names:
+            raise DatasetError(
+                f"{source.table}: column {image.column!r} names files; got {about.frame.column_names}. Correct it."
+            )
+        files[name] = about.frame.column(image.column).to_pylist()
+        if not any(file and Path(source.folder, str(file)).is_file() for file in files[name]):
+            raise DatasetError(
+                f"{source.table}: column {image.column!r} names files in {source.folder}; none exists. Correct it."
+            )
+    return Stream(_chunks(pillow, source, files, about), len(about.ids))
 
 
-def _read_column(pillow: Any, files: list[str | None], image: ImageColumn, source: ImagesSource) -> tuple[Array, Array]:
+def _chunks(pillow: Any, source: ImagesSource, files: dict[str, list[Any]], about: About) -> Iterator[Chunk]:
+    step = chunk_rows(sum(image.channels * image.size[0] * image.size[1] for image in source.modalities.values()))
+    ids = as_integers(about.ids)
+    for start in range(0, len(ids), step):
+        part = slice(start, start + step)
+        spot = Spot(source.table, start + 2, "line")
+        found = {
+            name: _decode(pillow, files[name][part], image, source.folder, spot)
+            for name, image in source.modalities.items()
+        }
+        data, present = ({name: pair[index] for name, pair in found.items()} for index in (0, 1))
+        yield Chunk(Rows(to_numpy(ids[part]), data, present, **about.special(part)), spot)
+
+
+def _decode(pillow: Any, files: list[Any], image: ImageColumn, folder: str, spot: Spot) -> tuple[Array, Array]:
     height, width = image.size
     values = np.zeros((len(files), image.channels, height, width), np.uint8)
     present = np.zeros(len(files), dtype=bool)
     for row, file in enumerate(files):
-        path = Path(source.folder, str(file))
+        path = Path(folder, str(file))
         if not file or not path.is_file():
             continue
         try:
@@ -57,12 +71,8 @@ def _read_column(pillow: Any, files: list[str | None], image: ImageColumn, sourc
                 pixels = np.asarray(opened.convert("L" if image.channels == 1 else "RGB").resize((width, height)))
         except (OSError, ValueError, SyntaxError, pillow.DecompressionBombError) as error:
             raise DatasetError(
-                f"{source.table}, line {row + 2}: {path} is an image; got: {error}. Replace it, or empty that cell."
+                f"{spot.of(row)}: {path} is an image; got: {error}. Replace it, or empty that cell."
             ) from error
         values[row] = pixels.reshape(height, width, image.channels).transpose(2, 0, 1)
         present[row] = True
-    if not present.any():
-        raise DatasetError(
-            f"{source.table}: column {image.column!r} names files in {source.folder}; none exists. Correct it."
-        )
     return values, present

@@ -1,61 +1,109 @@
 """Rows from Parquet: one file, or a folder of files with the same columns."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as ds
+import pyarrow.parquet as pq
 
 from dmvae.config.data import ColumnGroup, ParquetSource
 from dmvae.data.error import DatasetError
 from dmvae.data.rows import Rows
 from dmvae.data.sources import table
+from dmvae.data.stream import Chunk, Spot, Stream, chunk_rows
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-BATCH_ROWS = 16384
-"""Rows that are converted together; Arrow holds no more than a few such batches."""
+_BUFFER_BYTES = 1 << 20
 
 
-def read_parquet(source: ParquetSource) -> Rows:
-    """Read the columns that make modalities, a batch of rows at a time; rows without ids are numbered from 0.
+def read_parquet(source: ParquetSource) -> Stream:
+    """Read the columns that make modalities; rows without ids are numbered from 0.
 
     Raises:
         DatasetError: if a file is absent or no Parquet, or its columns break a law; with file and row.
     """
-    try:
+    with _readable(source.path):
         files = ds.dataset(source.path, format="parquet")
         if not Path(source.path).exists() or not files.files:
             raise FileNotFoundError
-        groups, special = _layout(source, files.schema.names)
-        return _stack(source, list(_blocks(files, groups, special)))
+        layout = _layout(source, files)
+        num_rows = files.count_rows()
+    return Stream(_chunks(source.path, layout), num_rows)
+
+
+@contextmanager
+def _readable(path: str) -> Iterator[None]:
+    try:
+        yield
     except FileNotFoundError as error:
         raise DatasetError(
-            f"a source is a Parquet file or a folder of them; got {source.path!r}. Correct source.path."
+            f"a source is a Parquet file or a folder of them; got {path!r}. Correct source.path."
         ) from error
     except (pa.ArrowException, OSError) as error:
-        raise DatasetError(f"{source.path}: a source is Parquet; got: {error}. Write it again.") from error
+        if "Expected all lists to be of size" in str(error):
+            raise DatasetError(
+                f"{path}: Parquet does not keep nulls of fixed-size lists; got: {error}. Write the column as lists: "
+                f"column.cast(pyarrow.list_(pyarrow.float32()))."
+            ) from error
+        raise DatasetError(f"{path}: a source is Parquet; got: {error}. Write it again.") from error
 
 
-def _layout(source: ParquetSource, names: list[str]) -> tuple[dict[str, tuple[ColumnGroup, list[str]]], dict[str, str]]:
-    """Return each modality's group with its columns, and the columns of ids, labels and splits."""
+@dataclass(frozen=True)
+class _Layout:
+    """The files, each modality's group with its columns, and the columns of ids, labels, splits and groups."""
+
+    files: ds.FileSystemDataset
+    modalities: dict[str, tuple[ColumnGroup, list[str]]]
+    special: dict[str, str]
+
+    def batches(self, columns: list[str], row_bytes: int) -> Iterator[tuple[Spot, pa.RecordBatch]]:
+        """Yield some columns of all files, so many rows at a time as make a chunk.
+
+        The types are those of the first file; a column that a later file does not have is null there.
+        """
+        types = [self.files.schema.field(column).type for column in columns]
+        for path in self.files.files:
+            row = 0
+            # buffered: a column of a row group is not read as a whole
+            with pq.ParquetFile(path, buffer_size=_BUFFER_BYTES, pre_buffer=False) as file:
+                here = [column for column in columns if column in file.schema_arrow.names]
+                for batch in file.iter_batches(chunk_rows(row_bytes), columns=here):
+                    arrays = [
+                        batch.column(column).cast(kind) if column in here else pa.nulls(len(batch), kind)
+                        for column, kind in zip(columns, types, strict=True)
+                    ]
+                    yield Spot(path, row), pa.record_batch(arrays, names=columns)
+                    row += len(batch)
+
+    def convert(self, name: str, batch: pa.RecordBatch, spot: Spot) -> table.Values:
+        """Return values and presence of one modality."""
+        group, columns = self.modalities[name]
+        return table.modality(name, [batch.column(column) for column in columns], group, spot.where, spot.first)
+
+
+def _layout(source: ParquetSource, files: ds.FileSystemDataset) -> _Layout:
+    names = files.schema.names
     doubled = sorted({name for name in names if names.count(name) > 1})
     if doubled:
         raise DatasetError(f"{source.path}: a column's name occurs once; got {doubled} twice. Rename them.")
     special = {}
-    for role in ("id", "label", "split"):
+    for role in ("id", "label", "split", "size_factor", "group"):
         column = getattr(source, role)
         if column in names:
             special[role] = column
-        elif column != role:
+        elif column not in (role, None):
             raise DatasetError(f"{source.path}: source.{role} is a column; got {column!r}. There are {names[:20]}.")
     left = [name for name in names if name not in special.values()]
     if not left:
         raise DatasetError(f"{source.path}: rows have at least one modality; got columns {names}. Add one.")
     chosen = source.modalities or {name: ColumnGroup(columns=_escaped(name)) for name in left}
-    return {name: (group, table.matching(group, left)) for name, group in chosen.items()}, special
+    return _Layout(files, {name: (group, table.matching(group, left)) for name, group in chosen.items()}, special)
 
 
 def _escaped(name: str) -> str:
@@ -63,72 +111,65 @@ def _escaped(name: str) -> str:
     return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
 
 
-class Block(NamedTuple):
-    """Some rows: modalities, ids and the like, and where they are, for messages."""
-
-    values: dict[str, table.Values]
-    extra: dict[str, Array]
-    where: str
-
-
-def _convert(role: str, column: pa.Array, where: str) -> Array:
-    if role == "id":
-        return table.ids(column, where)
-    return table.labels(column, where) if role == "label" else table.strings("splits", column, where)
-
-
-def _blocks(
-    files: ds.FileSystemDataset, groups: dict[str, tuple[ColumnGroup, list[str]]], special: dict[str, str]
-) -> Iterator[Block]:
-    columns = list(dict.fromkeys([*special.values(), *(name for _, names in groups.values() for name in names)]))
-    for file in files.get_fragments():
-        row = 0
-        for batch in file.to_batches(schema=files.schema, columns=columns, batch_size=BATCH_ROWS):
-            if not len(batch):
-                continue
-            values = {
-                name: table.modality(name, [batch.column(c) for c in names], group, file.path, row)
-                for name, (group, names) in groups.items()
-            }
-            extra = {role: _convert(role, batch.column(c), file.path) for role, c in special.items()}
-            yield Block(values, extra, f"{file.path}, from row {row} on")
-            row += len(batch)
+def _chunks(path: str, layout: _Layout) -> Iterator[Chunk]:
+    with _readable(path):
+        shapes = {name: _shape(layout, name) for name in layout.modalities}
+        of_modalities = [column for _, columns in layout.modalities.values() for column in columns]
+        columns = list(dict.fromkeys([*layout.special.values(), *of_modalities]))
+        done = 0
+        for spot, batch in layout.batches(columns, _row_bytes(layout, columns)):
+            values = {name: _as_shape(layout.convert(name, batch, spot), name, shapes[name], spot) for name in shapes}
+            special = {role: _special(role, batch.column(column), spot) for role, column in layout.special.items()}
+            rows = Rows(
+                ids=special.get("id", np.arange(done, done + len(batch))),
+                data={name: found for name, (found, _) in values.items()},
+                present={name: present for name, (_, present) in values.items()},
+                labels=special.get("label"),
+                splits=special.get("split"),
+                size_factors=special.get("size_factor"),
+                groups=special.get("group"),
+            )
+            yield Chunk(rows, spot)
+            done += len(batch)
 
 
-def _stack(source: ParquetSource, blocks: list[Block]) -> Rows:
-    if not blocks:
-        raise DatasetError(f"{source.path}: a source has rows; got none. Correct source.path.")
-    roles = list(blocks[0].extra)
-    data, present = {}, {}
-    for name in list(blocks[0].values):
-        shape = _shape(name, blocks)
-        present[name] = np.concatenate([block.values[name][1] for block in blocks])
-        data[name] = np.concatenate([_as_shape(block, name, shape) for block in blocks])
-        for block in blocks:
-            del block.values[name]
-    extra = {role: np.concatenate([block.extra[role] for block in blocks]) for role in roles}
-    return Rows(
-        ids=extra["id"] if "id" in extra else np.arange(len(next(iter(data.values())))),
-        data=data,
-        present=present,
-        labels=extra.get("label"),
-        splits=extra.get("split"),
-    )
+def _row_bytes(layout: _Layout, columns: list[str]) -> int:
+    """Return the bytes of a row in memory, judged by the first rows."""
+    for _, batch in layout.batches(columns, 1 << 16):
+        return int(batch.nbytes // len(batch)) + 1
+    return 1
 
 
-def _shape(name: str, blocks: list[Block]) -> tuple[int, ...]:
-    """Return the shape of the first block that has the modality at all."""
-    seen = (block.values[name][0].shape[1:] for block in blocks if block.values[name][1].any())
-    return next(seen, blocks[0].values[name][0].shape[1:])
+def _shape(layout: _Layout, name: str) -> tuple[int, ...]:
+    """Return the shape of a modality's first rows that have it at all; lists that are null have none."""
+    columns = layout.modalities[name][1]
+    shape: tuple[int, ...] | None = None
+    for spot, batch in layout.batches(columns, 1 << 16):
+        values, present = layout.convert(name, batch, spot)
+        if shape is None or present.any():
+            shape = values.shape[1:]
+        if present.any():
+            break
+    return shape or ()
 
 
-def _as_shape(block: Block, name: str, shape: tuple[int, ...]) -> Array:
-    values, present = block.values[name]
+def _as_shape(found: table.Values, name: str, shape: tuple[int, ...], spot: Spot) -> table.Values:
+    values, present = found
     if values.shape[1:] == shape:
-        return values
+        return found
     if present.any():
         raise DatasetError(
-            f"{block.where}: all rows have the same shape; got {values.shape[1:]} for {name!r}, {shape} before. "
-            f"Correct them."
+            f"{spot.of(int(np.flatnonzero(present)[0]))}: all rows have the same shape; got {values.shape[1:]} for "
+            f"{name!r}, {shape} before. Correct them."
         )
-    return np.zeros((len(values), *shape), values.dtype)
+    return np.zeros((len(values), *shape), values.dtype), present
+
+
+def _special(role: str, column: pa.Array, spot: Spot) -> Array:
+    if role in ("id", "group"):
+        return table.ids(column, spot.where, spot.first, "an id" if role == "id" else "a group")
+    if role == "label":
+        return table.labels(column, spot.where, spot.first)
+    if role == "size_factor":
+        return table.size_factors(column, spot.where, spot.first)
+    return table.strings("a split", column, spot.where, spot.first)

@@ -62,56 +62,90 @@ def modality(name: str, columns: Sequence[pa.Array], group: ColumnGroup, where: 
     return _shaped(values, group, place), present
 
 
-def ids(column: pa.Array, where: str) -> Array:
+def ids(column: pa.Array, where: str, first_row: int = 0, what: str = "an id") -> Array:
     """Return integers or strings.
 
     Raises:
-        DatasetError: if it is of another type or has a null.
+        DatasetError: if it is of another type or has a null; with file and row.
     """
-    _refuse_null("an id", column, where)
     if pa.types.is_integer(column.type):
+        _refuse_null(what, column, where, first_row)
         return np.asarray(column.to_numpy(zero_copy_only=False)).astype(np.int64)
-    return strings("ids", column, where)
+    return strings(what, column, where, first_row)
 
 
-def strings(what: str, column: pa.Array, where: str) -> Array:
+def strings(what: str, column: pa.Array, where: str, first_row: int = 0) -> Array:
     """Return `(rows,)` strings.
 
     Raises:
-        DatasetError: if it is of another type or has a null.
+        DatasetError: if it is of another type or has a null; with file and row.
     """
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
     if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
-        raise DatasetError(f"{where}: {what} are strings or, for ids, integers; got {column.type}. Cast the column.")
-    _refuse_null(what, column, where)
+        raise DatasetError(
+            f"{where}: {what} is a string{'' if what == 'a split' else ' or an integer'}; got {column.type}. "
+            f"Cast the column."
+        )
+    _refuse_null(what, column, where, first_row)
     return np.array(column.to_pylist(), dtype=np.str_)
 
 
-def labels(column: pa.Array, where: str) -> Array:
+def labels(column: pa.Array, where: str, first_row: int = 0, unit: str = "row") -> Array:
     """Return int64, -1 for null.
 
     Raises:
-        DatasetError: if it is not of integers.
+        DatasetError: if it is not of integers; with file and row.
     """
     if pa.types.is_null(column.type):
         return np.full(len(column), -1)
     if not pa.types.is_integer(column.type):
-        seen = column.drop_null()
+        odd = [(row, found) for row, found in enumerate(column.to_pylist()) if not _is_integer(found)]
+        row, found = odd[0] if odd else (0, column[:1].to_pylist()[0] if len(column) else None)
         raise DatasetError(
-            f"{where}: labels are integers or null; got {column.type} in column label"
-            f"{f', such as {seen[0].as_py()!r}' if len(seen) else ''}. Number the classes from 0."
+            f"{where}, {unit} {first_row + row}: labels are integers or null; got {column.type} in column label, such "
+            f"as {found!r}. Number the classes from 0."
         )
     return np.asarray(pc.fill_null(column.cast(pa.int64()), -1).to_numpy(zero_copy_only=False))
+
+
+def size_factors(column: pa.Array, where: str, first_row: int = 0, unit: str = "row") -> Array:
+    """Return float64, NaN for null.
+
+    Raises:
+        DatasetError: if it is not of positive numbers; with file and row.
+    """
+    if not (pa.types.is_floating(column.type) or pa.types.is_integer(column.type) or pa.types.is_null(column.type)):
+        raise DatasetError(f"{where}: size factors are numbers or null; got {column.type}. Cast the column.")
+    return positive(np.asarray(column.cast(pa.float64()).to_numpy(zero_copy_only=False)), where, first_row, unit)
+
+
+def positive(factors: Array, where: str, first_row: int, unit: str = "row") -> Array:
+    """Return size factors as they are.
+
+    Raises:
+        DatasetError: if one is neither positive nor NaN; with file and row.
+    """
+    wrong = np.flatnonzero(~np.isnan(factors) & ~((factors > 0) & (factors < np.inf)))
+    if len(wrong):
+        raise DatasetError(
+            f"{where}, {unit} {first_row + wrong[0]}: a size factor is positive and finite; got {factors[wrong[0]]}. "
+            f"Correct it, or make it null."
+        )
+    return factors
+
+
+def _is_integer(found: Any) -> bool:
+    return found is None or str(found).removeprefix("-").isdigit()
 
 
 def _is_list(kind: pa.DataType) -> bool:
     return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
 
 
-def _refuse_null(what: str, column: pa.Array, where: str) -> None:
+def _refuse_null(what: str, column: pa.Array, where: str, first_row: int) -> None:
     if column.null_count:
-        row = int(np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))[0])
+        row = first_row + int(np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))[0])
         raise DatasetError(f"{where}, row {row}: {what} is not null. Fill it in, or remove the row.")
 
 

@@ -1,0 +1,55 @@
+"""Which split each row comes into: by shares, of every label alike or of groups kept together where asked for."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from dmvae.data.error import DatasetError
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+def divide(keys: Array, shares: Mapping[str, float], *, labels: Array | None = None) -> Array:
+    """Return the number of each row's split among `shares`.
+
+    Rows in the order of their keys are cut by the shares; with labels, those of each label (and those with none).
+
+    Args:
+        keys: `(rows,)` uint64, random.
+        shares: by split, adding up to 1.
+        labels: `(rows,)`; None: not to be looked at.
+    """
+    codes = np.empty(len(keys), dtype=np.int16)
+    strata = [np.arange(len(keys))] if labels is None else [np.flatnonzero(labels == x) for x in np.unique(labels)]
+    for rows in strata:
+        order = rows[np.argsort(keys[rows], kind="stable")]
+        cuts = np.rint(np.cumsum(list(shares.values()))[:-1] * len(rows)).astype(int)
+        for code, part in enumerate(np.split(order, cuts)):
+            codes[part] = code
+    return codes
+
+
+def divide_groups(groups: Array, shares: Mapping[str, float]) -> Array:
+    """Return the number of each row's split among `shares`, the same for all rows of a group.
+
+    Groups in the order of their keys are laid in a line, each as long as it has rows, which is cut by the shares; a
+    group belongs where its middle lies.
+
+    Args:
+        groups: `(rows,)` uint64, a random key of each row's group.
+        shares: by split, adding up to 1.
+
+    Raises:
+        DatasetError: if a split would have no group.
+    """
+    _, group, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    middles = (np.cumsum(sizes) - sizes / 2) / len(groups)
+    of_group = np.searchsorted(np.cumsum(list(shares.values()))[:-1], middles, side="right").astype(np.int16)
+    empty = sorted(set(shares) - {list(shares)[code] for code in of_group})
+    if empty:
+        raise DatasetError(
+            f"a split has at least one group; got {len(sizes)} groups of up to {sizes.max()} rows, and none for "
+            f"{empty}. Give it a larger share, choose another seed, or name the splits in a column."
+        )
+    return np.asarray(of_group[group])

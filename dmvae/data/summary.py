@@ -1,0 +1,38 @@
+"""What the rows of a modality have in common, found in one pass, a block of rows at a time."""
+
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+class Summary:
+    """Mean and standard deviation of each element over the rows that were added (Chan et al. 1979), in float64.
+
+    Attributes:
+        rows: how many were added.
+        mean: of each element, flat.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.rows = 0
+        self.mean, self._squares = np.zeros(size), np.zeros(size)
+
+    def add(self, values: Array) -> None:
+        """Add rows `(rows, *shape)` that have the modality."""
+        if not len(values):
+            return
+        values = values.reshape(len(values), -1).astype(np.float64)
+        block_mean = values.mean(axis=0)
+        shift, total = block_mean - self.mean, self.rows + len(values)
+        self._squares += ((values - block_mean) ** 2).sum(axis=0) + shift**2 * (self.rows * len(values) / total)
+        self.mean += shift * (len(values) / total)
+        self.rows = total
+
+    @property
+    def std(self) -> Array:
+        """The standard deviation of each element; 1 for one that is constant."""
+        std = np.sqrt(self._squares / self.rows)
+        constant = std <= 1e-12 * np.maximum(np.abs(self.mean), 1e-300)
+        return np.where(constant, 1.0, std)
