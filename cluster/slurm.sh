@@ -49,5 +49,12 @@ for host in "${hosts[@]:1}"; do # one srun a node, so that losing one does not e
     ray start --address "$address" "${here[@]}" &
 done
 
+# GPUs are taken where they are when the job starts: wait until every node has joined, but not for one that is broken
+there() { python -c "from ray.util.state import list_nodes; print(sum(n.state == 'ALIVE' for n in list_nodes('$address')))"; }
+for _ in {1..60}; do
+  [ "$(there || echo 0)" -ge "${#hosts[@]}" ] && break
+  sleep 2
+done
+
 # `exec` would skip the trap; the exit code of this command is that of the job
 RAY_ADDRESS=$address dmvae "$@"

@@ -20,9 +20,9 @@ from dmvae.training import Position, TrainState
 
 RUN_CONFIG = "run.json"
 _OPTIMIZER = "optimizer.safetensors"
-_STATE = "state.json"
-_CHECKSUMS = "checksums.json"
-_FILES = (MODEL_CONFIG, MODEL_WEIGHTS, _OPTIMIZER, RUN_CONFIG, _STATE)
+STATE = "state.json"
+CHECKSUMS = "checksums.json"
+_FILES = (MODEL_CONFIG, MODEL_WEIGHTS, _OPTIMIZER, RUN_CONFIG, STATE)
 
 
 class CheckpointError(ValueError):
@@ -61,17 +61,17 @@ def _write(state: TrainState, run: dict[str, Any], report: dict[str, Any], folde
     state.model.save(folder)
     save_file(_moments(state), folder / _OPTIMIZER)
     (folder / RUN_CONFIG).write_text(json.dumps(run, indent=2) + "\n")
-    (folder / _STATE).write_text(json.dumps(_counters(state) | {"report": report}, indent=2) + "\n")
+    (folder / STATE).write_text(json.dumps(_counters(state) | {"report": report}, indent=2) + "\n")
     for name in _FILES:
         _flush(folder / name)
     checksums = {name: _sha256(folder / name) for name in _FILES}
-    (folder / _CHECKSUMS).write_text(json.dumps(checksums, indent=2) + "\n")
-    _flush(folder / _CHECKSUMS)
+    (folder / CHECKSUMS).write_text(json.dumps(checksums, indent=2) + "\n")
+    _flush(folder / CHECKSUMS)
 
 
 def read_report(folder: Path) -> dict[str, Any]:
     """Return the figures that a checkpoint was written with."""
-    report: dict[str, Any] = json.loads((folder / _STATE).read_text())["report"]
+    report: dict[str, Any] = json.loads((folder / STATE).read_text())["report"]
     return report
 
 
@@ -90,7 +90,7 @@ def load(state: TrainState, folder: Path) -> None:
     if differing:
         raise CheckpointError(f"{folder} is a checkpoint of another model; they differ in {differing[:5]}.")
     state.model.load_state_dict(weights)
-    counters = json.loads((folder / _STATE).read_text())
+    counters = json.loads((folder / STATE).read_text())
     _restore_moments(state, load_file(folder / _OPTIMIZER))
     state.position = Position(**counters["position"])
     state.best, state.epochs_since_best = counters["best"], counters["epochs_since_best"]
@@ -105,14 +105,14 @@ def verify(folder: Path) -> None:
     Raises:
         CheckpointError: naming the file that is missing or altered.
     """
-    if not (folder / _CHECKSUMS).is_file():
-        raise CheckpointError(f"a checkpoint has {_CHECKSUMS}, written last; {folder} has none. It was cut off.")
+    if not (folder / CHECKSUMS).is_file():
+        raise CheckpointError(f"a checkpoint has {CHECKSUMS}, written last; {folder} has none. It was cut off.")
     try:
-        checksums = json.loads((folder / _CHECKSUMS).read_text())
+        checksums = json.loads((folder / CHECKSUMS).read_text())
     except ValueError as error:
-        raise CheckpointError(f"{folder / _CHECKSUMS} is not JSON ({error}). It was cut off or altered.") from None
+        raise CheckpointError(f"{folder / CHECKSUMS} is not JSON ({error}). It was cut off or altered.") from None
     if not isinstance(checksums, dict) or checksums.keys() != set(_FILES):
-        raise CheckpointError(f"{folder / _CHECKSUMS} does not list {', '.join(_FILES)}. It was altered.")
+        raise CheckpointError(f"{folder / CHECKSUMS} does not list {', '.join(_FILES)}. It was altered.")
     for name in _FILES:
         if not (folder / name).is_file() or _sha256(folder / name) != checksums[name]:
             raise CheckpointError(f"{folder / name} is not what was written (its checksum differs). It was altered.")

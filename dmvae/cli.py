@@ -299,15 +299,12 @@ def _train(config: Any) -> None:
     for name, value in summary.metrics.items():
         _say(f"{name:<24} {value:.4f}")
     _register_best(summary.run_dir, config.tracking)
-    _say(f"best checkpoint          {summary.run_dir / 'best'}")
-    _say(f"last checkpoint          {summary.run_dir / 'last'}")
+    _say(f"best checkpoint          {summary.where}/best")
+    _say(f"last checkpoint          {summary.where}/last")
     _say(f"MLflow run               {summary.run_id} of experiment {config.tracking.experiment}")
     if summary.tracking_uri.startswith("sqlite:"):
         _say(f"look at it               mlflow ui --backend-store-uri {summary.tracking_uri}")
-    _say(
-        f"next                     {command('evaluate')} --model {summary.run_dir / 'best'} "
-        f"--dataset {config.data.dataset}"
-    )
+    _say(f"next                     {command('evaluate')} --model {summary.where}/best --dataset {config.data.dataset}")
 
 
 def _search(config: Any) -> None:
@@ -335,7 +332,7 @@ def _search(config: Any) -> None:
         _say(f"{'look at it':<24} mlflow ui --backend-store-uri {found.tracking_uri}")
     if found.retrained:
         _register_best(found.retrained.run_dir, config.base.tracking)
-        _say(f"{'best model':<24} {found.retrained.run_dir / 'best'}")
+        _say(f"{'best model':<24} {found.retrained.where}/best")
 
 
 def _evaluate(config: Any) -> None:

@@ -312,10 +312,17 @@ def process(*command: str, **settings: Any) -> Iterator[subprocess.Popen[str]]:
 
 
 @contextmanager
-def server(folder: Path, port: int) -> Iterator[None]:
+def server(folder: Path, port: int, artifacts: str | None = None) -> Iterator[None]:
     store = f"sqlite:///{folder}/server.db"
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, "--workers", "1"]
-    address = ["--host", "127.0.0.1", "--port", str(port), "--artifacts-destination", str(folder / "artifacts")]
+    address = [
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--artifacts-destination",
+        artifacts or str(folder / "artifacts"),
+    ]
     environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     with (folder / "server.log").open("a") as log, process(*command, *address, env=environment, stderr=log):
         deadline = time.monotonic() + 120

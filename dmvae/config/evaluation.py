@@ -38,7 +38,7 @@ class EvaluateConfig(Section):
     """What one `jobs.evaluate` run judges, and on what."""
 
     model: str
-    """A model's or a checkpoint's folder."""
+    """A model's or a checkpoint's folder, or its URI (`s3://BUCKET/RUN/best`)."""
     dataset: str
     """A dataset's folder or URI."""
     workers: Size = 1
@@ -47,7 +47,7 @@ class EvaluateConfig(Section):
     """Where the NLL is computed; `auto` takes GPUs when there is one per worker."""
     output: str | None = None
     """The folder of `rows.parquet` and `summary.json`; the same command goes on with what is there. None: a folder
-    `evaluation-SPLIT` in the model's."""
+    `evaluation-SPLIT` in the model's; a model at a URI needs one."""
     density_components: Count = 0
     """Gaussians of a density fitted to the training rows' latents; measures are then taken with it too. 0: none."""
     missing_rates: tuple[Rate, ...] = (0.0, 0.25, 0.5, 0.75)

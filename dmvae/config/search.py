@@ -188,6 +188,11 @@ class SearchConfig(Section):
             stray = sorted(point.keys() - self.space.keys())
             if stray:
                 raise ValueError(f"start_from gives values of settings that are searched; got {stray}.")
+        if "://" in self.runs_dir:
+            raise ValueError(
+                f"a study keeps its trials in a folder that all nodes see; got runs_dir={self.runs_dir!r}. Name a "
+                "folder; jobs.train takes best.toml with a URI."
+            )
         if self.gpus_per_trial and self.workers_per_trial > 1:
             raise ValueError(
                 "gpus_per_trial is of trials with one worker; each of several workers takes one. Remove it."

@@ -52,6 +52,23 @@ def check_name(name: str) -> str:
 Name = Annotated[str, AfterValidator(check_name)]
 
 
+def has_password(uri: str) -> bool:
+    """Tell whether a URI carries credentials."""
+    return re.search(r"://[^/\s]*:[^/\s]*@", uri) is not None
+
+
+def _check_runs_dir(place: str) -> str:
+    if has_password(place):
+        raise ValueError(
+            "a URI in a configuration carries no keys, because configurations are recorded; got one that does. "
+            "Set them in the environment, as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
+        )
+    return place
+
+
+RunsDir = Annotated[str, Field(min_length=1), AfterValidator(_check_runs_dir)]
+
+
 def _check_is_no_truth_value(number: Any) -> Any:
     if isinstance(number, bool):
         raise ValueError(f"a number is no truth value; got {number}. Write, say, {int(number)}.")

@@ -1,15 +1,14 @@
 """Where runs are recorded."""
 
-import re
 from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
-from dmvae.config.section import Name, Section
+from dmvae.config.section import Name, Section, has_password
 
 
 def _check_uri(uri: str | None) -> str | None:
-    if uri is not None and re.search(r"://[^/\s]*:[^/\s]*@", uri):
+    if uri is not None and has_password(uri):
         raise ValueError(
             "a tracking URI in a configuration carries no password, because configurations are recorded; got one "
             "that does. Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or leave `uri` out and put the "

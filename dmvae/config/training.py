@@ -7,7 +7,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 from dmvae.config.data import DataConfig
 from dmvae.config.evaluation import EvaluationConfig
 from dmvae.config.model import DMVAEConfig
-from dmvae.config.section import Count, Name, Section, Seed, Size
+from dmvae.config.section import Count, Name, RunsDir, Section, Seed, Size
 from dmvae.config.tracking import TrackingConfig
 
 
@@ -105,8 +105,9 @@ class TrainConfig(Section):
     """Of the run: its folder is `runs_dir/name`, and the same name resumes it."""
     seed: Seed = 0
     """Of the weights, the order of rows and all noise."""
-    runs_dir: str = "runs"
-    """The folder of all runs."""
+    runs_dir: RunsDir = "runs"
+    """The folder of all runs, or a URI (`s3://BUCKET/runs`) where a run's checkpoints and records are kept, for every
+    node to go on from; its keys and endpoint come from the environment."""
     init_from: str | None = None
     """A model's or checkpoint's folder whose weights a new run starts from."""
     data: DataConfig

@@ -1,12 +1,14 @@
 """The Ray cluster that a job runs on, and what its processes tell the person in front of it."""
 
 import logging
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import ray
+from ray._private.state import state
 from ray.util.queue import Empty, Queue
 
 
@@ -58,3 +60,15 @@ def resources() -> dict[str, float]:
     """Return what the connected cluster has: `CPU`, `GPU` and so on."""
     found: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     return found
+
+
+def limits() -> dict[str, float]:
+    """Return what the connected cluster has, or may have once its autoscaler has started nodes.
+
+    A cluster without a CPU waits for nodes; where its autoscaler does not tell (version 1), there may be any number.
+    """
+    found = resources()
+    may_come = state.get_max_resources_from_cluster_config()  # as Ray Train asks, before it waits
+    if may_come is None:
+        return found if found.get("CPU", 0) else {**found, "CPU": math.inf, "GPU": math.inf}
+    return {name: max(found.get(name, 0.0), float(may_come.get(name, 0))) for name in found.keys() | may_come.keys()}

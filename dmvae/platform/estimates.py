@@ -19,15 +19,16 @@ from dmvae.metrics import has
 from dmvae.missing import Removal, without
 from dmvae.model import DMVAE
 from dmvae.nll import NLLEstimate
-from dmvae.platform.cluster import resources
+from dmvae.platform.cluster import limits, resources
 from dmvae.platform.rows import BLOCK_ROWS, Columns, RowStore
+from dmvae.platform.storage import local
 
 _COLUMNS = ("nll", "se", "ess", "khat", "trusted")
 
 
 @dataclass(frozen=True)
 class Task:
-    """What every process is told: paths, the estimate's settings, where to compute, what to remove."""
+    """What every process is told: places (the model's may be a URI), settings, where to compute, what to remove."""
 
     model_dir: str
     dataset: str
@@ -146,7 +147,7 @@ def evaluate_nll(
 
 def _estimates(task: Task, workers: int, todo: Sequence[int]) -> Iterator[tuple[int, Columns]]:
     # an actor that the cluster has no CPU for would be given a block and never answer
-    workers = min(workers, int(resources().get("CPU", 1))) if workers > 1 else workers
+    workers = int(min(workers, limits().get("CPU", 1))) if workers > 1 else workers
     if workers <= 1:
         if todo:
             yield from map(Evaluator(task).estimate, todo)
@@ -154,7 +155,8 @@ def _estimates(task: Task, workers: int, todo: Sequence[int]) -> Iterator[tuple[
     import ray
     from ray.util import ActorPool
 
-    has_gpus = task.device != "cpu" and resources().get("GPU", 0) >= workers
+    gpus = (limits() if task.device == "gpu" else resources()).get("GPU", 0)
+    has_gpus = task.device != "cpu" and gpus >= workers
     actor: Any = ray.remote(num_cpus=1, num_gpus=int(has_gpus))(Evaluator)
     pool = ActorPool([actor.remote(task) for _ in range(workers)])
     yield from pool.map_unordered(lambda evaluator, number: evaluator.estimate.remote(number), list(todo))
@@ -176,7 +178,9 @@ class Evaluator:
     """A process's model and rows."""
 
     def __init__(self, task: Task) -> None:
-        self._task, self._model = task, DMVAE.load(task.model_dir)
+        self._task = task
+        with local(task.model_dir) as folder:
+            self._model = DMVAE.load(folder)
         self._model.to(torch_device(task.device))
         self._split = open_dataset(task.dataset).split(task.config.split)
 

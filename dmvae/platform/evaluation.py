@@ -13,6 +13,7 @@ from dmvae.checkpoint import RUN_CONFIG
 from dmvae.comparison import Quality
 from dmvae.config.evaluation import Device, EvaluateConfig, EvaluationConfig
 from dmvae.data.dataset import Dataset, open_dataset
+from dmvae.data.place import is_uri
 from dmvae.latents import fit_density
 from dmvae.model import DMVAE, MODEL_CONFIG, MODEL_WEIGHTS
 from dmvae.platform.checks import check_fit, check_measures, check_support
@@ -20,6 +21,7 @@ from dmvae.platform.cluster import local_cluster
 from dmvae.platform.estimates import Task, evaluate_nll
 from dmvae.platform.lane import write_atomically
 from dmvae.platform.rows import RowStore
+from dmvae.platform.storage import local
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Extras:
 
 
 def judge(
-    model_dir: Path,
+    model: str,
     dataset: Dataset,
     config: EvaluationConfig,
     train_split: str,
@@ -51,7 +53,7 @@ def judge(
     """Return the NLL of a split and the measures that were asked for; every name begins with the split's.
 
     Args:
-        model_dir: a model's or a checkpoint's folder.
+        model: a model's or a checkpoint's folder, or its URI.
         dataset: with the model's modalities.
         config: split, draws, proposal, seed, measures.
         train_split: what rivals, classifiers and densities are fitted to.
@@ -62,15 +64,28 @@ def judge(
     Raises:
         ValueError: if labels are needed and not there, or a modality is unknown.
     """
-    extras = extras or Extras()
-    model, split = DMVAE.load(model_dir), dataset.split(config.split)
+    with local(model) as folder:
+        return _judge(model, folder, dataset, config, train_split, workers, progress, extras or Extras())
+
+
+def _judge(
+    place: str,
+    folder: Path,
+    dataset: Dataset,
+    config: EvaluationConfig,
+    train_split: str,
+    workers: int,
+    progress: Callable[[str], None],
+    extras: Extras,
+) -> dict[str, float]:
+    model, split = DMVAE.load(folder), dataset.split(config.split)
     check_measures(model.config, config, dataset, train_split)
     quality = Quality(model, dataset.split(train_split), split)
     progress(f"NLL of {config.split}: {len(split):,} rows, {config.num_draws} draws each")
     show = Progress(progress, f"NLL of {config.split}")
     removal = quality.removal(extras.missing_rates) if "robustness" in config.measures else None
-    task = Task(str(model_dir), dataset.where, config, extras.device, removal)
-    store = None if extras.output is None else RowStore(extras.output, _key(task, dataset))
+    task = Task(place, dataset.where, config, extras.device, removal)
+    store = None if extras.output is None else RowStore(extras.output, _key(folder, task, dataset))
     table = evaluate_nll(task, workers, show, store)
     figures = table.summary()
     if extras.density_components:
@@ -103,18 +118,23 @@ def evaluate(config: EvaluateConfig, progress: Callable[[str], None]) -> dict[st
         ValueError: if model and dataset do not fit, the split does not exist, or labels are needed and not there.
     """
     dataset = open_dataset(config.dataset)
-    model_dir = Path(config.model)
-    model = DMVAE.load(model_dir)
+    if is_uri(config.model) and config.output is None:
+        raise ValueError(
+            f"results of a model at a URI are written to a folder that is named; got model={config.model!r} alone. "
+            "Set output."
+        )
+    with local(config.model) as folder:
+        model = DMVAE.load(folder)
+        _note_other_dataset(folder, dataset, progress)
     check_fit(model, dataset)
     check_support(model.config, dataset.split(config.evaluation.split), model.dtype)
-    _note_other_dataset(model_dir, dataset, progress)
     for name, info in dataset.manifest.modalities.items():
         if info.log_jacobian:
             progress(f"{name}: add {info.log_jacobian:.3f} nats a row that has it for the NLL of the stored values")
-    output = Path(config.output or _output(model_dir, config.evaluation.split))
+    output = Path(config.output or _output(Path(config.model), config.evaluation.split))
     extras = Extras(output, config.density_components, config.missing_rates, config.device)
     with local_cluster(config.workers) if config.workers > 1 else nullcontext():
-        figures = judge(model_dir, dataset, config.evaluation, config.train_split, config.workers, progress, extras)
+        figures = judge(config.model, dataset, config.evaluation, config.train_split, config.workers, progress, extras)
     # JSON has no NaN: a figure of no rows is null
     known = {name: value if math.isfinite(value) else None for name, value in figures.items()}
     summary = {"figures": known, "settings": config.model_dump(mode="json")}
@@ -137,9 +157,9 @@ def _note_other_dataset(model_dir: Path, dataset: Dataset, progress: Callable[[s
         progress("note: this is not the dataset that the model was trained on; values may be scaled otherwise")
 
 
-def _key(task: Task, dataset: Dataset) -> str:
+def _key(folder: Path, task: Task, dataset: Dataset) -> str:
     """Name all that per-row figures depend on: the model's files, the dataset and the estimate's settings."""
-    weights = [hashlib.sha256(Path(task.model_dir, name).read_bytes()).hexdigest()
+    weights = [hashlib.sha256(Path(folder, name).read_bytes()).hexdigest()
                for name in (MODEL_CONFIG, MODEL_WEIGHTS)]  # fmt: skip
     # the chunk changes no draw, only the last bits of sums
     settings = task.config.model_dump(mode="json", exclude={"chunk", "measures"})

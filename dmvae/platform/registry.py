@@ -21,6 +21,7 @@ from dmvae.folder import MODEL_CONFIG, MODEL_WEIGHTS
 from dmvae.platform.courier import RefusedError, answers, connect
 from dmvae.platform.lane import UnreachableError
 from dmvae.platform.spool import scrub
+from dmvae.platform.storage import local
 from dmvae.platform.tracking import tracking_uri
 from dmvae.served import UNITS, Served
 
@@ -253,7 +254,10 @@ def _upload(client: "MlflowClient", name: str, saved: Path, run_id: str, card: M
 
 
 def load(source: str) -> Any:
-    """Return the `DMVAE` of a folder or of a registered model, `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
+    """Return the `DMVAE` of a folder, a URI (`s3://BUCKET/RUN/best`) or a registered model.
+
+    Args:
+        source: of a registered model, `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
 
     Raises:
         FileNotFoundError: if the folder is no model's.
@@ -262,7 +266,8 @@ def load(source: str) -> Any:
     from dmvae.model import DMVAE
 
     if not source.startswith("models:/"):
-        return DMVAE.load(source)
+        with local(source) as folder:
+            return DMVAE.load(folder)
     with tempfile.TemporaryDirectory() as scratch:
         return DMVAE.load(download(source, Path(scratch), TrackingConfig()))
 

@@ -26,7 +26,7 @@ from dmvae.config.search import Domain, SearchConfig, lay_over
 from dmvae.config.training import TrainConfig
 from dmvae.data.dataset import Dataset, open_dataset
 from dmvae.platform import study
-from dmvae.platform.cluster import local_cluster, messages, resources
+from dmvae.platform.cluster import limits, local_cluster, messages, resources
 from dmvae.platform.lane import write_atomically
 from dmvae.platform.spool import TrackedRun
 from dmvae.platform.study import Trial, TrialResult
@@ -183,13 +183,16 @@ def max_concurrent(config: SearchConfig) -> int:
     Raises:
         RunError: if it has no room for as many as asked, or for one.
     """
-    workers, there = config.base.workers, resources()
-    cpus, gpus = workers.num * workers.cpus, config.gpus_per_trial
+    workers, gpus = config.base.workers, config.gpus_per_trial
+    cpus, there = workers.num * workers.cpus, limits()
+    if workers.device == "auto" and not gpus:
+        there["GPU"] = resources().get("GPU", 0.0)  # as in a run: nodes with GPUs are started where they are asked for
     if workers.num > 1 and workers.device != "cpu" and there.get("GPU", 0) >= workers.num:
         gpus = float(workers.num)
-    room = int(there.get("CPU", 0) // cpus)
+    room = there.get("CPU", 0) / cpus
     if gpus:
-        room = min(room, int(there.get("GPU", 0) / gpus + 1e-9))
+        room = min(room, there.get("GPU", 0) / gpus)
+    room = int(min(room + 1e-9, max(config.trials, config.max_concurrent or 1)))
     wanted = config.max_concurrent or max(room, 1)
     if wanted > room:
         raise RunError(
@@ -412,13 +415,15 @@ def _retrain(
         from dmvae.platform.evaluation import judge
 
         evaluation = found.evaluation
-        figures = judge(best.folder / "best", dataset, evaluation, found.data.train_split, found.workers.num, progress)
+        figures = judge(
+            str(best.folder / "best"), dataset, evaluation, found.data.train_split, found.workers.num, progress
+        )
         with tracked.spool() as spool:
             spool.log(figures, len(study.trials_of(study_dir)))
             spool.artifact(best.folder / "best", "checkpoints")
         assert best.result is not None
         uri = tracking_uri(config.base.tracking)
-        return TrainSummary(best.folder, figures, best.result.run_id, uri, was_finished=False)
+        return TrainSummary(best.folder, str(best.folder), figures, best.result.run_id, uri, was_finished=False)
     progress(f"training the best configuration, trial {best.number}, as run {found.name}")
     summary = train_run(found, progress)
     with tracked.spool() as spool:

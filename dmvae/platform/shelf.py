@@ -6,7 +6,7 @@ overwrites its list in place; so before a run starts, the list is made anew from
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ from dmvae.training import TrainState
 BEST = "best"
 NUM_KEPT = 3
 """Checkpoints that stay, the newest; the best one has a copy of its own."""
-_PREFIX, _BROKEN = "checkpoint_", "broken_"
-_NAMES = f"{_PREFIX}[0-9]*"  # not Ray's list, which begins alike
+PREFIX, _BROKEN = "checkpoint_", "broken_"
+_NAMES = f"{PREFIX}[0-9]*"  # not Ray's list, which begins alike
 
 
 def put(state: TrainState, run: dict[str, Any], report: dict[str, Any], folder: Path, is_best: bool) -> Path:
@@ -37,7 +37,7 @@ def put(state: TrainState, run: dict[str, Any], report: dict[str, Any], folder: 
     Raises:
         OSError: if the disk does not take it; the ones that were there are untouched.
     """
-    target = _free_name(folder, report["step"])
+    target = folder / free_name(report["step"], [path.name for path in folder.glob("*")])
     checkpoint.save(state, run, target, report)
     if is_best:
         replace(target, folder / BEST)
@@ -84,22 +84,22 @@ def mend(folder: Path, say: Callable[[str], None]) -> list[Path]:
             shutil.rmtree(folder / f"{_BROKEN}{found.name}", ignore_errors=True)
             found.rename(folder / f"{_BROKEN}{found.name}")
     if folder.exists():
-        write_atomically(folder / CHECKPOINT_MANAGER_SNAPSHOT_FILENAME, json.dumps(_snapshot(whole)))
+        write_atomically(
+            folder / CHECKPOINT_MANAGER_SNAPSHOT_FILENAME,
+            json.dumps(snapshot({path.name: checkpoint.read_report(path) for path in whole})),
+        )
     return whole
 
 
-def _free_name(folder: Path, step: int) -> Path:
-    """A name sorts by step, then by attempt: Ray would take two reports of one name for one folder."""
-    names = (folder / f"{_PREFIX}{step:010d}_{attempt:03d}" for attempt in range(1000))
-    return next(name for name in names if not name.exists() and not (folder / f"{_BROKEN}{name.name}").exists())
+def free_name(step: int, taken: Collection[str]) -> str:
+    """Name a checkpoint: it sorts by step, then by attempt. Ray would take two reports of one name for one folder."""
+    names = (f"{PREFIX}{step:010d}_{attempt:03d}" for attempt in range(1000))
+    return next(name for name in names if name not in taken and f"{_BROKEN}{name}" not in taken)
 
 
-def _snapshot(checkpoints: list[Path]) -> dict[str, Any]:
-    """Write what Ray 2.60 reads at the start of a run."""
-    entries = [
-        {"version": 0, "checkpoint_dir_name": path.name, "metrics": checkpoint.read_report(path)}
-        for path in checkpoints
-    ]
+def snapshot(reports: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return what Ray 2.60 reads at the start of a run: the whole checkpoints' reports by name, oldest first."""
+    entries = [{"version": 0, "checkpoint_dir_name": name, "metrics": report} for name, report in reports.items()]
     return {
         "ray_version": ray.__version__,
         "checkpoint_results": entries,

@@ -27,17 +27,19 @@ from dmvae.data import place
 from dmvae.data.dataset import Dataset, open_dataset
 from dmvae.data.manifest import Manifest
 from dmvae.model import DMVAE
-from dmvae.platform import shelf
+from dmvae.platform import depot, shelf
 from dmvae.platform.checks import check_data
-from dmvae.platform.cluster import local_cluster, messages, resources
+from dmvae.platform.cluster import limits, local_cluster, messages, resources
 from dmvae.platform.evaluation import Extras, judge
 from dmvae.platform.lane import write_atomically
 from dmvae.platform.spool import TrackedRun, scrub
+from dmvae.platform.storage import Remote, home_of
 from dmvae.platform.tracking import DatasetRecord, open_run, tracking_uri
 from dmvae.platform.worker import SCORE, WorkerTask, work
 
 _RESULT = "result.json"
 _CHECKPOINTS = "checkpoints"
+_NONE_WHOLE = "a finished run has a whole checkpoint with a finite validation figure; {} has none. Train it again."
 # a dataset is known by its fingerprint, wherever it lies
 _MAY_CHANGE = (
     "training.patience",
@@ -60,7 +62,8 @@ class TrainSummary:
     """Where a finished run is and what it reached.
 
     Attributes:
-        run_dir: its folder, with `best/` and `last/`.
+        run_dir: its folder on this machine, with `best/` and `last/`.
+        where: the same for a person: that folder, or the URI where they are for every machine.
         metrics: the best validation figure and the test figures.
         run_id: of the MLflow run.
         tracking_uri: where that is.
@@ -68,6 +71,7 @@ class TrainSummary:
     """
 
     run_dir: Path
+    where: str
     metrics: dict[str, float]
     run_id: str
     tracking_uri: str
@@ -85,10 +89,14 @@ def train_run(config: TrainConfig, progress: Callable[[str], None]) -> TrainSumm
     """
     dataset = open_dataset(config.data.dataset)
     resolved = resolve(config, dataset)
-    run_dir = Path(config.runs_dir, config.name).absolute()
+    remote = Remote.at(config.runs_dir) / config.name if place.is_uri(config.runs_dir) else None
+    run_dir = Path(config.runs_dir, config.name).absolute() if remote is None else home_of(remote)
+    if remote is not None:
+        depot.fetch_record(remote, run_dir, (checkpoint.RUN_CONFIG, _RESULT))
+    where = str(run_dir) if remote is None else remote.uri
     record = run_record(resolved, dataset.manifest)
-    _check_same_run(run_dir, record)
-    finished = _read_result(run_dir, resolved)
+    _check_same_run(run_dir, record, where)
+    finished = _read_result(run_dir, where, resolved)
     if finished is not None:
         return finished
     check_data(resolved, dataset)
@@ -98,15 +106,17 @@ def train_run(config: TrainConfig, progress: Callable[[str], None]) -> TrainSumm
         resolved.tracking, resolved.name, run_dir / "tracking", params, dataset=dataset_record(resolved, dataset)
     ) as tracked:
         write_atomically(run_dir / checkpoint.RUN_CONFIG, json.dumps(record, indent=2) + "\n")
+        if remote is not None:
+            depot.put_record(remote, run_dir, checkpoint.RUN_CONFIG)
         with local_cluster(math.ceil(resolved.workers.num * resolved.workers.cpus)):
             _announce(resolved, progress)
-            shelf.mend(run_dir / _CHECKPOINTS, progress)
             with messages(progress) as queue:
-                result = fit(resolved, run_dir, WorkerTask(absolute(resolved), record, tracked, queue))
-            best = keep_checkpoints(result, run_dir, progress)
+                best = _fit_and_keep(
+                    resolved, run_dir, remote, WorkerTask(absolute(resolved), record, tracked, queue), progress
+                )
             _record(tracked, run_dir)
             figures = judge(
-                run_dir / "best",
+                f"{where}/best",
                 dataset,
                 resolved.evaluation,
                 resolved.data.train_split,
@@ -118,7 +128,9 @@ def train_run(config: TrainConfig, progress: Callable[[str], None]) -> TrainSumm
         with tracked.spool() as spool:
             spool.log(metrics, int(best["step"]))
         write_atomically(run_dir / _RESULT, json.dumps(_result(resolved, metrics, tracked), indent=2) + "\n")
-    return TrainSummary(run_dir, metrics, tracked.run_id, scrub(tracked.uri), was_finished=False)
+        if remote is not None:
+            depot.put_record(remote, run_dir, _RESULT)
+    return TrainSummary(run_dir, where, metrics, tracked.run_id, scrub(tracked.uri), was_finished=False)
 
 
 def resolve(config: TrainConfig, dataset: Dataset) -> TrainConfig:
@@ -204,7 +216,7 @@ def run_record(config: TrainConfig, manifest: Manifest) -> dict[str, Any]:
     return {**config.model_dump(mode="json"), "dataset": {"fingerprint": manifest.fingerprint}}
 
 
-def _check_same_run(run_dir: Path, record: Mapping[str, Any]) -> None:
+def _check_same_run(run_dir: Path, record: Mapping[str, Any], where: str) -> None:
     """Refuse to go on with another run's folder, saying what differs."""
     file = run_dir / checkpoint.RUN_CONFIG
     if not file.is_file():
@@ -218,11 +230,11 @@ def _check_same_run(run_dir: Path, record: Mapping[str, Any]) -> None:
         refused.append("training.epochs")
     if refused:
         lines = "\n".join(f"  {key}: {before.get(key)!r} in the run, {now.get(key)!r} asked for" for key in refused)
-        is_empty = not any((run_dir / _CHECKPOINTS).glob("*/"))
+        is_empty = not place.is_uri(where) and not any((run_dir / _CHECKPOINTS).glob("*/"))
         way_out = f"remove {run_dir}, which has no checkpoint yet" if is_empty else "choose another name"
         raise RunError(
             f"a run goes on with the settings that it began with (epochs may grow; workers, tracking, patience, "
-            f"log_steps, checkpoint_* and skip_nonfinite may change); {run_dir} differs:\n{lines}\nChange them back, "
+            f"log_steps, checkpoint_* and skip_nonfinite may change); {where} differs:\n{lines}\nChange them back, "
             f"or {way_out}."
         )
 
@@ -240,7 +252,7 @@ def _result(config: TrainConfig, metrics: dict[str, float], tracked: TrackedRun)
     return {"epochs": training.epochs, "patience": training.patience, "metrics": metrics, "run_id": tracked.run_id}
 
 
-def _read_result(run_dir: Path, config: TrainConfig) -> TrainSummary | None:
+def _read_result(run_dir: Path, where: str, config: TrainConfig) -> TrainSummary | None:
     file = run_dir / _RESULT
     if not file.is_file():
         return None
@@ -248,7 +260,7 @@ def _read_result(run_dir: Path, config: TrainConfig) -> TrainSummary | None:
     if (result["epochs"], result["patience"]) != (config.training.epochs, config.training.patience):
         return None
     return TrainSummary(
-        run_dir, result["metrics"], result["run_id"], scrub(tracking_uri(config.tracking)), was_finished=True
+        run_dir, where, result["metrics"], result["run_id"], scrub(tracking_uri(config.tracking)), was_finished=True
     )
 
 
@@ -265,7 +277,9 @@ def _announce(config: TrainConfig, progress: Callable[[str], None]) -> None:
     number = f"{workers.num}" if workers.min_num is None else f"{workers.min_num} to {workers.num}"
     progress(f"run {config.name}: {number} {device} worker{'s' if workers.num > 1 else ''} starting")
     wanted, there = (workers.min_num or workers.num) * workers.cpus, resources().get("CPU", 0)
-    if there < wanted:
+    if there < wanted <= limits().get("CPU", 0):
+        progress(f"note: the cluster has {there:g} CPUs of the {wanted:g} wanted; its autoscaler is asked for more")
+    elif there < wanted:
         progress(f"warning: the cluster has {there:g} CPUs of the {wanted:g} that this run waits for")
     with torch.device("meta"):
         layers = DMVAE(config.model).modules()
@@ -275,8 +289,40 @@ def _announce(config: TrainConfig, progress: Callable[[str], None]) -> None:
         progress("note: bfloat16 is for GPUs; on CPUs it saves no time")
 
 
-def fit(config: TrainConfig, run_dir: Path, task: WorkerTask, callbacks: Sequence[UserCallback] = ()) -> Result:
+def _fit_and_keep(
+    config: TrainConfig, run_dir: Path, remote: Remote | None, task: WorkerTask, progress: Callable[[str], None]
+) -> dict[str, Any]:
+    """Train from whatever is whole; bring best and last checkpoint to where they stay; return the best's figures.
+
+    Raises:
+        RunError: as `fit`, or if there is no whole checkpoint at the end.
+    """
+    if remote is None:
+        shelf.mend(run_dir / _CHECKPOINTS, progress)
+        return keep_checkpoints(fit(config, str(run_dir), task), run_dir, progress)
+    depot.mend(remote / _CHECKPOINTS)
+    fit(config, remote.path, task, storage_filesystem=remote.filesystem)
+    best = depot.keep(remote, remote / _CHECKPOINTS, run_dir, progress)
+    if best is None:
+        raise RunError(_NONE_WHOLE.format(remote / _CHECKPOINTS))
+    return best
+
+
+def fit(
+    config: TrainConfig,
+    storage_path: str,
+    task: WorkerTask,
+    callbacks: Sequence[UserCallback] = (),
+    storage_filesystem: Any = None,
+) -> Result:
     """Train with Ray's workers, from the run's last checkpoint on.
+
+    Args:
+        config: resolved.
+        storage_path: the folder that has or gets the folder of checkpoints.
+        task: for the workers.
+        callbacks: of Ray's controller.
+        storage_filesystem: pyarrow's, where that folder is; None: this machine's.
 
     Raises:
         RunError: if it stops for good.
@@ -288,7 +334,8 @@ def fit(config: TrainConfig, run_dir: Path, task: WorkerTask, callbacks: Sequenc
         scaling_config=_scaling(config),
         run_config=RunConfig(
             name=_CHECKPOINTS,
-            storage_path=str(run_dir),
+            storage_path=storage_path,
+            storage_filesystem=storage_filesystem,
             failure_config=FailureConfig(max_failures=config.workers.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=shelf.NUM_KEPT),
             callbacks=list(callbacks),  # type: ignore[arg-type]  # typed as Ray's former class
@@ -320,8 +367,10 @@ def _scaling(config: TrainConfig) -> ScalingConfig:
 
 
 def _use_gpu(config: TrainConfig) -> bool:
-    gpus, wanted = resources().get("GPU", 0), config.workers.min_num or config.workers.num
-    if config.workers.device == "gpu" and gpus < wanted:
+    is_asked, wanted = config.workers.device == "gpu", config.workers.min_num or config.workers.num
+    # nodes with GPUs are started for a run that names them, and for no other
+    gpus = (limits() if is_asked else resources()).get("GPU", 0)
+    if is_asked and gpus < wanted:
         raise RunError(
             f'workers.device="gpu" needs a GPU per worker; got {gpus:.0f} for {wanted} workers. '
             'Use fewer workers, or workers.device="auto".'
@@ -339,10 +388,7 @@ def keep_checkpoints(result: Result, run_dir: Path, progress: Callable[[str], No
         judged = {path: score for path, score in scores.items() if score is not None and math.isfinite(score)}
         best = min(judged, key=lambda path: judged[path], default=best)
     if not whole or not best.exists():
-        raise RunError(
-            f"a finished run has a whole checkpoint with a finite validation figure; "
-            f"{run_dir / _CHECKPOINTS} has none. Train it again."
-        )
+        raise RunError(_NONE_WHOLE.format(run_dir / _CHECKPOINTS))
     shelf.replace(best, run_dir / "best")
     shelf.replace(max(whole), run_dir / "last")
     return checkpoint.read_report(best)

@@ -265,7 +265,7 @@ def _train_nested(
 ) -> tuple[DMVAE, Merit]:
     """Train with a TorchTrainer of its own, whose first worker judges; this process only waits."""
     shelf.mend(folder / "checkpoints", task.queue.put)
-    result = fit(config, folder, WorkerTask(config, record, tracked, task.queue, judge), [_Forward(task.config)])
+    result = fit(config, str(folder), WorkerTask(config, record, tracked, task.queue, judge), [_Forward(task.config)])
     keep_checkpoints(result, folder, task.queue.put)
     lines = map(json.loads, (folder / "tracking" / "metrics.jsonl").read_text().splitlines())
     speeds = [line["metrics"][_SPEED] for line in lines if _SPEED in line.get("metrics", {})]

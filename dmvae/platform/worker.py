@@ -12,6 +12,7 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
+from pyarrow.fs import LocalFileSystem
 from ray.train import CheckpointUploadMode
 from ray.util.queue import Queue
 from torch import Tensor
@@ -25,8 +26,9 @@ from dmvae.data.loader import read_epoch, read_rows
 from dmvae.data.order import EpochOrder
 from dmvae.data.split import Split
 from dmvae.model import DMVAE
-from dmvae.platform import shelf
+from dmvae.platform import depot, shelf
 from dmvae.platform.spool import MetricSpool, TrackedRun
+from dmvae.platform.storage import Remote
 from dmvae.training import (
     CheckpointDue,
     EpochEnded,
@@ -217,22 +219,30 @@ def _report(
     Raises:
         DiskError: if it, or a figure since the last one, could not be written.
     """
-    folder = Path(ray.train.get_context().get_storage().experiment_fs_path)
     written, fault = None, ""
     if recorder is not None:
         try:
             recorder.raise_fault()
-            written = shelf.put(state, task.run, report, folder, is_best)
+            written = _put(state, task.run, report, is_best)
         except OSError as error:
             fault = str(error)
     fault = _agree(fault, num)
     if fault:
         raise DiskError(
             f"a run needs a disk that takes its checkpoints and figures; got {fault}. Make room; the same command goes "
-            f"on from the last checkpoint in {folder}, which is whole."
+            "on from the last checkpoint, which is whole."
         )
-    checkpoint_there = None if written is None else ray.train.Checkpoint.from_directory(str(written))
-    ray.train.report(report, checkpoint=checkpoint_there, checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD)
+    ray.train.report(report, checkpoint=written, checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD)
+
+
+def _put(state: TrainState, run: dict[str, Any], report: dict[str, Any], is_best: bool) -> ray.train.Checkpoint:
+    storage = ray.train.get_context().get_storage()
+    folder, filesystem = storage.experiment_fs_path, storage.storage_filesystem
+    if isinstance(filesystem, LocalFileSystem):
+        written = shelf.put(state, run, report, Path(folder), is_best)
+        return ray.train.Checkpoint.from_directory(str(written))
+    there = depot.put(state, run, report, Remote(f"{filesystem.type_name}://{folder}", filesystem, folder), is_best)
+    return ray.train.Checkpoint(there.path, there.filesystem)
 
 
 class Recorder:

@@ -67,8 +67,13 @@ class KillAt(threading.Thread):
         self.at = logged(self.run_dir)
 
 
-def start_driver(config: TrainConfig, folder: Path) -> subprocess.Popen[str]:
-    """Run `config` in a process of its own on this cluster; what it says goes to `folder/driver.log`."""
+def start_driver(
+    config: TrainConfig, folder: Path, variables: dict[str, str] | None = None, address: str | None = None
+) -> subprocess.Popen[str]:
+    """Run `config` in a process of its own, here or at `address`; what it says goes to `folder/driver.log`.
+
+    `variables` are set there and, as `ray job submit --runtime-env-json` sets them, in its workers.
+    """
     file = folder / "run.json"
     file.write_text(config.model_dump_json())
     program = (
@@ -78,7 +83,10 @@ def start_driver(config: TrainConfig, folder: Path) -> subprocess.Popen[str]:
         "say = lambda text: print(text, flush=True)\n"
         f"train_run(TrainConfig.model_validate_json(Path({str(file)!r}).read_text()), say)\n"
     )
-    environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    here = address or ray.get_runtime_context().gcs_address
+    environment = {**os.environ, "RAY_ADDRESS": here, **(variables or {})}
+    if variables:
+        environment["RAY_JOB_CONFIG_JSON_ENV_VAR"] = json.dumps({"runtime_env": {"env_vars": variables}})
     with (folder / "driver.log").open("a") as log:
         return subprocess.Popen(
             [sys.executable, "-c", program], env=environment, cwd=Path(__file__).parents[2], stdout=log, text=True

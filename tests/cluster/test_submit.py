@@ -21,7 +21,7 @@ from tests.searches import make_search
 from tests.test_tracking import free_port
 
 ROOT = Path(__file__).parents[2]
-pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.timeout(900)
 
 
 class Cluster:
@@ -79,6 +79,7 @@ def write(config: BaseModel, file: Path) -> str:
     return str(file)
 
 
+@pytest.mark.acceptance
 def test_a_training_run_is_submitted_stopped_and_gone_on_with(cluster: Cluster, large: Path, tmp_path: Path) -> None:
     config = make_config(tmp_path, large, training={"epochs": 60, "checkpoint_steps": 10}, workers={"num": 2})
     file, run_dir = write(config, tmp_path / "train.toml"), tmp_path / "runs" / "run"
@@ -103,6 +104,7 @@ def test_a_training_run_is_submitted_stopped_and_gone_on_with(cluster: Cluster, 
     assert "this run is finished" in again.stdout
 
 
+@pytest.mark.acceptance
 def test_a_search_is_submitted(cluster: Cluster, large: Path, tmp_path: Path) -> None:
     config = make_search(tmp_path, large, trials=3, base={"training": {"epochs": 3}})
     done = cluster.submit("search", "python", "-m", "jobs.search", write(config, tmp_path / "search.toml"))
