@@ -183,7 +183,7 @@ def predicted_class_share(
         return Proportion()
     generator = generator_of(model, rows, seed)
     predicted = model.predict(given, "all", gen_mod, return_mean=return_mean, generator=generator, density=density)
-    return _recognised(classifier, _shown(model, gen_mod, predicted[gen_mod], given), rows)
+    return _recognised(classifier, _shown(model, gen_mod, predicted[gen_mod], given, rows), rows)
 
 
 def joint_coherence(
@@ -203,11 +203,19 @@ def joint_coherence(
     return Proportion(int(np.all([classes == seen[0] for classes in seen], axis=0).sum()), num_samples)
 
 
-def _shown(model: DMVAE, name: str, output: Tensor, given: Batch | None = None) -> Tensor:
-    """Return a decoder's output as values such as the data's: the mean, or of categories the likeliest."""
-    if isinstance(model.likelihoods[name], Categorical):
-        return output.argmax(-1)
-    return model.means(output, name, given)
+def _shown(model: DMVAE, name: str, output: Tensor, given: Batch | None = None, rows: Batch | None = None) -> Tensor:
+    """Return a decoder's output as values such as the data's: the mean, or of categories the likeliest.
+
+    Counts are at the size factors of what is `given`; where `rows` themselves have padding it is shown.
+    """
+    likelihood = model.likelihoods[name]
+    if not isinstance(likelihood, Categorical):
+        return model.means(output, name, given)
+    if rows is None or name not in rows.data:
+        return likelihood.likeliest(output)
+    own = rows.data[name].to(output.device)
+    there = has(rows, name).to(output.device).view(-1, *(1 for _ in likelihood.shape))
+    return torch.where(there, likelihood.likeliest(output, own), likelihood.likeliest(output))
 
 
 def posterior_mean_sums(model: DMVAE, rows: Batch | Iterable[Batch]) -> dict[str, MeanSums]:

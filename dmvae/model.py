@@ -355,6 +355,7 @@ class DMVAE(nn.Module):
             shared_dim=self.config.latent_dim,
             private_dim=self.config.private_dims[name],
             classes=module.classes if isinstance(module, likelihood.Categorical) else None,
+            pad=module.pad if isinstance(module, likelihood.Categorical) else None,
             counts=isinstance(module, likelihood.Counts),
         )
 

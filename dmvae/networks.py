@@ -41,6 +41,7 @@ class Dimensions:
         private_dim: dimension of the private latent.
         classes: of categorical values, else None.
         counts: whether the values are counts, which spread over orders of magnitude.
+        pad: the class of elements that are none; None: there are no such elements.
     """
 
     shape: tuple[int, ...]
@@ -49,6 +50,7 @@ class Dimensions:
     private_dim: int
     classes: int | None = None
     counts: bool = False
+    pad: int | None = None
 
 
 class _Heads(nn.Linear):
@@ -76,11 +78,11 @@ def _hidden_dims(architecture: ArchitectureConfig) -> tuple[int, ...]:
 
 
 class MLPEncoder(nn.Module):
-    """A perceptron on the flattened row; categories enter one-hot, counts as log(1 + x)."""
+    """A perceptron on the flattened row; categories enter one-hot, padding as zeros, counts as log(1 + x)."""
 
     def __init__(self, architecture: ArchitectureConfig, dims: Dimensions) -> None:
         super().__init__()
-        self.classes, self.counts = dims.classes, dims.counts
+        self.classes, self.pad, self.counts = dims.classes, dims.pad, dims.counts
         sizes = [math.prod(dims.shape) * (dims.classes or 1), *_hidden_dims(architecture)]
         self.body = nn.Sequential(*_layers(sizes, architecture.dropout))
         self.heads = _Heads(sizes[-1], dims)
@@ -88,7 +90,9 @@ class MLPEncoder(nn.Module):
     def forward(self, x: Tensor) -> EncoderOutput:
         """Map `(rows, *shape)` to the posteriors' parameters."""
         if self.classes is not None:
+            padding = None if self.pad is None else (x == self.pad).unsqueeze(-1)
             x = F.one_hot(x, self.classes).to(self.heads.weight.dtype)
+            x = x if padding is None else x.masked_fill(padding, 0.0)
         elif self.counts:
             x = torch.log1p(x)
         return self.heads.split(self.body(x.flatten(1)))
@@ -173,11 +177,73 @@ def _image(architecture: ArchitectureConfig, dims: Dimensions) -> tuple[int, int
     return dims.shape[0], (32 - dims.shape[1]) // 2
 
 
+_SEQUENCE_WIDTHS = (64, 64)
+_NEIGHBOURS = 5
+
+
+class SequenceEncoder(nn.Module):
+    """Classes and places embedded, convolutions over neighbours, and their mean over the row; padding is left out.
+
+    How much padding a row has changes nothing.
+    """
+
+    def __init__(self, architecture: ArchitectureConfig, dims: Dimensions) -> None:
+        super().__init__()
+        widths, self.pad = _sequence(architecture, dims), dims.pad
+        assert dims.classes is not None
+        self.classes = nn.Embedding(dims.classes, widths[0])
+        self.places = nn.Parameter(0.1 * torch.randn(dims.shape[0], widths[0]))
+        self.convolutions = nn.ModuleList(
+            nn.Conv1d(before, after, _NEIGHBOURS, padding=_NEIGHBOURS // 2)
+            for before, after in itertools.pairwise(widths)
+        )
+        self.dropout = nn.Dropout(architecture.dropout)
+        self.heads = _Heads(widths[-1], dims)
+
+    def forward(self, x: Tensor) -> EncoderOutput:
+        """Map `(rows, length)` to the posteriors' parameters."""
+        features = self.classes(x) + self.places
+        there = (torch.ones_like(x) if self.pad is None else x != self.pad).to(features.dtype).unsqueeze(1)
+        features = features.mT * there  # (rows, width, length)
+        for convolution in self.convolutions:
+            features = self.dropout(F.relu(convolution(features))) * there
+        return self.heads.split(features.sum(-1) / there.sum(-1).clamp(min=1))
+
+
+class SequenceDecoder(nn.Module):
+    """A perceptron from the latents and a place to the classes' logits there; every place is by itself."""
+
+    def __init__(self, architecture: ArchitectureConfig, dims: Dimensions) -> None:
+        super().__init__()
+        first, *others = reversed(_sequence(architecture, dims))
+        assert dims.classes is not None
+        self.latents = nn.Linear(dims.shared_dim + dims.private_dim, first)
+        self.places = nn.Parameter(torch.randn(dims.shape[0], first))
+        self.body = nn.Sequential(
+            nn.ReLU(), *_layers([first, *others], architecture.dropout), nn.Linear([first, *others][-1], dims.classes)
+        )
+
+    def forward(self, z: Tensor) -> DecoderOutput:
+        """Map `(rows, shared + private)` to `(rows, length, classes)`."""
+        return DecoderOutput(self.body(self.latents(z).unsqueeze(-2) + self.places))
+
+
+def _sequence(architecture: ArchitectureConfig, dims: Dimensions) -> tuple[int, ...]:
+    """Return the widths of the layers."""
+    if len(dims.shape) != 1 or dims.classes is None or architecture.hidden_dims == ():
+        raise ValueError(
+            f"the sequence architecture takes categorical sequences (length,) and a width or more; got shape "
+            f"{dims.shape}, classes={dims.classes}, hidden_dims={architecture.hidden_dims}. Use mlp, or correct them."
+        )
+    return _SEQUENCE_WIDTHS if architecture.hidden_dims is None else architecture.hidden_dims
+
+
 Builder = Callable[[ArchitectureConfig, Dimensions], nn.Module]
 
 _REGISTRY: dict[str, tuple[Builder, Builder]] = {
     "mlp": (MLPEncoder, MLPDecoder),
     "conv": (ConvEncoder, ConvDecoder),
+    "sequence": (SequenceEncoder, SequenceDecoder),
 }
 
 

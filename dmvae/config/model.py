@@ -20,7 +20,7 @@ _DIST_PARAMS: dict[str, frozenset[str]] = {
     "normal": frozenset({"scale"}),
     "laplace": frozenset({"scale"}),
     "bernoulli": frozenset(),
-    "categorical": frozenset({"classes"}),
+    "categorical": frozenset({"classes", "pad"}),
     "poisson": frozenset({"size_factor"}),
     "negative_binomial": frozenset({"dispersion", "size_factor"}),
 }
@@ -31,9 +31,11 @@ class ArchitectureConfig(Section):
     """The encoder and the decoder of one modality: a registered name and its sizes."""
 
     name: str = "mlp"
-    """`mlp`, `conv` (images of 32x32 or 28x28), or a name registered with `dmvae.networks.register`."""
+    """`mlp`, `conv` (images of 32x32 or 28x28), `sequence` (of classes), or a name registered with
+    `dmvae.networks.register`."""
     hidden_dims: Shape | None = None
-    """Widths of an MLP's hidden layers, encoder order; default (256,); empty: one linear map. `conv` takes none."""
+    """Widths of hidden layers, encoder order; default (256,), of `sequence` (64, 64); empty: one linear map. `conv`
+    takes none."""
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
 
 
@@ -61,10 +63,10 @@ class DMVAEConfig(Section):
     """`normal` (the default), `laplace`, `bernoulli`, `categorical`, `poisson`, `negative_binomial`, or a registered
     name, per modality. The decoder gives the logarithm of a count's mean at size factor 1."""
     decoder_dist_params: dict[ModalityName, dict[str, Parameter]] | None = None
-    """`scale` of normal and laplace: a number (default 1) or "learned"; `classes` of categorical; `dispersion` r of
-    negative_binomial, of variance mu + mu^2 / r: a number or "learned" for each feature (the default); `size_factor` of
-    counts in rows for which none is known, because they lack the modality (default 1; training takes the training
-    rows' mean)."""
+    """`scale` of normal and laplace: a number (default 1) or "learned"; `classes` of categorical, and `pad`, the class
+    of elements that fill up shorter rows and count nowhere (default: none); `dispersion` r of negative_binomial, of
+    variance mu + mu^2 / r: a number or "learned" for each feature (the default); `size_factor` of counts in rows for
+    which none is known, because they lack the modality (default 1; training takes the training rows' mean)."""
     uses_likelihood_rescaling: bool = False
     rescale_factors: dict[ModalityName, NonNegativeFloat] | None = None
     """The paper's lambda. Default with rescaling on: max_dim / prod(shape)."""
@@ -136,13 +138,18 @@ class DMVAEConfig(Section):
             known = sorted(_DIST_PARAMS[dist]) or "none"
             raise ValueError(f"decoder_dist_params of a {dist} modality are {known}; got {stray} for {name!r}.")
         for key, value in params.items():
-            if value == 0 or (value == "learned" and key not in _LEARNABLE):
+            if (value == 0 and key != "pad") or (value == "learned" and key not in _LEARNABLE):
                 raise ValueError(f"decoder_dist_params.{name}.{key} is a number greater than 0; got {value!r}.")
         classes = params.get("classes")
         if dist == "categorical" and (not isinstance(classes, int) or classes < 2):
             raise ValueError(
                 f"a categorical modality needs classes, a whole number of 2 or more; got {classes!r} for {name!r}. "
                 f"Set decoder_dist_params.{name}.classes."
+            )
+        pad = params.get("pad")
+        if isinstance(classes, int) and pad is not None and pad not in range(classes):
+            raise ValueError(
+                f"padding is one of the classes, 0 to {classes - 1}; got {pad!r}. Set decoder_dist_params.{name}.pad."
             )
 
     @property
