@@ -154,6 +154,45 @@ class ImagesSource(Section):
     group: str | None = None
 
 
+class H5muModality(Section):
+    """What of a modality of a MuData is read.
+
+    Attributes:
+        key: its name in the file. None: the name that it gets.
+        layer: a layer instead of `X`.
+        features: a column of truth values in the modality's `var`, such as `highly_variable`. None: all features.
+        dtype: what the values are converted to. None: floats stay, integers become float32, as counts are.
+    """
+
+    key: str | None = None
+    layer: str | None = None
+    features: str | None = None
+    dtype: Literal["float32", "float64", "int64"] | None = None
+
+
+class H5muSource(Section):
+    """A MuData in an `.h5mu` file, as muon and scverse write it; dense or sparse.
+
+    A modality is missing in the observations that it does not have. Ids are the names of the observations.
+
+    Attributes:
+        path: the file.
+        modalities: what is read, by name. None: `X` of every modality, under its name in the file.
+        label: a column of `obs`, integers or categories, which are numbered; may be absent.
+        split: a column of `obs`, strings or categories; may be absent.
+        size_factor: a column of `obs`, size factors of counts; may be absent.
+        group: a column of `obs`, such as the patient, whose observations come into one split.
+    """
+
+    kind: Literal["h5mu"] = "h5mu"
+    path: str = Field(min_length=1)
+    modalities: dict[ModalityName, H5muModality] | None = Field(default=None, min_length=1)
+    label: str = "label"
+    split: str = "split"
+    size_factor: str = "size_factor"
+    group: str | None = None
+
+
 class DigitsSource(Section):
     """Handwritten digits from two collections, paired by label: 28x28 `mnist` with 8x8 `optdigits`.
 
@@ -180,7 +219,9 @@ class DigitsSource(Section):
         return missing
 
 
-Source = Annotated[NpzSource | ParquetSource | CsvSource | ImagesSource | DigitsSource, Field(discriminator="kind")]
+Source = Annotated[
+    NpzSource | ParquetSource | CsvSource | ImagesSource | H5muSource | DigitsSource, Field(discriminator="kind")
+]
 
 
 class PrepareConfig(Section):

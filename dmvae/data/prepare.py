@@ -9,7 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from dmvae.config.data import CsvSource, DigitsSource, ImagesSource, NpzSource, ParquetSource, PrepareConfig, Source
+from dmvae.config.data import (
+    CsvSource,
+    DigitsSource,
+    H5muSource,
+    ImagesSource,
+    NpzSource,
+    ParquetSource,
+    PrepareConfig,
+    Source,
+)
 from dmvae.data.error import DatasetError
 from dmvae.data.manifest import save_manifest
 from dmvae.data.pace import Pace
@@ -18,6 +27,7 @@ from dmvae.data.rows import Rows
 from dmvae.data.scan import Scan
 from dmvae.data.sources.csv import read_csv
 from dmvae.data.sources.digits import read_digits
+from dmvae.data.sources.h5mu import read_h5mu
 from dmvae.data.sources.images import read_images
 from dmvae.data.sources.npz import read_npz
 from dmvae.data.sources.parquet import read_parquet
@@ -89,6 +99,8 @@ def read_source(source: Source, seed: int, scratch: Path) -> Stream:
         return read_csv(source, scratch)
     if isinstance(source, ImagesSource):
         return read_images(source)
+    if isinstance(source, H5muSource):
+        return read_h5mu(source)
     assert isinstance(source, DigitsSource)
     return in_memory(read_digits(source, seed), "digits")
 

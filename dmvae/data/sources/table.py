@@ -68,6 +68,8 @@ def ids(column: pa.Array, where: str, first_row: int = 0, what: str = "an id") -
     Raises:
         DatasetError: if it is of another type or has a null; with file and row.
     """
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
     if pa.types.is_integer(column.type):
         _refuse_null(what, column, where, first_row)
         return np.asarray(column.to_numpy(zero_copy_only=False)).astype(np.int64)
