@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dmvae.data.order import EpochOrder, _key, permutation
+from tests.benchmarks.order_quality import mixing
 
 quick = settings(max_examples=30, deadline=None)
 
@@ -135,6 +136,20 @@ def test_rows_written_sorted_are_mixed_almost_as_by_a_full_shuffle() -> None:
     counts = np.stack([(batches == label).sum(axis=1) for label in range(classes)])
     expected = batch_size / classes * (1 - 1 / classes)
     assert counts.var() / expected < 1.6
+
+
+def test_over_20_epochs_rows_travel_and_change_company_as_by_full_shuffles() -> None:
+    order = EpochOrder([32] * 250, seed=0, batch_size=64, streams=16)
+    steps = [(step, 0, order.batch_size_of(step)) for step in range(order.num_batches)]
+    found = mixing(lambda epoch: order.rows_of(epoch, steps), 8000, epochs=20, batch=64, classes=10)
+    assert found["travel"] == pytest.approx(1 / 3, abs=0.02)
+    assert found["range"] == pytest.approx(19 / 21, abs=0.02)
+    assert found["company"] == pytest.approx(1, abs=0.1)
+    assert found["correlation"] < 0.2
+    nothing = mixing(lambda epoch: np.arange(8000), 8000, epochs=3, batch=64, classes=10)
+    assert nothing["travel"] == nothing["range"] == 0, "the measures can fail"
+    assert nothing["company"] > 50
+    assert nothing["labels"] > 10
 
 
 @pytest.mark.parametrize(
