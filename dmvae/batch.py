@@ -1,7 +1,7 @@
 """Rows of incomplete multimodal data: one tensor per modality, and who is present."""
 
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, SupportsIndex, runtime_checkable
 
@@ -95,16 +95,19 @@ class Batch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """Return the batch with its tensors on `device`."""
+        return self._each(lambda part: part.to(device, non_blocking=non_blocking))
 
-        def move(part: Tensor) -> Tensor:
-            return part.to(device, non_blocking=non_blocking)
+    def pin_memory(self) -> "Batch":
+        """Return the batch in memory from which a GPU copies while it computes."""
+        return self._each(Tensor.pin_memory)
 
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         return Batch(
-            data={name: move(values) for name, values in self.data.items()},
-            masks=None if self.masks is None else {name: move(mask) for name, mask in self.masks.items()},
-            labels=None if self.labels is None else move(self.labels),
-            ids=move(self.ids) if isinstance(self.ids, Tensor) else self.ids,
-            size_factors=None if self.size_factors is None else move(self.size_factors),
+            data={name: change(values) for name, values in self.data.items()},
+            masks=None if self.masks is None else {name: change(mask) for name, mask in self.masks.items()},
+            labels=None if self.labels is None else change(self.labels),
+            ids=change(self.ids) if isinstance(self.ids, Tensor) else self.ids,
+            size_factors=None if self.size_factors is None else change(self.size_factors),
         )
 
 

@@ -28,6 +28,7 @@ def conform(
     stray = sorted(set(inputs.data) - set(config.modalities))
     if stray:
         raise ValueError(f"data holds modalities of the model {list(config.modalities)}; got {stray}.")
+    is_gpu = device.type == "cuda"
     data = {}
     for name, values in inputs.data.items():
         if tuple(values.shape[1:]) != config.shapes[name]:
@@ -35,13 +36,13 @@ def conform(
         categorical = isinstance(likelihoods[name], likelihood.Categorical)
         if categorical and values.is_floating_point():
             raise ValueError(f"a categorical modality's values are int64; got {values.dtype} for {name!r}.")
-        data[name] = values.to(device, torch.int64 if categorical else dtype)
+        data[name] = values.to(device, torch.int64 if categorical else dtype, non_blocking=is_gpu)
     masks = getattr(inputs, "masks", None)
     if masks is not None:
-        masks = {name: mask.to(device) for name, mask in masks.items()}
+        masks = {name: mask.to(device, non_blocking=is_gpu) for name, mask in masks.items()}
     size_factors = getattr(inputs, "size_factors", None)
     if size_factors is not None:
-        size_factors = size_factors.to(device, dtype)
+        size_factors = size_factors.to(device, dtype, non_blocking=is_gpu)
     return Batch(data, masks, getattr(inputs, "labels", None), getattr(inputs, "ids", None), size_factors)
 
 

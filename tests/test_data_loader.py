@@ -99,6 +99,17 @@ def test_little_is_read_ahead(split: Split, monkeypatch: pytest.MonkeyPatch) -> 
     assert max(read) <= 20
 
 
+def test_batches_are_pinned_in_the_thread_when_asked_for(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned: list[str] = []
+    # without a GPU there is no memory to pin
+    monkeypatch.setattr(Batch, "pin_memory", lambda self: (pinned.append(threading.current_thread().name), self)[1])
+    list(read_epoch(split, order_of(split), epoch=0))
+    assert not pinned
+    list(read_epoch(split, order_of(split), epoch=0, pin=True))
+    assert len(pinned) == 11
+    assert all(name.startswith("dmvae-read") for name in pinned)
+
+
 def test_an_error_in_the_thread_is_raised_where_the_batch_is_wanted(split: Split) -> None:
     shard = Path(split.where) / "train/part-00001.arrow"
     content = bytearray(shard.read_bytes())

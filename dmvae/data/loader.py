@@ -36,8 +36,9 @@ def read_epoch(
     rank: int = 0,
     world_size: int = 1,
     dtype: torch.dtype = torch.float32,
+    pin: bool = False,
 ) -> Iterator[tuple[int, int, Batch]]:
-    """Yield this worker's rows of every global batch of an epoch, from `start_step` on.
+    """Yield this worker's rows of every global batch of an epoch, from `start_step` on; `pin`: in pinned memory.
 
     Yields:
         The step, the position in the global batch of the worker's first row, and its rows. With more workers than
@@ -52,7 +53,8 @@ def read_epoch(
     if not 0 <= start_step <= order.num_batches:
         raise ValueError(f"an epoch has {order.num_batches} steps; got start_step={start_step}.")
     slices = ((step, *order.worker_slice(step, rank, world_size)) for step in range(start_step, order.num_batches))
-    return _ahead(_read_chunks(split, order, epoch, _group(slices, _lookahead(split)), dtype))
+    batches = _read_chunks(split, order, epoch, _group(slices, _lookahead(split)), dtype)
+    return _ahead((step, first, batch.pin_memory()) for step, first, batch in batches) if pin else _ahead(batches)
 
 
 def _read_chunks(

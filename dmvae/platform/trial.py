@@ -191,7 +191,7 @@ def _train_here(
     state = build_state(config, torch.device("cuda" if use_gpu else "cpu"))
     kept = _Kept(folder, record)
     times = kept.resume(state)
-    data, written = WorkerData(config, 0, 1, state.model.dtype), time.monotonic()
+    data, written = WorkerData(config, 0, 1, state.model.dtype, use_gpu), time.monotonic()
     with tracked.spool() as spool:
         for event in train(state, data, config, Workers(state.model)):
             if not isinstance(event, Logged):

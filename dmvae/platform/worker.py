@@ -82,7 +82,7 @@ def work(payload: dict[str, Any]) -> dict[str, Any]:
     with ExitStack() as stack:
         try:
             state = build_state(task.config, device)
-            data = WorkerData(task.config, rank, num, state.model.dtype)
+            data = WorkerData(task.config, rank, num, state.model.dtype, pin=device.type == "cuda")
             _resume(state, task.queue)
             spool = stack.enter_context(task.tracked.spool()) if rank == 0 else None
         except (ValueError, OSError) as error:
@@ -133,11 +133,11 @@ def _train(
 class WorkerData:
     """The rows of one worker: its share of every global batch, and its blocks of the validation split."""
 
-    def __init__(self, config: TrainConfig, rank: int, num: int, dtype: torch.dtype) -> None:
+    def __init__(self, config: TrainConfig, rank: int, num: int, dtype: torch.dtype, pin: bool = False) -> None:
         dataset = open_dataset(config.data.dataset)
         self._train: Split = dataset.split(config.data.train_split)
         self._validation: Split = dataset.split(config.data.val_split)
-        self._rank, self._num, self._dtype = rank, num, dtype
+        self._rank, self._num, self._dtype, self._pin = rank, num, dtype, pin
         self._order = EpochOrder(
             self._train.record_batch_rows,
             seed=config.seed,
@@ -150,7 +150,7 @@ class WorkerData:
     def shares(self, epoch: int, first_step: int) -> Iterator[Share]:
         """Return this worker's share of every global batch of an epoch, from a step on."""
         for step, first, batch in read_epoch(
-            self._train, self._order, epoch, first_step, self._rank, self._num, dtype=self._dtype
+            self._train, self._order, epoch, first_step, self._rank, self._num, self._dtype, self._pin
         ):
             yield Share(batch, step, first, self._order.batch_size_of(step))
 
