@@ -76,9 +76,9 @@ def multiply(source: Path, target: Path, times: int, link: bool) -> None:
     save_manifest(manifest.model_copy(update={"splits": {"train": split}}), target)
 
 
-def batches_of(split: Split, epoch: int) -> Iterator[Batch]:
+def batches_of(split: Split, epoch: int, size: int = BATCH) -> Iterator[Batch]:
     """Return the shuffled batches of an epoch, from shards."""
-    order = EpochOrder(split.record_batch_rows, seed=0, batch_size=BATCH)
+    order = EpochOrder(split.record_batch_rows, seed=0, batch_size=size)
     return (batch for _, _, batch in read_epoch(split, order, epoch))
 
 
@@ -185,15 +185,15 @@ def measure_memory(folder: Path, side: str) -> None:
 
 
 def train_within_limit(folder: Path) -> None:
-    """Train an epoch under RLIMIT_DATA and print the memory on the way; then see that the limit is one."""
+    """Train an epoch of a small model under RLIMIT_DATA and print the memory on the way; see that the limit is one."""
     resource.setrlimit(resource.RLIMIT_DATA, (LIMIT, LIMIT))
     split = open_dataset(folder, verify_on_use=False).split("train")
-    state, config = make_state(64)
+    state, config = make_state(16)
     seen: list[dict[str, int]] = []
 
     def watched() -> Iterator[Batch]:
-        for number, batch in enumerate(batches_of(split, 0)):
-            if number % 500 == 0:
+        for number, batch in enumerate(batches_of(split, 0, 1024)):
+            if number % 100 == 0:
                 seen.append(memory())
             yield batch
 
