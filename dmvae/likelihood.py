@@ -197,11 +197,14 @@ class Counts(Likelihood):
 
     Attributes:
         size_factor: of rows for which none is known, because they lack the modality.
+        start: what a decoder had best give before it is trained: the logarithm of an element's mean at size factor 1.
+            Far from it training takes long, and stays in a worse place.
     """
 
-    def __init__(self, shape: tuple[int, ...], size_factor: float = 1.0) -> None:
+    def __init__(self, shape: tuple[int, ...], size_factor: float = 1.0, rate: float | None = None) -> None:
         super().__init__(shape)
         self.size_factor = float(size_factor)
+        self.start = -math.log(math.prod(shape)) if rate is None else math.log(rate)
 
     def observe(self, value: Tensor, size_factors: Tensor | None) -> Tensor:
         """Return the counts and the logarithm of the size factor; None or NaN: the row's total, or 1 of only zeros."""
@@ -266,14 +269,19 @@ class NegativeBinomial(Counts):
         shape: of one row.
         dispersion: r, a number, or "learned" for one of each element.
         size_factor: of rows for which none is known.
+        rate: an element's mean at size factor 1, about; None: its share of the total if all are alike.
 
     Source: Lopez et al. 2018 (scVI), whose inverse dispersion theta is r.
     """
 
     def __init__(
-        self, shape: tuple[int, ...], dispersion: float | int | str = "learned", size_factor: float = 1.0
+        self,
+        shape: tuple[int, ...],
+        dispersion: float | int | str = "learned",
+        size_factor: float = 1.0,
+        rate: float | None = None,
     ) -> None:
-        super().__init__(shape, size_factor)
+        super().__init__(shape, size_factor, rate)
         learned = dispersion == "learned"
         self.log_dispersion: Tensor | float = (
             nn.Parameter(torch.zeros(math.prod(shape))) if learned else math.log(float(dispersion))

@@ -357,6 +357,7 @@ class DMVAE(nn.Module):
             classes=module.classes if isinstance(module, likelihood.Categorical) else None,
             pad=module.pad if isinstance(module, likelihood.Categorical) else None,
             counts=isinstance(module, likelihood.Counts),
+            start=module.start if isinstance(module, likelihood.Counts) else 0.0,
         )
 
     def _batch(self, inputs: MultimodalRows) -> Batch:

@@ -41,6 +41,7 @@ class Dimensions:
         private_dim: dimension of the private latent.
         classes: of categorical values, else None.
         counts: whether the values are counts, which spread over orders of magnitude.
+        start: what the decoder's output is about before training.
         pad: the class of elements that are none; None: there are no such elements.
     """
 
@@ -50,6 +51,7 @@ class Dimensions:
     private_dim: int
     classes: int | None = None
     counts: bool = False
+    start: float = 0.0
     pad: int | None = None
 
 
@@ -71,6 +73,14 @@ def _layers(sizes: list[int], dropout: float) -> list[nn.Module]:
         layers += [nn.Linear(in_size, out_size), nn.ReLU()]
         layers += [nn.Dropout(dropout)] if dropout else []
     return layers
+
+
+def _begin(last: nn.Module, dims: Dimensions) -> nn.Module:
+    """Move the bias of a decoder's last layer to where its output begins."""
+    assert isinstance(last.bias, Tensor)
+    with torch.no_grad():
+        last.bias += dims.start
+    return last
 
 
 def _hidden_dims(architecture: ArchitectureConfig) -> tuple[int, ...]:
@@ -106,7 +116,7 @@ class MLPDecoder(nn.Module):
         self.output_shape = dims.output_shape
         sizes = [dims.shared_dim + dims.private_dim, *reversed(_hidden_dims(architecture))]
         self.body = nn.Sequential(
-            *_layers(sizes, architecture.dropout), nn.Linear(sizes[-1], math.prod(dims.output_shape))
+            *_layers(sizes, architecture.dropout), _begin(nn.Linear(sizes[-1], math.prod(dims.output_shape)), dims)
         )
 
     def forward(self, z: Tensor) -> DecoderOutput:
@@ -150,7 +160,7 @@ class ConvDecoder(nn.Module):
         convolutions: list[nn.Module] = []
         for before, after in itertools.pairwise((*reversed(_CHANNELS), channels)):
             convolutions += [nn.ConvTranspose2d(before, after, kernel_size=4, stride=2, padding=1), nn.ReLU()]
-        self.convolutions = _convolve(convolutions[:-1])
+        self.convolutions = _convolve([*convolutions[:-2], _begin(convolutions[-2], dims)])
 
     def forward(self, z: Tensor) -> DecoderOutput:
         """Map `(rows, shared + private)` to `(rows, channels, height, width)`."""

@@ -125,4 +125,5 @@ def test_the_manifest_says_what_size_factor_training_rows_have(tmp_path: Path, g
     here = rows.present["rna"]
     expected = rows.size_factors[here].mean() if given else rows.data["rna"][here].sum(1).mean()
     assert modalities["rna"].size_factor == pytest.approx(expected, rel=1e-6)
+    assert modalities["rna"].rate == pytest.approx(rows.data["rna"][here].mean() / expected, rel=1e-6)
     assert modalities["protein"].size_factor is None

@@ -21,8 +21,8 @@ _DIST_PARAMS: dict[str, frozenset[str]] = {
     "laplace": frozenset({"scale"}),
     "bernoulli": frozenset(),
     "categorical": frozenset({"classes", "pad"}),
-    "poisson": frozenset({"size_factor"}),
-    "negative_binomial": frozenset({"dispersion", "size_factor"}),
+    "poisson": frozenset({"size_factor", "rate"}),
+    "negative_binomial": frozenset({"dispersion", "size_factor", "rate"}),
 }
 _LEARNABLE = frozenset({"scale", "dispersion"})
 
@@ -65,8 +65,9 @@ class DMVAEConfig(Section):
     decoder_dist_params: dict[ModalityName, dict[str, Parameter]] | None = None
     """`scale` of normal and laplace: a number (default 1) or "learned"; `classes` of categorical, and `pad`, the class
     of elements that fill up shorter rows and count nowhere (default: none); `dispersion` r of negative_binomial, of
-    variance mu + mu^2 / r: a number or "learned" for each feature (the default); `size_factor` of counts in rows for
-    which none is known, because they lack the modality (default 1; training takes the training rows' mean)."""
+    variance mu + mu^2 / r: a number or "learned" for each feature (the default); of counts also `size_factor` of rows
+    for which none is known, because they lack the modality (default 1), and `rate`, an element's mean at size factor
+    1, at which the decoder starts (default 1 / elements). Training takes both from the training rows."""
     uses_likelihood_rescaling: bool = False
     rescale_factors: dict[ModalityName, NonNegativeFloat] | None = None
     """The paper's lambda. Default with rescaling on: max_dim / prod(shape)."""

@@ -33,6 +33,7 @@ class ModalityInfo(Section):
         std: likewise; a feature that is constant in training has 1.
         size_factor: of counts, the mean over the observed training rows: of the column of size factors, else of the
             rows' totals. Rows that lack the modality are shown at it.
+        rate: of counts, the mean of an observed element at size factor 1, over the training rows.
     """
 
     shape: tuple[int, ...]
@@ -43,6 +44,7 @@ class ModalityInfo(Section):
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     size_factor: float | None = Field(default=None, gt=0)
+    rate: float | None = Field(default=None, gt=0)
 
     @model_validator(mode="after")
     def _check(self) -> "ModalityInfo":
@@ -186,8 +188,9 @@ class Manifest(Section):
         # a manifest from before there were size factors keeps its fingerprint
         content = self.model_dump(mode="json", exclude={"origin"})
         for part in (content, *content["modalities"].values()):
-            if part["size_factor"] is None:
-                del part["size_factor"]
+            for field in ("size_factor", "rate"):
+                if part.get(field, 0) is None:
+                    del part[field]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

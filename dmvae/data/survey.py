@@ -46,7 +46,7 @@ def survey(
     scaling, likelihood, classes = dict(scaling or {}), dict(likelihood or {}), dict(classes or {})
     _check_settings(first.columns, scaling, likelihood, classes)
     summaries = {name: Summary(first.columns.modalities[name].size) for name, how in scaling.items() if how != "none"}
-    sizes = {name: Summary(1) for name, hint in likelihood.items() if hint in COUNT_DISTS}
+    sizes = {name: Summary(2) for name, hint in likelihood.items() if hint in COUNT_DISTS}
     largest = {
         name: 0
         for name, column in first.columns.modalities.items()
@@ -106,11 +106,12 @@ def _observed(shard: MappedShard, name: str, rows: Array) -> Array:
 
 
 def _sizes(shard: MappedShard, name: str, rows: Array) -> Array:
-    """Return `(rows, 1)`, the size factor or else the total of each of `rows` that has the counts."""
-    if shard.columns.size_factor:
-        return shard.gather("size_factor", rows[shard.present(name, rows)])[:, None]
+    """Return `(rows, 2)`: the size factor, or else the total, and the total of each of `rows` that has the counts."""
     counts = _observed(shard, name, rows)
-    return np.asarray(counts.reshape(len(counts), -1).sum(axis=1, dtype=np.float64, keepdims=True))
+    totals = counts.reshape(len(counts), -1).sum(axis=1, dtype=np.float64)
+    if not shard.columns.size_factor:
+        return np.stack((totals, totals), axis=1)
+    return np.stack((shard.gather("size_factor", rows[shard.present(name, rows)]), totals), axis=1)
 
 
 def _describe_shard(folder: Path, shard: MappedShard) -> ShardInfo:
@@ -172,6 +173,7 @@ def _describe(
             f"standardising needs a training row that has the modality; got none for {name!r} in the split 'train'. "
             f"Leave its scaling out."
         )
+    size_factor, total = sizes.mean if sizes else (0.0, 0.0)
     return ModalityInfo.model_validate(
         {
             "shape": column.shape,
@@ -181,6 +183,7 @@ def _describe(
             "scaling": "standardise" if summary else "unit" if column.dtype == "uint8" else "none",
             "mean": None if summary is None else tuple(summary.mean.tolist()),
             "std": None if summary is None else tuple(summary.std.tolist()),
-            "size_factor": (float(sizes.mean[0]) or None) if sizes else None,
+            "size_factor": float(size_factor) or None,
+            "rate": float(total / size_factor / column.size) if total else None,
         }
     )

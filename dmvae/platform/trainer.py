@@ -152,8 +152,8 @@ def resolve(config: TrainConfig, dataset: Dataset) -> TrainConfig:
     model["decoders_dist"] = proposed | (model.get("decoders_dist") or {})
     params = dict(model.get("decoder_dist_params") or {})
     for name, info in manifest.modalities.items():
-        if model["decoders_dist"][name] in COUNT_DISTS and info.size_factor is not None:
-            params[name] = {"size_factor": info.size_factor} | params.get(name, {})
+        if model["decoders_dist"][name] in COUNT_DISTS and info.size_factor and info.rate:
+            params[name] = {"size_factor": info.size_factor, "rate": info.rate} | params.get(name, {})
         if model["decoders_dist"][name] != "categorical":
             continue
         if info.classes is None:
