@@ -267,6 +267,7 @@ def test_likelihoods_go_with_the_values(tmp_path: Path) -> None:
         "share": rng.random((400, 4)),
         "tissue": rng.integers(0, 4, (400, 1)),
         "count": rng.poisson(3.0, (400, 20)).astype(np.float32),
+        "burst": rng.negative_binomial(1, 0.2, (400, 20)).astype(np.float32),
         "bell": rng.normal(size=(400, 5)),
         "tail": rng.standard_t(2.5, size=(400, 20)),
         "hint": rng.normal(size=(400, 5)),
@@ -277,7 +278,7 @@ def test_likelihoods_go_with_the_values(tmp_path: Path) -> None:
     found = propose_likelihoods(census)
     assert {name: fit.likelihood for name, fit in found.items()} == {
         "picture": "normal", "mask": "bernoulli", "answer": "bernoulli", "share": "normal", "tissue": "categorical",
-        "count": "normal", "bell": "normal", "tail": "laplace", "hint": "laplace",
+        "count": "poisson", "burst": "negative_binomial", "bell": "normal", "tail": "laplace", "hint": "laplace",
     }  # fmt: skip
     assert "grey" in found["picture"].reason
     assert "counts" in found["count"].reason

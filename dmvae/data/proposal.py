@@ -15,6 +15,7 @@ from dmvae.data.values import Values
 Array = np.ndarray[Any, np.dtype[Any]]
 
 _HEAVY_TAILS = 4.2  # kurtosis: the geometric mean of a normal's 3 and a Laplace distribution's 6
+_POISSON_SPREAD = 1.5  # variance over mean; 1 of a Poisson distribution
 _ROW_VISITS = 400_000  # that a first run makes: epochs times training rows
 
 
@@ -47,7 +48,10 @@ def _fit(info: ModalityInfo, values: Values | None) -> Fit:
     if info.scaling == "unit" or (info.scaling == "none" and low >= 0 and high <= 1):
         return Fit("normal", "grey values in [0, 1]: of these, bernoulli would be no density", learned)
     if values.are_counts and info.scaling == "none":
-        return Fit("normal", "counts: whole numbers from 0", learned)
+        with np.errstate(all="ignore"):
+            spread = _typical(values.std**2 / values.mean)
+        reason = f"counts: whole numbers from 0, their variance {spread:.1f} times the mean"
+        return Fit("poisson" if spread <= _POISSON_SPREAD else "negative_binomial", reason, {})
     kurtosis = _typical(values.kurtosis)
     if kurtosis > _HEAVY_TAILS:
         return Fit("laplace", f"heavy tails: kurtosis {kurtosis:.1f} (normal 3, laplace 6)", learned)
@@ -80,10 +84,8 @@ def propose_run(census: Census, dataset: str, likelihoods: dict[str, Fit]) -> Tr
                 name: _between(1, int(math.log2(size) / 2), 10) for name, size in sizes.items()
             },
             "decoders_dist": {name: fit.likelihood for name, fit in likelihoods.items()},
-            "decoder_dist_params": {name: fit.params for name, fit in likelihoods.items() if fit.params},
-            "architectures": {
-                name: found for name, info in manifest.modalities.items() if (found := _architecture(info))
-            },
+            **_unless_empty("decoder_dist_params", {name: fit.params for name, fit in likelihoods.items()}),
+            **_unless_empty("architectures", {name: _architecture(m) for name, m in manifest.modalities.items()}),
         },
         "training": {
             "epochs": _between(5, round(_ROW_VISITS / train.rows), 200),
@@ -100,6 +102,11 @@ def _architecture(info: ModalityInfo) -> dict[str, Any]:
         return {"name": "conv"}
     inputs = info.column.size * (info.classes or 1)
     return {"hidden_dims": [512, 256]} if inputs >= 2048 else {} if inputs > 16 else {"hidden_dims": [64]}
+
+
+def _unless_empty(key: str, settings: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    filled = {name: setting for name, setting in settings.items() if setting}
+    return {key: filled} if filled else {}
 
 
 def _between(low: int, number: int, high: int) -> int:
