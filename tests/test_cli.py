@@ -47,6 +47,8 @@ def test_help_lists_settings_loads_no_torch_and_takes_under_a_second(verb: str) 
         spent = after.children_user - before.children_user + after.children_system - before.children_system
         fastest = min(fastest, spent)
         assert done.returncode == 0, done.stderr
+        if fastest < 1.0:
+            break
     assert "options" in done.stdout
     assert fastest < 1.0
 

@@ -51,20 +51,28 @@ def train(case: str, rank: int, num: int) -> torch.Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 
-def work(rank: int, case: str, port: int, folder: str) -> None:
+def work(rank: int, port: int, folder: str) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=2)
-    torch.save(train(case, rank, 2), Path(folder, f"{rank}.pt"))
+    for case in CASES:
+        torch.save(train(case, rank, 2), Path(folder, f"{case} {rank}.pt"))
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_two_workers_end_where_one_does(case: str, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two workers end with, by case and rank; to start them takes longer than all they do."""
+    folder = tmp_path_factory.mktemp("workers")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    multiprocessing.spawn(work, (case, port, str(tmp_path)), nprocs=2)
+    multiprocessing.spawn(work, (port, str(folder)), nprocs=2)
+    return folder
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_workers_end_where_one_does(case: str, trained: Path) -> None:
     alone = train(case, 0, 1)
     for rank in range(2):
-        together = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        together = torch.load(trained / f"{case} {rank}.pt", weights_only=True)
         torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-12)
