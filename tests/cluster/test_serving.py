@@ -18,9 +18,8 @@ from dmvae.config.registry import ServeConfig
 from dmvae.config.tracking import TrackingConfig
 from dmvae.platform.registry import download, register
 from dmvae.platform.serving import start
-from dmvae.platform.trainer import train_run
 from dmvae.served import Request, Served
-from tests.runs import make_config, make_dataset
+from tests.runs import finish_here, make_config, make_dataset
 from tests.test_tracking import free_port
 
 
@@ -30,8 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("serving")
     dataset = make_dataset(place)
     for name, seed in (("one", 0), ("two", 1)):
-        train_run(make_config(place, dataset, name, seed=seed), lambda line: None)
-        register(place / "runs" / name, "served", tracking(place))
+        register(finish_here(make_config(place, dataset, name, seed=seed)), "served", tracking(place))
     MlflowClient(tracking(place).uri).set_registered_model_alias("served", "champion", "1")
     return place
 
