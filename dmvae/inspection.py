@@ -129,7 +129,10 @@ def _modalities(census: Census) -> Iterator[str]:
 def _read_as(info: ModalityInfo) -> str:
     if info.classes is not None:
         return f"{info.classes} classes"
-    return {"none": "it is", "unit": "x / 255", "standardise": "(x-mean)/std"}.get(info.scaling, info.scaling)
+    if info.dtype == "uint8":
+        return "x / 255"
+    names = {"none": "it is", "unit": "[0, 1]", "standardise": "(x-mean)/std", "log1p": "log(1 + x)"}
+    return names[info.scaling]
 
 
 def _patterns(census: Census) -> Iterator[str]:

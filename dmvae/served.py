@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from dmvae.batch import Batch
 from dmvae.config.model import COUNT_DISTS
 from dmvae.model import DMVAE
+from dmvae.scaling import Scale
 
 UNITS = "units.json"
 Operation = Literal["encode", "reconstruct", "impute", "nll", "sample"]
@@ -37,41 +39,26 @@ class Unit(BaseModel):
     scaling: str = "none"
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    low: tuple[float, ...] | None = None
+    high: tuple[float, ...] | None = None
     has_size_factor: bool = False
     """Whether the training rows came with size factors; without, a row's is the total of its counts."""
 
+    @cached_property
+    def _scale(self) -> Scale:
+        return Scale(self)
+
     def read(self, values: Tensor) -> Tensor:
         """Bring `(rows, *shape)` of the data's units to what the model was trained on."""
-        if self.scaling == "unit":
-            return values / 255
-        if self.scaling == "standardise":
-            return (values - self._table(self.mean)) / self._table(self.std)
-        return values
+        return self._scale.read(values, values.dtype)
 
     def show(self, values: Tensor) -> Tensor:
-        """Bring a mean `(..., *shape)` of the model back to the data's units."""
-        if self.scaling == "unit":
-            return values * 255
-        if self.scaling == "standardise":
-            return values * self._table(self.std) + self._table(self.mean)
-        return values
+        """Bring `(..., *shape)` of the model back to the data's units."""
+        return self._scale.show(values)
 
-    def show_spread(self, values: Tensor) -> Tensor:
-        """Bring a standard deviation back to the data's units."""
-        if self.scaling == "unit":
-            return values * 255
-        return values * self._table(self.std) if self.scaling == "standardise" else values
-
-    @property
-    def log_jacobian(self) -> float:
-        """Nats to add to -log p of the values as read for that of the values as given."""
-        if self.scaling == "unit":
-            return math.prod(self.shape) * math.log(255)
-        return math.fsum(map(math.log, self.std or ()))
-
-    def _table(self, flat: tuple[float, ...] | None) -> Tensor:
-        assert flat is not None
-        return torch.tensor(flat, dtype=torch.float32).reshape(self.shape)
+    def log_jacobian(self, values: Tensor) -> Tensor:
+        """Nats of each row to add to -log p of the values as read, `(rows, *shape)`, for that of the values given."""
+        return self._scale.log_jacobian(values)
 
 
 def row_type(shapes: Mapping[str, Sequence[int]]) -> type[BaseModel]:
@@ -226,13 +213,13 @@ class Served:
             if not missing:
                 continue
             rows = batch[torch.tensor(missing)]
-            draws = self._decoded(name, drawn[""][:, missing], drawn[name][:, missing], rows)
-            best = self._decoded(name, shared.mean[missing], private[name].mean[missing], rows)
-            mean, sd = unit.show(draws.mean(0)), unit.show_spread(draws.std(0))
+            draws = unit.show(self._decoded(name, drawn[""][:, missing], drawn[name][:, missing], rows).double())
+            best = unit.show(self._decoded(name, shared.mean[missing], private[name].mean[missing], rows))
+            mean, sd = draws.mean(0).float(), draws.std(0).float()
             for place, number in enumerate(missing):
-                told = {"mean": mean[place].tolist(), "sd": sd[place].tolist(), "best": unit.show(best[place]).tolist()}
+                told = {"mean": mean[place].tolist(), "sd": sd[place].tolist(), "best": best[place].tolist()}
                 if request.num_samples:
-                    told["samples"] = unit.show(draws[: request.num_samples, place]).tolist()
+                    told["samples"] = draws[: request.num_samples, place].float().tolist()
                 answers[number]["imputed"][name] = told
 
     def _decoded(self, name: str, shared: Tensor, private: Tensor, rows: Batch) -> Tensor:
@@ -244,8 +231,9 @@ class Served:
         # one id for all: a row's draws depend on its id and the seed, and not on its company
         batch = replace(batch, ids=torch.zeros(len(batch), dtype=torch.int64))
         found = self.model.joint_nll(batch, request.num_draws, seed=request.seed)
+        jacobians = {name: unit.log_jacobian(batch.data[name]).tolist() for name, unit in self.units.items()}
         for number, answer in enumerate(answers):
-            jacobian = math.fsum(self.units[name].log_jacobian for name in answer["observed"])
+            jacobian = math.fsum(jacobians[name][number] for name in answer["observed"])
             answer |= {"nll": float(found.nll[number]) + jacobian, "nll_se": float(found.se[number])}
             answer["trusted"] = bool(found.trusted[number])
 
@@ -266,8 +254,10 @@ class Served:
             raise ValueError(f"row {number}: {name}: a row of it has shape {unit.shape}; got {array.shape}.")
         if not np.isfinite(array).all():
             raise ValueError(f"row {number}: {name}: values are finite; got NaN or infinity. Leave it out if missing.")
-        if unit.scaling == "unit" and (array.min() < 0 or array.max() > 255):
+        if unit.dtype == "uint8" and (array.min() < 0 or array.max() > 255):
             raise ValueError(f"row {number}: {name}: values are 0 to 255; got {array.min():g} to {array.max():g}.")
+        if unit.scaling == "log1p" and array.min() < 0:
+            raise ValueError(f"row {number}: {name}: values are 0 or more; got {array.min():g}.")
         if unit.classes is not None and ((array % 1 != 0).any() or array.min() < 0 or array.max() >= unit.classes):
             raise ValueError(f"row {number}: {name}: values are classes 0 to {unit.classes - 1}; got {array.max():g}.")
         if name in self.counts and ((array % 1 != 0).any() or array.min() < 0):

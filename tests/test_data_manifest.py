@@ -63,8 +63,8 @@ def test_a_path_that_leaves_the_folder_is_refused(tmp_path: Path, path: str) -> 
 @pytest.mark.parametrize(
     ("modality", "change", "message"),
     [
-        ("a", {"mean": None}, "an element each"),
-        ("a", {"std": [1.0]}, "an element each"),
+        ("a", {"mean": None}, "a number for each element"),
+        ("a", {"std": [1.0]}, "a number for each element"),
         ("a", {"std": [1.0, 0.0]}, "standard deviation is positive"),
         ("a", {"shape": [0]}, "at least 1"),
         ("a", {"classes": 3}, "are categorical and have classes"),

@@ -199,7 +199,7 @@ def test_rows_with_nothing_are_left_out_and_counted(tmp_path: Path) -> None:
         ({"joint": np.zeros((100, 1))}, {}, "Rename it"),
         ({}, {"scaling": {"y": "standardise"}}, r"got \['y'\]"),
         ({}, {"likelihood": {"y": "normal"}}, r"got \['y'\]"),
-        ({}, {"scaling": {"image": "standardise"}}, "floats can be standardised"),
+        ({}, {"scaling": {"image": "standardise"}}, "floats can be scaled"),
     ],
 )
 def test_a_source_that_breaks_a_law_is_refused(

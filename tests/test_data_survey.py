@@ -149,7 +149,10 @@ def test_a_folder_without_shards_is_refused(tmp_path: Path) -> None:
     ("settings", "message"),
     [
         ({"scaling": {"wird": "standardise"}}, r"got \['wird'\]. The dataset has image"),
-        ({"scaling": {"image": "standardise"}}, "floats can be standardised; got 'image' of uint8"),
+        (
+            {"scaling": {"image": "standardise"}},
+            "got scaling='standardise' for 'image' of uint8",
+        ),
         ({"likelihood": {"single": "categorical"}}, "are categorical"),
         ({"likelihood": {"word": "normal"}}, "are categorical"),
         ({"classes": {"single": 3}}, "are categorical"),
@@ -168,3 +171,34 @@ def test_standardising_without_an_observed_training_row_is_refused(tmp_path: Pat
     rows.present["single"][:] = False
     with pytest.raises(DatasetError, match="got none for 'single'"):
         write_dataset(tmp_path / "data", {"train": rows}, scaling={"single": "standardise"})
+
+
+def test_scalings_take_their_figures_from_the_observed_training_rows(tmp_path: Path) -> None:
+    rows = make_rows(100)
+    rows.data["double"][:] = np.abs(rows.data["double"])
+    scaling: Any = {"single": "unit", "double": "log1p"}
+    folder = write_dataset(tmp_path / "data", {"train": rows, "val": make_rows(50, seed=1)}, scaling=scaling)
+    info = load_manifest(folder).modalities["single"]
+    seen = rows.data["single"][rows.present["single"]].reshape(-1, 4).astype(np.float64)
+    assert info.low == tuple(seen.min(axis=0))
+    assert info.high == tuple(seen.max(axis=0))
+    assert info.log_jacobian == pytest.approx(np.log(np.ptp(seen, axis=0)).sum())
+    assert load_manifest(folder).modalities["double"].log_jacobian is None
+    split = open_dataset(folder).split("train")
+    batch, order = split.read(np.arange(len(split))), np.arange(len(rows))
+    for name in ("single", "double"):
+        assert batch.masks is not None
+        assert not batch.data[name][~batch.masks[name]].any()
+    read = batch.data["single"][batch.masks["single"]].flatten(1)
+    assert read.amin(0).tolist() == [0] * 4
+    assert read.amax(0).tolist() == [1] * 4
+    here = rows.present["double"]
+    np.testing.assert_allclose(batch.data["double"][here[order]], np.log1p(rows.data["double"][here]), rtol=1e-6)
+
+
+def test_the_logarithm_of_negative_values_is_refused(tmp_path: Path) -> None:
+    rows = make_rows(20)
+    row = int(np.flatnonzero(rows.present["double"])[3])
+    rows.data["double"][row] = -2
+    with pytest.raises(DatasetError, match=rf"values of 0 or more; got -2.0 in .*row {row} \(id {rows.ids[row]}\)"):
+        write_dataset(tmp_path / "data", {"train": rows}, scaling={"double": "log1p"})

@@ -16,9 +16,11 @@ from dmvae.served import OPERATIONS, UNITS, Request, Served, Unit
 UNIT = {
     "image": Unit(shape=(1, 2, 2), dtype="uint8", scaling="unit"),
     "gene": Unit(shape=(3,), dtype="float32", scaling="standardise", mean=(1.0, 2.0, 3.0), std=(2.0, 4.0, 0.5)),
+    "count": Unit(shape=(2,), dtype="float32", scaling="log1p"),
+    "level": Unit(shape=(2,), dtype="float64", scaling="unit", low=(-1.0, 4.0), high=(3.0, 4.0)),
     "kind": Unit(shape=(2,), dtype="int64", classes=3, likelihood="categorical"),
 }
-FULL = {"image": [[[0, 255], [51, 102]]], "gene": [3.0, 2.0, 2.5], "kind": [0, 2]}
+FULL = {"image": [[[0, 255], [51, 102]]], "gene": [3.0, 2.0, 2.5], "count": [0, 7], "level": [1, 5], "kind": [0, 2]}
 
 
 @pytest.fixture
@@ -42,7 +44,9 @@ def test_rows_are_brought_to_the_model_s_units_and_back(served: Served) -> None:
     torch.testing.assert_close(batch.data["image"][0].flatten(), torch.tensor([0.0, 1.0, 0.2, 0.4]))
     torch.testing.assert_close(batch.data["gene"], torch.tensor([[1.0, 0.0, -1.0], [0.0, 0.0, 0.0]]))
     assert batch.data["kind"].dtype == torch.int64
-    for unit in (UNIT["image"], UNIT["gene"]):
+    torch.testing.assert_close(batch.data["count"][0], torch.tensor([1.0, 8.0]).log())
+    torch.testing.assert_close(batch.data["level"][0], torch.tensor([0.5, 1.0]))
+    for unit in (UNIT["image"], UNIT["gene"], UNIT["count"], UNIT["level"]):
         values = torch.rand(5, *unit.shape)
         torch.testing.assert_close(unit.show(unit.read(values)), values)
 
@@ -54,7 +58,7 @@ def test_what_is_missing_may_be_left_out_or_null_and_every_answer_says_what_was_
     assert absent["private"].keys() == {"gene"}
     for operation in OPERATIONS:
         answers = served.answer([FULL, {}], Request(operation=operation))
-        assert [answer["observed"] for answer in answers] == [["image", "gene", "kind"], []]
+        assert [answer["observed"] for answer in answers] == [[*UNIT], []]
     assert served.answer([], Request()) == []
 
 
@@ -67,8 +71,8 @@ def test_answers_are_the_model_s(served: Served) -> None:
     imputed = served.answer(rows, Request(operation="impute", num_samples=2))
     predicted = served.model.predict(batch, return_mean=True)["gene"][0]
     torch.testing.assert_close(torch.tensor(imputed[0]["imputed"]["gene"]["best"]), UNIT["gene"].show(predicted))
-    assert imputed[0]["imputed"].keys() == {"gene", "kind"}
-    assert imputed[1]["imputed"].keys() == {"image"}
+    assert imputed[0]["imputed"].keys() == {"gene", "count", "level", "kind"}
+    assert imputed[1]["imputed"].keys() == {"image", "count", "level"}
     assert np.array(imputed[0]["imputed"]["gene"]["samples"]).shape == (2, 3)
     assert np.array(imputed[0]["imputed"]["kind"]["mean"]).shape == (2, 3)
     assert served.answer(rows, Request(operation="impute", num_samples=2)) == imputed
@@ -80,18 +84,34 @@ def test_nll_is_of_the_values_as_they_are_given(served: Served) -> None:
     batch = served.batch(served.parse(rows))
     scaled = served.model.joint_nll(Batch(batch.data, batch.masks), 300).nll
     assert answer["nll"] == pytest.approx(float(scaled[0]) + np.log([2.0, 4.0, 0.5]).sum())
-    assert UNIT["image"].log_jacobian == pytest.approx(4 * np.log(255))
+    (of_counts,) = served.answer([{"count": [0, 7]}], Request(operation="nll", num_draws=300))
+    batch = served.batch(served.parse([{"count": [0, 7]}]))
+    scaled = served.model.joint_nll(Batch(batch.data, batch.masks), 300).nll
+    assert of_counts["nll"] == pytest.approx(float(scaled[0]) + np.log(8))
+
+
+def test_spread_is_that_of_draws_in_the_units_of_the_data(served: Served) -> None:
+    (answer,) = served.answer([{"gene": FULL["gene"]}], Request(operation="impute", num_draws=50, num_samples=50))
+    for name in ("count", "level", "image"):
+        told = answer["imputed"][name]
+        np.testing.assert_allclose(told["sd"], np.std(told["samples"], axis=0, ddof=1), rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(told["mean"], np.mean(told["samples"], axis=0), rtol=1e-4, atol=1e-6)
+    assert np.min(answer["imputed"]["count"]["samples"]) >= 0
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"gnee": [1, 2, 3]}, r"row 1: gnee: Extra inputs are not permitted; a row has image, gene, kind"),
+        (
+            {"gnee": [1, 2, 3]},
+            r"row 1: gnee: Extra inputs are not permitted; a row has image, gene, count,",
+        ),
         ({"gene": [1, 2]}, r"row 1: gene: a row of it has shape \(3,\); got \(2,\)"),
         ({"gene": [1, 2, "x"]}, r"row 1: gene: Input should be a valid number"),
         ({"gene": [1, 2, float("nan")]}, r"row 1: gene: values are finite"),
         ({"image": [[[0, 256], [0, 0]]]}, r"row 1: image: values are 0 to 255; got 0 to 256"),
         ({"image": [[[0, 1], [0]]]}, r"row 1: image: a row of it has shape \(1, 2, 2\); got ragged lists"),
+        ({"count": [0, -1]}, r"row 1: count: values are 0 or more; got -1"),
         ({"kind": [0, 3]}, r"row 1: kind: values are classes 0 to 2"),
         ([1, 2], r"row 1: row: "),
     ],

@@ -224,6 +224,9 @@ Source = Annotated[
 ]
 
 
+Scaling = Literal["none", "unit", "standardise", "log1p"]
+
+
 class PrepareConfig(Section):
     """What one `jobs.prepare` run makes, from what.
 
@@ -231,8 +234,10 @@ class PrepareConfig(Section):
         dataset: the folder to write, or a URI such as `s3://BUCKET/NAME`.
         source: where the rows come from.
         seed: decides splits, the rows' order and whatever the source draws.
-        scaling: `standardise` divides a float modality by its standard deviation over the observed training rows,
-            after taking off the mean, whenever it is read; the shards keep the values as they are.
+        scaling: what is done to a float modality whenever it is read, element by element: `standardise` takes off the
+            mean and divides by the standard deviation, `unit` brings least and largest value to 0 and 1 (all four of
+            the observed training rows), `log1p` takes log(1 + x) of values of 0 or more. The shards keep the values
+            as they are, and answers and imputations are given in the data's units.
         partial: what becomes of a row that has a modality with some features NaN: `refuse` says how many and stops,
             `drop` takes the whole modality of that row for missing, `mean` fills in the feature's training mean.
         splits: shares of the rows by split. None: 0.8 `train`, 0.1 `val`, 0.1 `test`. Sources that come with
@@ -246,7 +251,7 @@ class PrepareConfig(Section):
     dataset: str = Field(min_length=1)
     source: Source
     seed: Seed = 0
-    scaling: dict[ModalityName, Literal["none", "standardise"]] = Field(default_factory=dict)
+    scaling: dict[ModalityName, Scaling] = Field(default_factory=dict)
     partial: Literal["refuse", "drop", "mean"] = "refuse"
     splits: dict[Name, float] | None = None
     stratify: bool = False
@@ -265,10 +270,10 @@ class PrepareConfig(Section):
 
     @model_validator(mode="after")
     def _check_standardise(self) -> "PrepareConfig":
-        standardised = [name for name, scaling in self.scaling.items() if scaling == "standardise"]
-        if standardised and self.splits is not None and "train" not in self.splits:
+        fitted = [name for name, scaling in self.scaling.items() if scaling in ("standardise", "unit")]
+        if fitted and self.splits is not None and "train" not in self.splits:
             raise ValueError(
-                f"standardising takes mean and deviation from the split 'train'; got splits={sorted(self.splits)} and "
-                f"scaling for {standardised}. Name one split 'train', or leave scaling out."
+                f"standardise and unit take their figures from the split 'train'; got splits={sorted(self.splits)} and "
+                f"scaling for {fitted}. Name one split 'train', or leave scaling out."
             )
         return self

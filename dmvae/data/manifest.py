@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from dmvae.config.data import Scaling
 from dmvae.config.model import COUNT_DISTS
 from dmvae.config.section import ModalityName, Name, Section
 from dmvae.data.error import DatasetError
@@ -27,10 +28,13 @@ class ModalityInfo(Section):
         likelihood: a hint for whoever trains: `normal` for floats and uint8, `categorical` for int64; `poisson` or
             `negative_binomial` for counts in floats or int64, which are read as they are, in floats.
         classes: of a categorical modality; its values are 0..classes-1.
-        scaling: what reading does to the stored values x: nothing (`none`), x / 255 (`unit`, always for uint8), or
-            (x - mean) / std element by element (`standardise`).
+        scaling: what reading does to the stored values x, element by element: nothing (`none`), to [0, 1] by x / 255
+            for uint8 and (x - low) / (high - low) for floats (`unit`, always for uint8), (x - mean) / std
+            (`standardise`) or log(1 + x) (`log1p`, of values of 0 or more); see `dmvae.scaling.Scale`.
         mean: of the observed training rows, one number per element in row-major order; for `standardise`.
         std: likewise; a feature that is constant in training has 1.
+        low: the least value of the observed training rows, likewise; for `unit` of floats.
+        high: the largest.
         size_factor: of counts, the mean over the observed training rows: of the column of size factors, else of the
             rows' totals. Rows that lack the modality are shown at it.
         rate: of counts, the mean of an observed element at size factor 1, over the training rows.
@@ -40,9 +44,11 @@ class ModalityInfo(Section):
     dtype: Literal["uint8", "int64", "float16", "float32", "float64"]
     likelihood: str = Field(min_length=1)
     classes: int | None = Field(default=None, ge=1)
-    scaling: Literal["none", "unit", "standardise"] = "none"
+    scaling: Scaling = "none"
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    low: tuple[float, ...] | None = None
+    high: tuple[float, ...] | None = None
     size_factor: float | None = Field(default=None, gt=0)
     rate: float | None = Field(default=None, gt=0)
 
@@ -62,29 +68,43 @@ class ModalityInfo(Section):
                 f"counts are floats or int64 and are not scaled; got dtype={self.dtype}, scaling={self.scaling!r}, "
                 f"likelihood={self.likelihood!r}. Store them as float32, and leave their scaling out."
             )
-        if (self.dtype == "uint8") != (self.scaling == "unit") or (self.dtype == "int64" and self.scaling != "none"):
+        only = {"uint8": "unit", "int64": "none"}.get(self.dtype, self.scaling)
+        if self.scaling != only:
             raise ValueError(
-                f"uint8 is scaled to [0, 1], int64 is left alone, floats may be standardised; got dtype={self.dtype}, "
+                f"uint8 is scaled to [0, 1], int64 is left alone, floats may be scaled; got dtype={self.dtype}, "
                 f"scaling={self.scaling!r}."
             )
-        lengths = {None if part is None else len(part) for part in (self.mean, self.std)}
-        if lengths != ({math.prod(self.shape)} if self.scaling == "standardise" else {None}):
-            raise ValueError(f"mean and std have an element each where scaling is 'standardise'; got {lengths}.")
+        is_unit = self.scaling == "unit" and self.dtype != "uint8"
+        for names, parts, wanted in (
+            ("mean and std", (self.mean, self.std), self.scaling == "standardise"),
+            ("low and high", (self.low, self.high), is_unit),
+        ):
+            lengths = {None if part is None else len(part) for part in parts}
+            if lengths != ({math.prod(self.shape)} if wanted else {None}):
+                raise ValueError(
+                    f"{names} have a number for each element where the scaling takes them, and are absent elsewhere; "
+                    f"got {lengths} of them for scaling={self.scaling!r}, dtype={self.dtype}."
+                )
+        if any(high < low for low, high in zip(self.low or (), self.high or (), strict=True)):
+            raise ValueError("low is at most high; got others.")
         if self.std is not None and min(self.std) <= 0:
             raise ValueError(f"a standard deviation is positive; got {min(self.std)}.")
         return self
 
     @property
-    def log_jacobian(self) -> float:
-        """Return log |d raw / d scaled| of one row that has this modality, in nats.
+    def log_jacobian(self) -> float | None:
+        """Log |d raw / d scaled| of one row that has this modality, in nats; None for `log1p`.
 
         Added to -log p of the values as read, it gives -log p of the values as stored: p(raw) = p(scaled) /
-        |d raw / d scaled|. A row's sum runs over the modalities that the row has. Zero for `none`; the number of
-        elements times log 255 for `unit`; the sum of log std for `standardise`.
+        |d raw / d scaled|. A row's sum runs over the modalities that the row has. For `log1p` it differs between
+        rows: it is the sum of a row's values as read.
         """
-        if self.scaling == "unit":
+        if self.scaling == "log1p":
+            return None
+        if self.dtype == "uint8":
             return math.prod(self.shape) * math.log(255)
-        return math.fsum(map(math.log, self.std or ()))
+        spread = [high - low or 1.0 for low, high in zip(self.low or (), self.high or (), strict=True)]
+        return math.fsum(map(math.log, self.std or spread))
 
     @property
     def column(self) -> TensorColumn:
@@ -185,10 +205,10 @@ class Manifest(Section):
     @property
     def fingerprint(self) -> str:
         """SHA-256, in hexadecimal, of what decides the values that are read and their place; not of `origin`."""
-        # a manifest from before there were size factors keeps its fingerprint
+        # a manifest from before there were these fields keeps its fingerprint
         content = self.model_dump(mode="json", exclude={"origin"})
         for part in (content, *content["modalities"].values()):
-            for field in ("size_factor", "rate"):
+            for field in ("size_factor", "rate", "low", "high"):
                 if part.get(field, 0) is None:
                     del part[field]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

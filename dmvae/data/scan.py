@@ -1,7 +1,7 @@
 """The one time that a source is read: what is wrong with it, what decides where its rows go, and the rows put aside."""
 
 from bisect import bisect_right
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from dmvae.data.rows import Rows
 from dmvae.data.schema import Columns
 from dmvae.data.shuffle import Shuffle, hash_keys
 from dmvae.data.stream import Chunk, Spot, Stream
+from dmvae.data.survey import check_settings
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -127,6 +128,8 @@ class Scan:
         for name, values in rows.data.items():
             if values.dtype.kind != "f":
                 continue
+            if self._config.scaling.get(name) == "log1p":
+                _refuse_negative(rows, name, spot)
             odd = rows.present[name] & ~np.isfinite(values).reshape(len(rows), -1).all(axis=1)
             if not odd.any():
                 continue
@@ -198,20 +201,18 @@ def _column(parts: list[Array | None]) -> Array | None:
     return np.concatenate(given) if given else None
 
 
+def _refuse_negative(rows: Rows, name: str, spot: Spot) -> None:
+    values = rows.data[name].reshape(len(rows), -1)
+    wrong = np.flatnonzero(rows.present[name] & (values < 0).any(axis=1))
+    if len(wrong):
+        raise DatasetError(
+            f"{spot.of(int(wrong[0]))}: log1p takes values of 0 or more; got {values[wrong[0]].min()} in {name!r} (id "
+            f"{rows.ids[wrong[0]]}). Choose another scaling, or correct it."
+        )
+
+
 def _check_settings(config: PrepareConfig, rows: Rows) -> None:
-    known = ", ".join(rows.data)
-    settings: dict[str, Mapping[str, str]] = {"scaling": config.scaling, "likelihood": config.likelihood}
-    for setting, names in settings.items():
-        unknown = sorted(names.keys() - rows.data.keys())
-        if unknown:
-            raise DatasetError(
-                f"{setting} is set for modalities of the source, {known}; got {unknown}. Correct the name."
-            )
-    for name, scaling in config.scaling.items():
-        if scaling == "standardise" and rows.data[name].dtype.kind != "f":
-            raise DatasetError(
-                f"floats can be standardised; got scaling.{name} for {rows.data[name].dtype}. Leave it out."
-            )
+    check_settings(rows.columns, config.scaling, config.likelihood, {})
     if rows.splits is not None and (config.splits is not None or config.stratify):
         raise DatasetError(
             f"shares make splits where the source has none; this one has a column of splits ({rows.splits[0]!s}, ...), "

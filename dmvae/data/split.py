@@ -19,6 +19,7 @@ from dmvae.data.manifest import Manifest, ModalityInfo, ShardInfo
 from dmvae.data.place import Place
 from dmvae.data.shard import MappedShard, ShardFile
 from dmvae.data.verify import row_blocks, verify_shard
+from dmvae.scaling import Scale
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -277,11 +278,8 @@ class _Scale:
     """From stored values to those that training reads."""
 
     def __init__(self, info: ModalityInfo) -> None:
-        self._scaling = info.scaling
+        self._scale = Scale(info)
         self._floats = info.likelihood != "categorical"
-        if info.scaling == "standardise":
-            self._mean = torch.tensor(info.mean, dtype=torch.float64).reshape(info.shape)
-            self._std = torch.tensor(info.std, dtype=torch.float64).reshape(info.shape)
 
     def __call__(self, values: Tensor, present: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Return the values, zero in the rows that are not present, where the stored ones are zero too.
@@ -290,13 +288,7 @@ class _Scale:
         """
         if not self._floats:
             return values
-        if self._scaling == "unit":
-            return values.to(dtype).div_(255)
-        if self._scaling == "none":
-            return values.to(dtype)
-        # in the wider of both types: float64 measurements with a large mean would otherwise cancel
-        wide = torch.promote_types(values.dtype, dtype)
-        scaled = ((values.to(wide) - self._mean.to(wide)) / self._std.to(wide)).to(dtype)
-        if present is None:
+        scaled = self._scale.read(values, dtype)
+        if present is None or not self._scale.moves_zero:
             return scaled
         return scaled.index_fill_(0, torch.from_numpy(np.flatnonzero(~present.numpy())), 0)

@@ -8,22 +8,26 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 
 class Summary:
-    """Mean and standard deviation of each element over the rows that were added (Chan et al. 1979), in float64.
+    """Figures of each element over the rows that were added, flat and in float64.
 
     Attributes:
         rows: how many were added.
-        mean: of each element, flat.
+        mean: of each element (Chan et al. 1979).
+        low: the least value.
+        high: the largest.
     """
 
     def __init__(self, size: int) -> None:
         self.rows = 0
         self.mean, self._squares = np.zeros(size), np.zeros(size)
+        self.low, self.high = np.full(size, np.inf), np.full(size, -np.inf)
 
     def add(self, values: Array) -> None:
         """Add rows `(rows, *shape)` that have the modality."""
         if not len(values):
             return
         values = values.reshape(len(values), -1).astype(np.float64)
+        self.low, self.high = np.minimum(self.low, values.min(axis=0)), np.maximum(self.high, values.max(axis=0))
         block_mean = values.mean(axis=0)
         shift, total = block_mean - self.mean, self.rows + len(values)
         self._squares += ((values - block_mean) ** 2).sum(axis=0) + shift**2 * (self.rows * len(values) / total)

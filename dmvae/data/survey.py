@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
+from dmvae.config.data import Scaling
 from dmvae.config.model import COUNT_DISTS
 from dmvae.data.error import DatasetError
 from dmvae.data.manifest import Manifest, ModalityInfo, ShardInfo, SplitInfo
@@ -16,11 +17,14 @@ from dmvae.data.verify import check_values, row_blocks
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
+_FIGURES = {"standardise": ("mean", "std"), "unit": ("low", "high")}
+"""What reading takes from the training rows, by scaling; uint8 needs nothing."""
+
 
 def survey(
     folder: Path,
     *,
-    scaling: Mapping[str, Literal["none", "standardise"]] | None = None,
+    scaling: Mapping[str, Scaling] | None = None,
     likelihood: Mapping[str, str] | None = None,
     classes: Mapping[str, int] | None = None,
     origin: Mapping[str, Any] | None = None,
@@ -31,7 +35,7 @@ def survey(
 
     Args:
         folder: the dataset.
-        scaling: `standardise` for float modalities that are read as (x - mean) / std, both taken over the rows of the
+        scaling: of float modalities, how they are read (see `ModalityInfo`); figures are taken over the rows of the
             split `train` that have the modality.
         likelihood: hints by modality; default `categorical` for int64, else `normal`.
         classes: number of classes of a categorical modality; default: one more than the largest value in any split.
@@ -44,8 +48,9 @@ def survey(
     files = _find_shards(folder)
     first = MappedShard(next(iter(files.values()))[0])
     scaling, likelihood, classes = dict(scaling or {}), dict(likelihood or {}), dict(classes or {})
-    _check_settings(first.columns, scaling, likelihood, classes)
-    summaries = {name: Summary(first.columns.modalities[name].size) for name, how in scaling.items() if how != "none"}
+    check_settings(first.columns, scaling, likelihood, classes)
+    summaries = {name: Summary(first.columns.modalities[name].size) for name, how in scaling.items() if how in _FIGURES}
+    logarithmic = [name for name, how in scaling.items() if how == "log1p"]
     sizes = {name: Summary(2) for name, hint in likelihood.items() if hint in COUNT_DISTS}
     largest = {
         name: 0
@@ -65,6 +70,8 @@ def survey(
         for rows in row_blocks(shard):
             for name in largest:
                 largest[name] = max(largest[name], int(_observed(shard, name, rows).max(initial=0)))
+            for name in logarithmic:
+                _refuse_negative(shard, name, rows)
             for name in summaries if split == "train" else ():
                 summaries[name].add(_observed(shard, name, rows))
             for name in sizes if split == "train" else ():
@@ -79,6 +86,7 @@ def survey(
                 column,
                 likelihood.get(name),
                 classes.get(name) or (largest[name] + 1 if name in largest else None),
+                scaling.get(name, "unit" if column.dtype == "uint8" else "none"),
                 summaries.get(name),
                 sizes.get(name),
             )
@@ -105,6 +113,17 @@ def _observed(shard: MappedShard, name: str, rows: Array) -> Array:
     return shard.gather(name, rows[shard.present(name, rows)])
 
 
+def _refuse_negative(shard: MappedShard, name: str, rows: Array) -> None:
+    here = rows[shard.present(name, rows)]
+    values = shard.gather(name, here).reshape(len(here), -1)
+    wrong = np.flatnonzero((values < 0).any(axis=1))
+    if len(wrong):
+        raise DatasetError(
+            f"log1p takes values of 0 or more; got {values[wrong[0]].min()} in {shard.path}, column {name!r}, row "
+            f"{here[wrong[0]]} (id {shard.ids(here[wrong[:1]])[0]}). Choose another scaling, or correct it."
+        )
+
+
 def _sizes(shard: MappedShard, name: str, rows: Array) -> Array:
     """Return `(rows, 2)`: the size factor, or else the total, and the total of each of `rows` that has the counts."""
     counts = _observed(shard, name, rows)
@@ -129,9 +148,14 @@ def _describe_shard(folder: Path, shard: MappedShard) -> ShardInfo:
     )
 
 
-def _check_settings(
+def check_settings(
     columns: Columns, scaling: Mapping[str, str], likelihood: Mapping[str, str], classes: Mapping[str, int]
 ) -> None:
+    """Refuse settings that do not fit the columns.
+
+    Raises:
+        DatasetError: naming the modality and the setting.
+    """
     unknown = sorted({*scaling, *likelihood, *classes} - set(columns.modalities))
     if unknown:
         known = ", ".join(columns.modalities)
@@ -139,12 +163,16 @@ def _check_settings(
             f"a setting belongs to a modality; got {unknown}. The dataset has {known}: correct the name."
         )
     for name, column in columns.modalities.items():
-        _check_hints(name, column.dtype, scaling.get(name, "none"), likelihood.get(name), classes.get(name))
+        how = scaling.get(name, "unit" if column.dtype == "uint8" else "none")
+        _check_hints(name, column.dtype, how, likelihood.get(name), classes.get(name))
 
 
 def _check_hints(name: str, dtype: str, scaling: str, likelihood: str | None, classes: int | None) -> None:
-    if scaling == "standardise" and dtype in ("uint8", "int64"):
-        raise DatasetError(f"floats can be standardised; got {name!r} of {dtype}. Leave its scaling out.")
+    if scaling != {"uint8": "unit", "int64": "none"}.get(dtype, scaling):
+        raise DatasetError(
+            f"floats can be scaled, uint8 is read in [0, 1] and int64 as it is; got scaling={scaling!r} for {name!r} "
+            f"of {dtype}. Leave its scaling out, or make it float32 in the source."
+        )
     hinted = classes is not None or likelihood == "categorical"
     counts = likelihood in COUNT_DISTS
     if counts and (dtype == "uint8" or scaling != "none" or classes is not None):
@@ -165,14 +193,16 @@ def _describe(
     column: TensorColumn,
     likelihood: str | None,
     classes: int | None,
+    scaling: str,
     summary: Summary | None,
     sizes: Summary | None,
 ) -> ModalityInfo:
-    if summary is not None and not summary.rows:
+    if summary is not None and not summary.rows and column.dtype != "uint8":
         raise DatasetError(
-            f"standardising needs a training row that has the modality; got none for {name!r} in the split 'train'. "
-            f"Leave its scaling out."
+            f"scaling={scaling!r} needs a training row that has the modality; got none for {name!r} in the split "
+            f"'train'. Leave its scaling out."
         )
+    figures = _FIGURES.get(scaling, ()) if column.dtype != "uint8" else ()
     size_factor, total = sizes.mean if sizes else (0.0, 0.0)
     return ModalityInfo.model_validate(
         {
@@ -180,9 +210,8 @@ def _describe(
             "dtype": column.dtype,
             "likelihood": likelihood or ("categorical" if column.dtype == "int64" else "normal"),
             "classes": classes,
-            "scaling": "standardise" if summary else "unit" if column.dtype == "uint8" else "none",
-            "mean": None if summary is None else tuple(summary.mean.tolist()),
-            "std": None if summary is None else tuple(summary.std.tolist()),
+            "scaling": scaling,
+            **{figure: tuple(getattr(summary, figure).tolist()) for figure in figures},
             "size_factor": float(size_factor) or None,
             "rate": float(total / size_factor / column.size) if total else None,
         }

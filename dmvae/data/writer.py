@@ -7,11 +7,12 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.ipc
 
+from dmvae.config.data import Scaling
 from dmvae.data.error import DatasetError
 from dmvae.data.manifest import MANIFEST_NAME, save_manifest
 from dmvae.data.rows import Rows
@@ -25,7 +26,7 @@ def write_dataset(
     path: str | Path,
     splits: Mapping[str, Rows],
     *,
-    scaling: Mapping[str, Literal["none", "standardise"]] | None = None,
+    scaling: Mapping[str, Scaling] | None = None,
     likelihood: Mapping[str, str] | None = None,
     classes: Mapping[str, int] | None = None,
     origin: Mapping[str, Any] | None = None,

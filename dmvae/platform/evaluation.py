@@ -129,7 +129,9 @@ def evaluate(config: EvaluateConfig, progress: Callable[[str], None]) -> dict[st
     check_fit(model, dataset)
     check_support(model.config, dataset.split(config.evaluation.split), model.dtype)
     for name, info in dataset.manifest.modalities.items():
-        if info.log_jacobian:
+        if info.log_jacobian is None:
+            progress(f"{name}: add the sum of a row's values as read for the NLL of the stored values (log1p)")
+        elif info.log_jacobian:
             progress(f"{name}: add {info.log_jacobian:.3f} nats a row that has it for the NLL of the stored values")
     output = Path(config.output or _output(Path(config.model), config.evaluation.split))
     extras = Extras(output, config.density_components, config.missing_rates, config.device)

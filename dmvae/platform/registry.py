@@ -205,7 +205,7 @@ def _example(served: Served) -> dict[str, Any]:
     if unit.classes is not None:
         return {first: [0.0] * len(drawn["values"][first])} if len(unit.shape) == 1 else {}
     counts = first in served.counts
-    values = _clipped(drawn["values"][first], 255.0 if unit.scaling == "unit" else None, 0 if counts else 3)
+    values = _clipped(drawn["values"][first], 255.0 if unit.dtype == "uint8" else None, 0 if counts else 3)
     return {first: values} | ({"size_factor": 1.0} if counts else {})
 
 

@@ -1,0 +1,99 @@
+"""Between the values of the data and those that a model reads: each scaling, its inverse and its Jacobian."""
+
+import math
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+
+@runtime_checkable
+class Scaled(Protocol):
+    """What a manifest says of a modality's values, and the units of a registered model."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...  # noqa: D102
+    @property
+    def dtype(self) -> str: ...  # noqa: D102
+    @property
+    def scaling(self) -> str: ...  # noqa: D102
+    @property
+    def mean(self) -> tuple[float, ...] | None: ...  # noqa: D102
+    @property
+    def std(self) -> tuple[float, ...] | None: ...  # noqa: D102
+    @property
+    def low(self) -> tuple[float, ...] | None: ...  # noqa: D102
+    @property
+    def high(self) -> tuple[float, ...] | None: ...  # noqa: D102
+
+
+class Scale:
+    """The scaling of one modality.
+
+        none         s = x
+        unit         s = x / 255 for uint8, (x - low) / (high - low) for floats
+        standardise  s = (x - mean) / std
+        log1p        s = log(1 + x)
+
+    `low`, `high`, `mean` and `std` are of each element, over the observed training rows; where low is high, a
+    difference of 1 stands for theirs.
+    """
+
+    def __init__(self, info: Scaled) -> None:
+        self._is_log, self._is_byte = info.scaling == "log1p", info.dtype == "uint8"
+        self._size = math.prod(info.shape)
+        self._offset = self._spread = None
+        if info.scaling == "standardise":
+            assert info.mean is not None
+            assert info.std is not None
+            self._offset, self._spread = _table(info.mean, info), _table(info.std, info)
+        elif info.scaling == "unit" and not self._is_byte:
+            assert info.low is not None
+            assert info.high is not None
+            self._offset = _table(info.low, info)
+            spread = _table(info.high, info) - self._offset
+            self._spread = torch.where(spread > 0, spread, 1.0)
+
+    @property
+    def moves_zero(self) -> bool:
+        """Whether zero is not read as zero."""
+        return self._offset is not None
+
+    def read(self, values: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Bring `(..., *shape)` of the data to what the model reads; the result may be the argument."""
+        if self._is_byte:
+            scaled = values.to(dtype)
+            return scaled / 255 if scaled is values else scaled.div_(255)
+        if not self._is_log and self._offset is None:
+            return values.to(dtype)
+        # in the wider of both types: float64 measurements with a large mean would otherwise cancel
+        wide = values.to(torch.promote_types(values.dtype, dtype))
+        if self._offset is None or self._spread is None:
+            return wide.log1p().to(dtype)
+        return ((wide - self._offset.to(wide)) / self._spread.to(wide)).to(dtype)
+
+    def show(self, values: Tensor) -> Tensor:
+        """Bring `(..., *shape)` of the model back to the data's units; no less than 0 where those are counts."""
+        if self._is_byte:
+            return values * 255
+        if self._is_log:
+            return values.expm1().clamp(min=0)
+        if self._offset is None or self._spread is None:
+            return values
+        return values * self._spread.to(values) + self._offset.to(values)
+
+    def log_jacobian(self, values: Tensor) -> Tensor:
+        """Return log |d x / d s| of each row of values `(rows, *shape)` as the model reads them, in nats.
+
+        Added to -log p(s) it gives -log p(x), since p(x) = p(s) / |d x / d s|.
+        """
+        if self._is_log:  # x = exp(s) - 1
+            return values.flatten(1).double().sum(1)
+        constant = self._size * math.log(255) if self._is_byte else 0.0
+        if self._spread is not None:
+            constant = math.fsum(self._spread.log().flatten().tolist())
+        return torch.full((len(values),), constant, dtype=torch.float64)
+
+
+def _table(flat: tuple[float, ...], info: Scaled) -> Tensor:
+    return torch.tensor(flat, dtype=torch.float64).reshape(info.shape)
