@@ -15,8 +15,11 @@ quick = settings(max_examples=30, deadline=None)
 @st.composite
 def orders(draw: st.DrawFn) -> dict[str, Any]:
     batch_size = draw(st.integers(1, 40))
+    rows = draw(st.lists(st.integers(1, 25), min_size=1, max_size=20))
+    shards = sorted(draw(st.lists(st.integers(0, 4), min_size=len(rows), max_size=len(rows))))
     return {
-        "record_batch_rows": draw(st.lists(st.integers(1, 25), min_size=1, max_size=20)),
+        "record_batch_rows": rows,
+        "shards": draw(st.none() | st.just(shards)),
         "seed": draw(st.integers(-5, 2**70)),
         "batch_size": batch_size,
         "streams": draw(st.none() | st.integers(1, batch_size)),
@@ -136,6 +139,23 @@ def test_rows_written_sorted_are_mixed_almost_as_by_a_full_shuffle() -> None:
     counts = np.stack([(batches == label).sum(axis=1) for label in range(classes)])
     expected = batch_size / classes * (1 - 1 / classes)
     assert counts.var() / expected < 1.6
+
+
+def test_by_shards_a_stream_reads_one_after_another_in_an_order_of_each_epoch() -> None:
+    shards = np.repeat(np.arange(40), 10)
+    order = EpochOrder([16] * 400, seed=0, batch_size=64, streams=4, window_rows=64, shards=shards)
+    orders = []
+    for epoch in range(2):
+        rows = order.rows_of(epoch, [(step, 0, order.batch_size_of(step)) for step in range(order.num_batches)])
+        read = rows.reshape(order.num_batches, 64) // 160
+        wanted = [set(read[step : step + 8].ravel()) for step in range(0, order.num_batches, 8)]
+        assert max(map(len, wanted)) <= 3 * 4
+        last = {shard: np.flatnonzero((read == shard).any(1))[-1] for shard in range(40)}
+        first = {shard: np.flatnonzero((read == shard).any(1))[0] for shard in range(40)}
+        assert np.mean([last[shard] - first[shard] for shard in range(40)]) < order.num_batches / 5
+        orders.append(first)
+        assert sorted(rows.tolist()) == list(range(6400))
+    assert orders[0] != orders[1]
 
 
 def test_over_20_epochs_rows_travel_and_change_company_as_by_full_shuffles() -> None:

@@ -24,6 +24,7 @@ from dmvae.data.writer import write_dataset
 from tests.objects import Wire, object_store
 from tests.runs import make_config, make_dataset, train_here
 from tests.test_data_rows import make_rows
+from tests.test_data_staging import held
 
 URI = "s3://bucket/sets/rows"
 
@@ -98,9 +99,27 @@ def test_a_cache_smaller_than_the_dataset_keeps_its_bound(
     largest, found = 0, []
     for _, _, batch in read_epoch(split, order, epoch=0):
         found += torch.as_tensor(batch.ids).tolist()
-        largest = max(largest, sum(file.stat().st_size for file in (tmp_path / "cache/shards").iterdir()))
+        largest = max(largest, held(tmp_path / "cache/shards"))
     assert sorted(found) == sorted(open_dataset(local).split("train").ids().tolist())
     assert total // 2 < largest <= bound
+
+
+def test_by_shards_a_small_cache_fetches_each_about_once(
+    wire: Wire, local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    total = open_dataset(local).manifest.bytes
+    monkeypatch.setenv("DMVAE_CACHE_GB", str(0.45 * total / 1e9))
+    monkeypatch.setattr("dmvae.data.loader.LOOKAHEAD_ROWS", 100)
+    split = open_dataset(URI).split("train")
+    settings = {"seed": 3, "batch_size": 50, "streams": 1, "window_rows": 128}
+    by_shard = EpochOrder(split.record_batch_rows, shards=split.record_batch_shards, **settings)
+    found = [row for _, _, batch in read_epoch(split, by_shard, 0) for row in torch.as_tensor(batch.ids).tolist()]
+    assert sorted(found) == sorted(open_dataset(local).split("train").ids().tolist())
+    assert sum(wire.shards_asked().values()) <= 10, "8 shards, a few of them twice"
+    by_batch = EpochOrder(split.record_batch_rows, **settings)
+    with pytest.raises(DatasetError, match=r"in use, and .* more wanted"):
+        for _ in read_epoch(split, by_batch, 0):
+            pass
 
 
 def test_a_cut_connection_costs_the_block_that_it_cut(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,9 @@ class DataConfig(Section):
             for a run's life; best a multiple of every number of workers planned. None: 64, or the batch size
             if that is smaller.
         window_rows: rows of a stream that are shuffled together. None: enough to mix rows that were written sorted.
+        unit: what is shuffled before rows are: `batch`, record batches of all shards; or `shard`, for a dataset in an
+            object store that this node's cache cannot hold: a stream reads one shard after another, so that about
+            `streams` of them (up to twice as many) are wanted at a time, and each is fetched about once an epoch.
     """
 
     dataset: str = Field(min_length=1)
@@ -27,6 +30,7 @@ class DataConfig(Section):
     val_split: Name = "val"
     streams: Size | None = None
     window_rows: Size | None = None
+    unit: Literal["batch", "shard"] = "batch"
 
 
 class NpzSource(Section):

@@ -80,6 +80,8 @@ class EpochOrder:
         streams: None: 64, or the batch size if that is smaller.
         window_rows: None: rows that keep the variance of label counts within 1.5 times a full shuffle's, even if
             the rows were written sorted.
+        shards: the shard of each record batch. Given, a stream goes from shard to shard, so that few are read at a
+            time: about one a stream. None: record batches of all shards are mixed.
 
     Raises:
         ValueError: if there is no row, or a setting is out of range.
@@ -93,8 +95,10 @@ class EpochOrder:
         batch_size: int,
         streams: int | None = None,
         window_rows: int | None = None,
+        shards: Sequence[int] | Array | None = None,
     ) -> None:
         self._group_rows = np.asarray(record_batch_rows, dtype=np.int64).reshape(-1)
+        self._group_shard = None if shards is None else np.asarray(shards, dtype=np.int64)[self._group_rows > 0]
         self._group_rows = self._group_rows[self._group_rows > 0]
         if not len(self._group_rows):
             raise ValueError("an order needs at least one row; got none. Choose a split that has rows.")
@@ -135,6 +139,8 @@ class EpochOrder:
             "window_rows": self.window_rows,
             "record_batch_rows": hashlib.sha256(self._group_rows.astype("<i8").tobytes()).hexdigest(),
         }
+        if self._group_shard is not None:
+            settings["shards"] = hashlib.sha256(self._group_shard.astype("<i8").tobytes()).hexdigest()
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
     def batch_size_of(self, step: int) -> int:
@@ -188,7 +194,9 @@ class EpochOrder:
         return np.searchsorted(edge, np.arange(rows), side="right") - 1
 
     def _make_plan(self, epoch: int) -> _Plan:
+        turn = self._turns(epoch)
         order = permutation(len(self._group_rows), _key(self.seed, epoch, 1))
+        order = order[np.argsort(turn[order], kind="stable")]
         end = np.cumsum(self._group_rows[order])
         # pieces: record batches in the permuted line, cut where a stream begins
         place = np.unique(np.concatenate(([0], end[:-1], self._cut[:-1][self._cut[:-1] < self.num_rows])))
@@ -196,7 +204,7 @@ class EpochOrder:
         row = self._group_start[order[group]] + place - (end - self._group_rows[order])[group]
         length = np.diff(np.append(place, self.num_rows))
         stream = np.searchsorted(self._cut, place, side="right") - 1
-        shuffled = np.lexsort((_hashes(len(place), _key(self.seed, epoch, 2)), stream))
+        shuffled = np.lexsort((_hashes(len(place), _key(self.seed, epoch, 2)), turn[order[group]], stream))
         row, length, stream = row[shuffled], length[shuffled], stream[shuffled]
         place = np.concatenate(([0], np.cumsum(length)))
         # windows are staggered over the streams, so that they do not all open a new one at the same step
@@ -205,6 +213,14 @@ class EpochOrder:
         opens = np.flatnonzero(np.diff(window, prepend=-1) | np.diff(stream, prepend=-1))
         window_piece = np.append(opens, len(row))
         return _Plan(epoch, place, row, window_piece, place[window_piece])
+
+    def _turns(self, epoch: int) -> Array:
+        """Return when the shard of each record batch has its turn in the line; without shards all have the same."""
+        if self._group_shard is None:
+            return np.zeros(len(self._group_rows), dtype=np.int64)
+        turn = np.empty(int(self._group_shard.max()) + 1, dtype=np.int64)
+        turn[permutation(len(turn), _key(self.seed, epoch, 4))] = np.arange(len(turn))
+        return turn[self._group_shard]
 
     def _resolve(self, plan: _Plan, places: Int64[np.ndarray, " row"]) -> Int64[np.ndarray, " row"]:
         rows = np.empty_like(places)

@@ -71,6 +71,11 @@ class Split:
             sizes += [info.record_batch_rows] * full + [rest] * (rest > 0)
         return np.array(sizes, dtype=np.int64)
 
+    @property
+    def record_batch_shards(self) -> Int64[np.ndarray, " group"]:
+        """The number of the shard of every record batch, as `EpochOrder` takes them."""
+        return np.repeat(np.arange(len(self._infos)), [-(-info.rows // info.record_batch_rows) for info in self._infos])
+
     def read(self, positions: Int64[np.ndarray, " row"], dtype: torch.dtype = torch.float32) -> Batch:
         """Read the rows at `positions`, in that order.
 

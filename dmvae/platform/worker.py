@@ -144,6 +144,7 @@ class WorkerData:
             batch_size=config.training.batch_size,
             streams=config.data.streams,
             window_rows=config.data.window_rows,
+            shards=self._train.record_batch_shards if config.data.unit == "shard" else None,
         )
         self.steps_per_epoch = self._order.num_batches
 
