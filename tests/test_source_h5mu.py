@@ -106,7 +106,7 @@ def test_chosen_features_of_x_are_read(path: str) -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ({}, "a modality's name is a letter.*got 'prot:adt'"),
+        ({}, "cells.h5mu: a modality's name is a letter.*got 'prot:adt'"),
         ({"modalities": {"atac": {}}}, r"one of the file's; got 'atac'. There are \['prot:adt', 'rna'\]"),
         ({"modalities": {"rna": {"layer": "raw"}}}, r"a layer is one of \['by_gene', 'counts'\]; got 'raw'"),
         ({"modalities": {"rna": {"features": "best"}}}, "a column of var; got 'best'"),

@@ -64,7 +64,7 @@ def _open(h5py: Any, path: str) -> Iterator[Any]:
 
 
 def _wanted(file: Any, source: H5muSource) -> dict[str, H5muModality]:
-    wanted = source.modalities or {name: H5muModality() for name in file["mod"]}
+    wanted = source.modalities or {table.named(name, source.path): H5muModality() for name in file["mod"]}
     for name, modality in wanted.items():
         if (modality.key or name) not in file["mod"]:
             raise DatasetError(

@@ -102,7 +102,7 @@ def _layout(source: ParquetSource, files: ds.FileSystemDataset) -> _Layout:
     left = [name for name in names if name not in special.values()]
     if not left:
         raise DatasetError(f"{source.path}: rows have at least one modality; got columns {names}. Add one.")
-    chosen = source.modalities or {name: ColumnGroup(columns=_escaped(name)) for name in left}
+    chosen = source.modalities or {table.named(name, source.path): ColumnGroup(columns=_escaped(name)) for name in left}
     return _Layout(files, {name: (group, table.matching(group, left)) for name, group in chosen.items()}, special)
 
 

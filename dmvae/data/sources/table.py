@@ -9,11 +9,26 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dmvae.config.data import ColumnGroup
+from dmvae.config.section import check_modality_name
 from dmvae.data.error import DatasetError
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Values = tuple[Array, Array]
 """`(rows, *shape)` of a type that shards store, and `(rows,)` booleans, true where the row has the modality."""
+
+
+def named(name: str, where: str) -> str:
+    """Return the name that a source gives a modality, if it may be called so.
+
+    Raises:
+        DatasetError: if not.
+    """
+    try:
+        return check_modality_name(name)
+    except ValueError as error:
+        raise DatasetError(
+            f"{where}: {str(error).rstrip('.')}, or name it otherwise with source.modalities."
+        ) from error
 
 
 def matching(group: ColumnGroup, columns: Sequence[str]) -> list[str]:
