@@ -13,8 +13,9 @@ from torch import multiprocessing
 from dmvae.batch import Batch
 from dmvae.config.training import TrainConfig
 from dmvae.model import DMVAE, DMVAEConfig
-from dmvae.platform.worker import _distribute
+from dmvae.platform.worker import WorkerData, _distribute, build_state
 from dmvae.training import Share, TrainState, Workers, build_optimizer, train_epoch
+from tests.runs import make_config, make_dataset
 
 CASES = ("a last batch of one row", "nothing observed by one", "nothing observed by any", "one modality nowhere")
 
@@ -76,3 +77,40 @@ def test_two_workers_end_where_one_does(case: str, trained: Path) -> None:
     for rank in range(2):
         together = torch.load(trained / f"{case} {rank}.pt", weights_only=True)
         torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-12)
+
+
+def train_compiled(rank: int, folder: str) -> None:
+    """Write down what three steps lead to, not compiled and compiled: the tests' type checks do not compile."""
+    shapes = {"left": (3,), "right": (2,)}
+    model = DMVAEConfig(input_dims=shapes, latent_dim=2, modalities_specific_dim=1)
+    for name in ("eager", "compiled"):
+        settings = {"epochs": 1, "compile": name == "compiled", "precision": "float64"}
+        tree = {"name": "x", "data": {"dataset": "d"}, "model": model, "training": settings}
+        config = TrainConfig.model_validate(tree)
+        state = build_state(config, torch.device("cpu"))
+        list(train_epoch(state, make_shares(CASES[3], 0, 1), config, Workers(state.model), 3))
+        nll = state.model.eval().joint_nll(make_shares(CASES[0], 0, 1)[0].batch, 20).nll
+        torch.save({**state.model.state_dict(), "nll": nll}, Path(folder, f"{name}.pt"))
+
+
+@pytest.mark.acceptance
+def test_compiled_networks_train_to_the_same_weights_under_the_same_names(tmp_path: Path) -> None:
+    multiprocessing.spawn(train_compiled, (str(tmp_path),), nprocs=1)
+    eager, compiled = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("eager", "compiled"))
+    assert list(eager) == list(compiled)
+    for name, value in eager.items():
+        torch.testing.assert_close(compiled[name], value, rtol=1e-9, atol=1e-9)
+
+
+def test_compiling_without_a_compiler_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    model = DMVAEConfig(input_dims={"left": (3,), "right": (2,)}, latent_dim=2, modalities_specific_dim=1)
+    tree = {"name": "x", "data": {"dataset": "d"}, "model": model, "training": {"compile": True}}
+    with pytest.raises(ValueError, match=r"needs a compiler on every node; .* 'no-such-compiler'"):
+        build_state(TrainConfig.model_validate(tree), torch.device("cpu"))
+
+
+def test_rows_are_handed_over_on_the_workers_device(tmp_path: Path) -> None:
+    config = make_config(tmp_path, make_dataset(tmp_path))
+    data = WorkerData(config, 0, 1, torch.float64, torch.device("meta"))
+    assert {values.device.type for share in data.shares(0, 0) for values in share.batch.data.values()} == {"meta"}

@@ -55,6 +55,9 @@ class TrainingConfig(Section):
     normalisation)."""
     precision: Literal["float32", "float64", "bfloat16"] = "float32"
     """`bfloat16` is autocast over float32 weights."""
+    compile: bool = False
+    """Compile the networks with torch.compile whenever a worker starts; needs a C compiler on every node. For GPUs: on
+    CPUs it is no faster. Results agree to rounding."""
     divergence_warmup_steps: Count = 0
     """Steps over which every beta grows linearly from 0 to its value."""
     monitor: str = "loss"

@@ -46,6 +46,7 @@ _MAY_CHANGE = (
     "training.log_steps",
     "training.checkpoint_",
     "training.skip_nonfinite",
+    "training.compile",
     "workers.",
     "tracking.",
     "runs_dir",
@@ -234,8 +235,8 @@ def _check_same_run(run_dir: Path, record: Mapping[str, Any], where: str) -> Non
         way_out = f"remove {run_dir}, which has no checkpoint yet" if is_empty else "choose another name"
         raise RunError(
             f"a run goes on with the settings that it began with (epochs may grow; workers, tracking, patience, "
-            f"log_steps, checkpoint_* and skip_nonfinite may change); {where} differs:\n{lines}\nChange them back, "
-            f"or {way_out}."
+            f"log_steps, checkpoint_*, compile and skip_nonfinite may change); {where} differs:\n{lines}\nChange them "
+            f"back, or {way_out}."
         )
 
 

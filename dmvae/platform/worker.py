@@ -1,11 +1,14 @@
 """What one Ray Train worker does, from its first line to its last report."""
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from shutil import which
+from socket import gethostname
 from typing import Any
 
 import ray.train
@@ -82,7 +85,7 @@ def work(payload: dict[str, Any]) -> dict[str, Any]:
     with ExitStack() as stack:
         try:
             state = build_state(task.config, device)
-            data = WorkerData(task.config, rank, num, state.model.dtype, pin=device.type == "cuda")
+            data = WorkerData(task.config, rank, num, state.model.dtype, device if device.type == "cuda" else None)
             _resume(state, task.queue)
             spool = stack.enter_context(task.tracked.spool()) if rank == 0 else None
         except (ValueError, OSError) as error:
@@ -133,11 +136,13 @@ def _train(
 class WorkerData:
     """The rows of one worker: its share of every global batch, and its blocks of the validation split."""
 
-    def __init__(self, config: TrainConfig, rank: int, num: int, dtype: torch.dtype, pin: bool = False) -> None:
+    def __init__(
+        self, config: TrainConfig, rank: int, num: int, dtype: torch.dtype, device: torch.device | None = None
+    ) -> None:
         dataset = open_dataset(config.data.dataset)
         self._train: Split = dataset.split(config.data.train_split)
         self._validation: Split = dataset.split(config.data.val_split)
-        self._rank, self._num, self._dtype, self._pin = rank, num, dtype, pin
+        self._rank, self._num, self._dtype, self._device = rank, num, dtype, device
         self._order = EpochOrder(
             self._train.record_batch_rows,
             seed=config.seed,
@@ -150,10 +155,12 @@ class WorkerData:
 
     def shares(self, epoch: int, first_step: int) -> Iterator[Share]:
         """Return this worker's share of every global batch of an epoch, from a step on."""
+        pin = self._device is not None and self._device.type == "cuda"
         for step, first, batch in read_epoch(
-            self._train, self._order, epoch, first_step, self._rank, self._num, self._dtype, self._pin
+            self._train, self._order, epoch, first_step, self._rank, self._num, self._dtype, pin
         ):
-            yield Share(batch, step, first, self._order.batch_size_of(step))
+            there = batch if self._device is None else batch.to(self._device, non_blocking=True)
+            yield Share(there, step, first, self._order.batch_size_of(step))
 
     def validation_blocks(self) -> Iterator[Batch]:
         """Return every so-manieth block of the validation split."""
@@ -167,7 +174,26 @@ def build_state(config: TrainConfig, device: torch.device) -> TrainState:
     model = DMVAE(config.model).to(device, _DTYPES[config.training.precision])
     if config.init_from is not None:
         model.load_state_dict(DMVAE.load(config.init_from).state_dict())
+    if config.training.compile:
+        _compile(model, device)
     return TrainState(model, build_optimizer(model, config.optim))
+
+
+def _compile(model: DMVAE, device: torch.device) -> None:
+    """Have torch compile the networks; what is around them depends on which rows have what.
+
+    Raises:
+        ValueError: if there is no compiler for this device.
+    """
+    variable, usual = ("CC", "gcc") if device.type == "cuda" else ("CXX", "g++")
+    compiler = os.environ.get(variable) or usual
+    if which(compiler) is None:
+        raise ValueError(
+            f"training.compile needs a compiler on every node; {gethostname()} has no {compiler!r}. "
+            f"Install it (the image for GPUs has gcc), set {variable}, or leave training.compile out."
+        )
+    for network in (*model.encoders.values(), *model.decoders.values()):
+        network.compile(dynamic=True)  # type: ignore[no-untyped-call]
 
 
 def _resume(state: TrainState, queue: Queue) -> None:

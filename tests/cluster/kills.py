@@ -12,16 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import ray
-from ray.util.state import list_actors
 
 from dmvae.config.training import TrainConfig
-
-
-def workers() -> set[int]:
-    """Process ids of this cluster's training workers."""
-    here = ray.get_runtime_context().gcs_address  # there may be other clusters on this machine
-    alive = list_actors(here, filters=[("class_name", "=", "RayTrainWorker"), ("state", "=", "ALIVE")])
-    return {actor.pid for actor in alive}
 
 
 def logged(run_dir: Path) -> int:

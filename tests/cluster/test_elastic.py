@@ -1,20 +1,14 @@
 """The run is the same run on any number of workers, and when that number changes in mid-epoch."""
 
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import ray
 
 from dmvae.config.training import TrainConfig
-from dmvae.platform.cluster import resources
 from dmvae.platform.trainer import RunError, train_run
-from tests.cluster.kills import KillAt, first_worker, logged, metrics_of, start_driver, wait_for, workers
+from tests.cluster.kills import KillAt, metrics_of
 from tests.runs import make_config, make_dataset, train_here
 
 STEPS = 100
@@ -81,44 +75,3 @@ def test_the_loss_curve_does_not_depend_on_the_number_of_workers(
     at_epochs = config.training.model_copy(update={"checkpoint_steps": None})
     train_run(config.model_copy(update={"training": at_epochs}), lambda line: None)
     assert_same_curves(tmp_path / "runs" / "run", straight, TOLERANCE[precision])
-
-
-@pytest.mark.acceptance
-def test_an_elastic_run_takes_a_node_that_comes_and_does_without_one_that_goes(dataset: Path, tmp_path: Path) -> None:
-    """This cluster has four CPUs and a worker takes four: a second worker needs a second node."""
-    elastic = {"num": 2, "min_num": 1, "resize_seconds": 2.0, "cpus": 4}
-    changes: dict[str, Any] = {"training": {"epochs": 60, "checkpoint_steps": 5}, "workers": elastic}
-    config = make_config(tmp_path, dataset, **changes)
-    driver = start_driver(config, tmp_path)
-    run_dir = tmp_path / "runs" / "run"
-    wait_for(lambda: logged(run_dir) >= 10)
-    assert len(workers()) == 1
-    alone = first_worker(run_dir)
-    node = add_node()
-    try:
-        wait_for(lambda: len(workers()) == 2 and first_worker(run_dir) != alone)
-        joined = logged(run_dir)
-        wait_for(lambda: logged(run_dir) >= joined + 10)
-        assert logged(run_dir) < 60 * 27, "the run went on while the node was there"
-    finally:
-        os.killpg(node.pid, signal.SIGKILL)
-        node.wait()
-    assert driver.wait(400) == 0
-    said = (tmp_path / "driver.log").read_text()
-    assert said.count("resuming after") >= 2
-    _, straight = train_here(config)
-    assert_same_curves(run_dir, straight, TOLERANCE["float64"])
-
-
-def add_node() -> subprocess.Popen[bytes]:
-    """Let a second node of four CPUs join this cluster, in a process group of its own."""
-    ray_command = str(Path(sys.executable).with_name("ray"))
-    address = ray.get_runtime_context().gcs_address
-    command = [ray_command, "start", f"--address={address}", "--num-cpus=4", "--block"]
-    quiet = subprocess.DEVNULL
-    for _ in range(3):  # on a busy machine a node may give itself up while it starts
-        node = subprocess.Popen(command, start_new_session=True, stdout=quiet, stderr=quiet)
-        wait_for(lambda node=node: node.poll() is not None or resources()["CPU"] >= 8)
-        if node.poll() is None:
-            return node
-    pytest.fail("no second node starts on this machine")
