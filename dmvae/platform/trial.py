@@ -188,10 +188,11 @@ def _train_here(
     """Train in this process; return the best epoch's model and the seconds that a step took."""
     torch.set_num_threads(max(1, int(config.workers.cpus)))
     use_gpu = torch.cuda.is_available() and config.workers.device != "cpu"
-    state = build_state(config, torch.device("cuda" if use_gpu else "cpu"))
+    device = torch.device("cuda" if use_gpu else "cpu")
+    state = build_state(config, device)
     kept = _Kept(folder, record)
     times = kept.resume(state)
-    data, written = WorkerData(config, 0, 1, state.model.dtype, use_gpu), time.monotonic()
+    data, written = WorkerData(config, 0, 1, state.model.dtype, device), time.monotonic()
     with tracked.spool() as spool:
         for event in train(state, data, config, Workers(state.model)):
             if not isinstance(event, Logged):

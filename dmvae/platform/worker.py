@@ -85,7 +85,7 @@ def work(payload: dict[str, Any]) -> dict[str, Any]:
     with ExitStack() as stack:
         try:
             state = build_state(task.config, device)
-            data = WorkerData(task.config, rank, num, state.model.dtype, device if device.type == "cuda" else None)
+            data = WorkerData(task.config, rank, num, state.model.dtype, device)
             _resume(state, task.queue)
             spool = stack.enter_context(task.tracked.spool()) if rank == 0 else None
         except (ValueError, OSError) as error:
@@ -142,7 +142,8 @@ class WorkerData:
         dataset = open_dataset(config.data.dataset)
         self._train: Split = dataset.split(config.data.train_split)
         self._validation: Split = dataset.split(config.data.val_split)
-        self._rank, self._num, self._dtype, self._device = rank, num, dtype, device
+        self._rank, self._num, self._dtype = rank, num, dtype
+        self._device = None if device is None or device.type == "cpu" else device
         self._order = EpochOrder(
             self._train.record_batch_rows,
             seed=config.seed,
@@ -193,7 +194,7 @@ def _compile(model: DMVAE, device: torch.device) -> None:
             f"Install it (the image for GPUs has gcc), set {variable}, or leave training.compile out."
         )
     for network in (*model.encoders.values(), *model.decoders.values()):
-        network.compile(dynamic=True)  # type: ignore[no-untyped-call]
+        network.compile(dynamic=True)
 
 
 def _resume(state: TrainState, queue: Queue) -> None:
