@@ -71,12 +71,13 @@ def test_init_writes_the_shipped_configurations_and_keeps_what_is_there(installe
 
 
 @pytest.mark.acceptance
-def test_the_demo_runs_from_a_wheel(installed: Path, tmp_path: Path) -> None:
+def test_a_short_demo_runs_from_a_wheel(installed: Path, tmp_path: Path) -> None:
     assert run(installed, tmp_path, "dmvae", "init").returncode == 0
     prepared = run(installed, tmp_path, "dmvae", "prepare", "configs/digits.toml")
     assert prepared.returncode == 0, prepared.stderr
-    trained = run(installed, tmp_path, "dmvae", "train", "configs/train.toml")
-    assert trained.returncode == 0, trained.stderr
-    assert "test/nll " in trained.stdout
-    assert "next                     dmvae evaluate --model" in trained.stdout
+    short = ("--trials", "2", "--base.training.epochs", "2", "--base.evaluation.num-draws", "20")
+    found = run(installed, tmp_path, "dmvae", "search", "configs/search.toml", *short)
+    assert found.returncode == 0, found.stderr
+    assert "test/nll " in found.stdout
+    assert "best configuration" in found.stdout
     assert (tmp_path / "runs" / "digits" / "best" / "model.safetensors").is_file()
