@@ -290,11 +290,10 @@ class NegativeBinomial(Counts):
     def log_prob(self, output: Tensor, value: Tensor) -> Float[Tensor, "..."]:
         """Return the log-probability in nats, summed over the modality's elements."""
         counts, log_mean = self._split(output, value)
-        log_r = torch.as_tensor(self.log_dispersion, dtype=torch.float64, device=output.device).double()
-        x, r = counts.double(), log_r.exp()
-        normaliser = torch.lgamma(x + r) - torch.lgamma(r) - x * log_r - torch.lgamma(x + 1)
-        log_p = counts * log_mean - (counts + r.to(output.dtype)) * F.softplus(log_mean - log_r.to(output.dtype))
-        return log_p.sum(-1) + normaliser.sum(-1).to(output.dtype)
+        log_r = torch.as_tensor(self.log_dispersion, dtype=torch.float64, device=output.device)
+        normaliser = _log_normaliser(counts, log_r.expand(counts.shape[-1])).to(output.dtype)
+        log_r = log_r.to(output.dtype)
+        return (counts * log_mean - (counts + log_r.exp()) * F.softplus(log_mean - log_r)).sum(-1) + normaliser
 
     def score(self, output: Float[Tensor, "row ..."], value: Tensor) -> Float[Tensor, "row ..."]:
         """Return (x - mu) r / (mu + r)."""
@@ -313,6 +312,15 @@ class NegativeBinomial(Counts):
 
     def _dispersion(self, output: Tensor) -> Tensor:
         return torch.as_tensor(self.log_dispersion, dtype=output.dtype, device=output.device).exp()
+
+
+def _log_normaliser(counts: Float[Tensor, "*row size"], log_r: Float[Tensor, " size"]) -> Float[Tensor, "*row"]:
+    """Return log Gamma(x + r) / (Gamma(r) r^x x!) in float64, summed over elements; where x = 0 it is 0."""
+    flat = counts.reshape(-1, counts.shape[-1])
+    row, element = flat.nonzero(as_tuple=True)  # few of cells' counts, and the gamma function is dear
+    x, r = flat[row, element].double(), log_r.exp()
+    terms = torch.lgamma(x + r[element]) - torch.lgamma(r)[element] - x * log_r[element] - torch.lgamma(x + 1)
+    return terms.new_zeros(len(flat)).index_add(0, row, terms).view(counts.shape[:-1])
 
 
 class Categorical(Likelihood):
