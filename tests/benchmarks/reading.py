@@ -138,7 +138,7 @@ def opening(folder: Path, work: str) -> Result:
     return Result(work, "-", None, statistics.median(seconds), min(seconds), max(seconds), 1.0, unit="s", note=note)
 
 
-def reading(split: Split) -> list[Result]:
+def reading(split: Split) -> Iterator[Result]:
     """Compare shuffled reading, and training steps, with tensors in memory."""
     whole = split.read(np.arange(len(split)))
     epochs = iter(range(10**6))
@@ -147,30 +147,23 @@ def reading(split: Split) -> list[Result]:
         for _ in islice(batches, 400):
             pass
 
-    found = [
-        compare(
-            f"shuffled reading, batches of {BATCH}",
-            "index_select of tensors in memory",
-            lambda: consume(batches_of(split, next(epochs))),
-            lambda: consume(batches_in_memory(whole, next(epochs))),
-            repeats=15,
-            at_least=0.5,
-        )
-    ]
+    yield compare(
+        f"shuffled reading, batches of {BATCH}",
+        "index_select of tensors in memory",
+        lambda: consume(batches_of(split, next(epochs))),
+        lambda: consume(batches_in_memory(whole, next(epochs))),
+        at_least=0.5,
+    )
     for hidden in (64, 256):
         state, config = make_state(hidden)
-        found.append(
-            compare(
-                f"training step, six perceptrons of {hidden}, batches of {BATCH}",
-                "the same on tensors in memory",
-                lambda state=state, config=config: train_on(batches_of(split, next(epochs)), state, config, 60),
-                lambda state=state, config=config: train_on(batches_in_memory(whole, next(epochs)), state, config, 60),
-                repeats=15,
-                at_least=0.97,
-                note="reading, in its thread, included in processor time",
-            )
+        yield compare(
+            f"training step, six perceptrons of {hidden}, batches of {BATCH}",
+            "the same on tensors in memory",
+            lambda state=state, config=config: train_on(batches_of(split, next(epochs)), state, config, 60),
+            lambda state=state, config=config: train_on(batches_in_memory(whole, next(epochs)), state, config, 60),
+            at_least=0.97,
+            note="reading, in its thread, included in processor time",
         )
-    return found
 
 
 def measure_memory(folder: Path, side: str) -> None:
@@ -227,46 +220,45 @@ def apart(*words: str) -> dict[str, int]:
     return json.loads(found.stdout.splitlines()[-1])
 
 
-def memories(folder: Path, copies: Path) -> list[Result]:
+def memories(folder: Path, copies: Path) -> Iterator[Result]:
     """Compare memory, and train beyond a limit of it."""
     ours, theirs = (apart(str(folder), "--part", side)["added"] for side in ("shards", "tensors"))
-    share = ours / theirs
-    note = f"anonymous memory that an epoch adds: {ours / 1e6:.0f} MB and {theirs / 1e6:.0f} MB"
-    first = Result("memory of reading", "tensors in memory", None, theirs / ours, theirs / ours, theirs / ours, 10.0)
-    assert share > 0
+    yield _times(
+        "memory of reading, less by",
+        "tensors in memory",
+        theirs / ours,
+        f"anonymous memory that an epoch adds: {ours / 1e6:.0f} MB and {theirs / 1e6:.0f} MB",
+    )
     found = apart(str(copies), "--part", "limit")
-    times = found["bytes"] / LIMIT
-    growth = found["largest_after"] / found["at_a_tenth"]
-    limit = Result(
+    yield _times(
         f"an epoch of {found['rows']:,} rows, {found['bytes'] / 1e9:.1f} GB, with RLIMIT_DATA {LIMIT / 1e6:.0f} MB",
         "the limit",
-        None,
-        times,
-        times,
-        times,
-        10.0,
-        note=(
-            f"anonymous memory {found['at_a_tenth'] / 1e6:.0f} MB after a tenth of the epoch, {growth:.3f} times that "
-            f"at most afterwards; RLIMIT_DATA counted {found['data'] / 1e6:.0f} MB; {found['otherwise']}"
-        ),
+        found["bytes"] / LIMIT,
+        f"anonymous memory {found['at_a_tenth'] / 1e6:.0f} MB after a tenth of the epoch, "
+        f"{found['largest_after'] / 1e6:.0f} MB at most afterwards, {found['at_the_end'] / 1e6:.0f} MB at the end; "
+        f"RLIMIT_DATA counted {found['data'] / 1e6:.0f} MB; {found['otherwise']}",
     )
-    return [Result(**{**asdict(first), "note": note}), limit]
 
 
-def results(folder: Path) -> list[Result]:
+def _times(work: str, against: str, figure: float, note: str) -> Result:
+    return Result(work, against, None, figure, figure, figure, 10.0, note=note)
+
+
+def results(folder: Path) -> Iterator[Result]:
     """Make the data unless it is there, and run everything."""
     views, copies = folder / "views", folder / "copies"
     if not (views / "dataset.json").is_file():
         apart(str(views), "--part", "write")
     if not (copies / "dataset.json").is_file():
         multiply(views, copies, COPIES, link=False)
-    found = [opening(views, "opening, a million rows")]
+    yield opening(views, "opening, a million rows")
     for times in (10, 100):
         many = folder / f"times{times}"
         multiply(views, many, times, link=True)
-        found.append(opening(many, f"opening, {times} million rows (hard links)"))
+        yield opening(many, f"opening, {times} million rows (hard links)")
         shutil.rmtree(many)
-    return [*found, *reading(open_dataset(views).split("train")), *memories(views, copies)]
+    yield from reading(open_dataset(views).split("train"))
+    yield from memories(views, copies)
 
 
 def main() -> None:
@@ -284,7 +276,11 @@ def main() -> None:
     elif arguments.part is not None:
         measure_memory(arguments.folder, arguments.part)
     else:
-        found, facts = results(arguments.folder), machine()
+        arguments.folder.mkdir(parents=True, exist_ok=True)
+        found, facts = [], machine()
+        for result in results(arguments.folder):
+            print(f"{result.work:<56} {result.figure:6.3f}{result.unit}  {result.note}", flush=True)
+            found.append(result)
         text = markdown(found, facts)
         (arguments.folder / "reading.json").write_text(
             json.dumps({"machine": facts, "results": list(map(asdict, found))}, indent=2)
