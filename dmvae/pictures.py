@@ -1,6 +1,6 @@
 """Images that a trained model makes: reconstructions, predictions, samples, and what each latent changes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,24 +11,27 @@ from dmvae.metrics import has
 from dmvae.missing import without
 from dmvae.model import DMVAE
 from dmvae.report import Figure, Picture, is_image
+from dmvae.scaling import Scale
+
+Scales = Mapping[str, Scale]
 
 _COLUMNS = 8
 _STEPS = torch.linspace(-2.0, 2.0, 9)
 
 
-def reconstructions(model: DMVAE, rows: Batch) -> list[Picture]:
+def reconstructions(model: DMVAE, rows: Batch, scales: Scales) -> list[Picture]:
     """Draw rows beside their reconstructions from the posterior means."""
     pictures = []
     for name in _images(model):
         chosen = rows[has(rows, name)][:_COLUMNS]
         rebuilt = _show(model, name, model.predict(chosen, "all", name, return_mean=True)[name])
         text = "Each column is a row of the split: the value as it is, and what the model makes of its latents."
-        figure = _grid([chosen.data[name], rebuilt], ["observed", "rebuilt"], [_limits(rows, name)] * 2)
+        figure = _grid([chosen.data[name], rebuilt], ["observed", "rebuilt"], [name] * 2, rows, scales)
         pictures.append(Picture(f"reconstruction-{name}", f"Reconstructions of {name}", text, figure))
     return pictures
 
 
-def cross_modal(model: DMVAE, rows: Batch, density: LatentDensity | None) -> list[Picture]:
+def cross_modal(model: DMVAE, rows: Batch, density: LatentDensity | None, scales: Scales) -> list[Picture]:
     """Draw what is generated of each image modality from the others of the same rows."""
     pictures, names = [], _images(model)
     for target in names:
@@ -46,8 +49,7 @@ def cross_modal(model: DMVAE, rows: Batch, density: LatentDensity | None) -> lis
                 lines += list(_show(model, target, draws))
                 titles += [f"drawn, z_p from the {label}"] * 3
                 shown += [target] * 3
-        limits = [_limits(rows, name) for name in (*shown, target)]
-        figure = _grid([*lines, chosen.data[target]], [*titles, f"true {target}"], limits)
+        figure = _grid([*lines, chosen.data[target]], [*titles, f"true {target}"], [*shown, target], rows, scales)
         text = (
             f"Each column is a row of which the model is given {' and '.join(sources)} alone. Draws should show the "
             f"content that {target} shares with that, and vary in what is its own. The last line is the truth, which "
@@ -59,7 +61,7 @@ def cross_modal(model: DMVAE, rows: Batch, density: LatentDensity | None) -> lis
     return pictures
 
 
-def prior_samples(model: DMVAE, rows: Batch, density: LatentDensity | None) -> list[Picture]:
+def prior_samples(model: DMVAE, rows: Batch, density: LatentDensity | None, scales: Scales) -> list[Picture]:
     """Draw samples in all image modalities, from the prior and from the fitted density, as bright as `rows`."""
     names, pictures = _images(model), []
     for label, fitted in (("the prior", None), ("the fitted density", density)):
@@ -70,12 +72,12 @@ def prior_samples(model: DMVAE, rows: Batch, density: LatentDensity | None) -> l
         lines = [_show(model, name, drawn[name][half : half + _COLUMNS]) for half in (0, _COLUMNS) for name in names]
         text = "Each column has one shared latent: all modalities of a column should show the same content."
         name = "samples-" + label.rpartition(" ")[2]
-        limits = [_limits(rows, modality) for modality in names] * 2
-        pictures.append(Picture(name, f"Samples from {label}", text, _grid(lines, names * 2, limits)))
+        figure = _grid(lines, names * 2, names * 2, rows, scales)
+        pictures.append(Picture(name, f"Samples from {label}", text, figure))
     return pictures
 
 
-def traversals(model: DMVAE, rows: Batch) -> list[Picture]:
+def traversals(model: DMVAE, rows: Batch, scales: Scales) -> list[Picture]:
     """Draw what each dimension of the shared and of each private latent changes, around one row's latents."""
     complete = torch.stack([has(rows, name) for name in model.config.modalities]).all(0)
     chosen = (rows[complete] if bool(complete.any()) else rows)[:1]
@@ -96,8 +98,8 @@ def traversals(model: DMVAE, rows: Batch) -> list[Picture]:
                 "deviations of the prior), left to right; the other latents are one row's. A line in which nothing "
                 "changes is a dimension that the model does not use."
             )
-            limits = [_limits(rows, name)] * len(lines)
-            figure = _grid(lines, titles, limits, [f"{float(step):g}" for step in _STEPS])
+            columns = [f"{float(step):g}" for step in _STEPS]
+            figure = _grid(lines, titles, [name] * len(lines), rows, scales, columns)
             pictures.append(Picture(f"traversal-{kind}-{name}", f"{name}: {kind} latents moved", text, figure))
     return pictures
 
@@ -120,22 +122,26 @@ def _different_labels(rows: Batch) -> Batch:
     return rows[torch.tensor(order[:_COLUMNS], dtype=torch.int64)]
 
 
-def _limits(rows: Batch, name: str) -> tuple[float, float]:
+def _limits(rows: Batch, name: str, scale: Scale) -> tuple[float, float]:
     """Return the values that are shown black and white: of all lines of a modality the same."""
-    values = rows.data[name][has(rows, name)]
+    values = scale.show(rows.data[name][has(rows, name)])
     return float(values.min()), float(values.max())
 
 
 def _grid(
     lines: Sequence[Tensor],
     titles: Sequence[str],
-    limits: Sequence[tuple[float, float]],
+    names: Sequence[str],
+    rows: Batch,
+    scales: Scales,
     columns: Sequence[str] = (),
 ) -> Figure:
-    """Lay images out, a line for each tensor `(column, *shape)`, with its black and white."""
+    """Lay images out in the data's units, a line for each tensor `(column, *shape)` of a modality, bright as `rows`."""
     width = max(len(line) for line in lines)
     figure = Figure(figsize=(1.8 + 0.9 * width, 0.3 + 0.95 * len(lines)), layout="constrained")
-    for row, (line, title, (black, white)) in enumerate(zip(lines, titles, limits, strict=True)):
+    for row, (line, title, name) in enumerate(zip(lines, titles, names, strict=True)):
+        black, white = _limits(rows, name, scales[name])
+        images = scales[name].show(line.detach().cpu().float())
         for column in range(width):
             axes = figure.add_subplot(len(lines), width, row * width + column + 1)
             axes.set_xticks([])
@@ -147,8 +153,9 @@ def _grid(
             if row == 0 and columns:
                 axes.set_title(columns[column], fontsize=8)
             if column < len(line):
-                image = line[column].detach().cpu().float()
+                image = images[column]
                 pixels = image.squeeze(0) if image.dim() == 3 and image.shape[0] == 1 else image
-                pixels = pixels.permute(1, 2, 0).clamp(0, 1) if pixels.dim() == 3 else pixels
+                if pixels.dim() == 3:
+                    pixels = ((pixels.permute(1, 2, 0) - black) / max(white - black, 1e-12)).clamp(0, 1)
                 axes.imshow(pixels.numpy(), cmap="gray", vmin=black, vmax=white)
     return figure

@@ -13,6 +13,7 @@ from dmvae.latents import collect, fit_density
 from dmvae.model import DMVAE, MODEL_CONFIG
 from dmvae.platform.checks import check_fit
 from dmvae.platform.spool import RUN_FILE, TrackedRun
+from dmvae.scaling import Scale
 
 _MISSING_RATES = (0.0, 0.25, 0.5, 0.75)
 _NLL_ROWS = 128
@@ -47,11 +48,12 @@ def report(config: ReportConfig, progress: Callable[[str], None]) -> Path:
     density = fit_density(model, quality.fit_rows, config.density_components) if config.density_components else None
     quality = Quality(model, train, split, density, num_draws=20)
     progress("decoding")
-    drawn += pictures.reconstructions(model, rows)
-    drawn += pictures.cross_modal(model, rows, density)
+    scales = {name: Scale(info) for name, info in dataset.manifest.modalities.items()}
+    drawn += pictures.reconstructions(model, rows, scales)
+    drawn += pictures.cross_modal(model, rows, density, scales)
     drawn += charts.imputed_scatter(model, rows, density)
-    drawn += pictures.prior_samples(model, rows, density)
-    drawn += pictures.traversals(model, rows)
+    drawn += pictures.prior_samples(model, rows, density, scales)
+    drawn += pictures.traversals(model, rows, scales)
     drawn.append(charts.latent_map(collect(model, rows, return_mean=True)))
     progress(f"NLL of {min(len(rows), _NLL_ROWS)} rows")
     drawn.append(charts.weight_diagnostics(model.joint_nll(rows[:_NLL_ROWS], config.num_draws)))
