@@ -206,7 +206,8 @@ def _example(served: Served) -> dict[str, Any]:
         return {first: [0.0] * len(drawn["values"][first])} if len(unit.shape) == 1 else {}
     counts = first in served.counts
     values = _clipped(drawn["values"][first], 255.0 if unit.dtype == "uint8" else None, 0 if counts else 3)
-    return {first: values} | ({"size_factor": 1.0} if counts else {})
+    typical = served.model.config.dist_params(first).get("size_factor", 1.0)
+    return {first: values} | ({"size_factor": typical} if counts and unit.has_size_factor else {})
 
 
 def _clipped(values: Any, high: float | None, digits: int) -> Any:
