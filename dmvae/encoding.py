@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from dmvae import likelihood
 from dmvae.batch import Batch, MultimodalRows
 from dmvae.config.model import DMVAEConfig
-from dmvae.gaussian import DiagGaussian, product_of_experts
+from dmvae.gaussian import DiagGaussian, at_least_float32, product_of_experts
 from dmvae.objective import Observed
+from dmvae.stacking import encode_each
 
 
 def conform(
@@ -50,23 +51,27 @@ def observe(
     batch: Batch, encoders: Mapping[str, nn.Module], likelihoods: Mapping[str, likelihood.Likelihood]
 ) -> dict[str, Observed]:
     """Encode each modality of the rows that have it; a modality that no row has is left out."""
-    observed: dict[str, Observed] = {}
-    for name, encoder in encoders.items():
+    here: dict[str, tuple[Tensor, Tensor | None, Tensor, Tensor | None]] = {}
+    for name in encoders:
         if name not in batch.data or len(batch) == 0:
             continue
         values, mask, size_factors = batch.data[name], (batch.masks or {}).get(name), batch.size_factors
         if mask is None or bool(mask.all()):
-            here, rows = torch.ones(len(batch), dtype=torch.bool, device=values.device), None
-        else:
-            here, rows = mask, mask.nonzero().squeeze(1)
-            values = values.index_select(0, rows)
-            size_factors = None if size_factors is None else size_factors.index_select(0, rows)
-        if len(values) == 0:
+            everywhere = torch.ones(len(batch), dtype=torch.bool, device=values.device)
+            here[name] = everywhere, None, values, size_factors
             continue
-        output = encoder(values)
+        rows = mask.nonzero().squeeze(1)
+        if len(rows) > 0:
+            size_factors = None if size_factors is None else size_factors.index_select(0, rows)
+            here[name] = mask, rows, values.index_select(0, rows), size_factors
+    outputs = encode_each({name: (encoders[name], values) for name, (_, _, values, _) in here.items()})
+    observed = {}
+    for name, (present_rows, places, values, size_factors) in here.items():
+        output = outputs[name]
         shared = _gaussian(output.embedding, output.log_covariance)
         private = _gaussian(output.style_embedding, output.style_log_covariance)
-        observed[name] = Observed(here, rows, likelihoods[name].observe(values, size_factors), shared, private)
+        seen = likelihoods[name].observe(values, size_factors)
+        observed[name] = Observed(present_rows, places, seen, shared, private)
     return observed
 
 
@@ -114,12 +119,6 @@ def size_factors(batch: Batch, name: str, unknown: float, like: Tensor) -> Float
     if batch.size_factors is not None:
         found = torch.where(batch.size_factors.isnan(), found, batch.size_factors)
     return found
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """Return half-precision values, which autocast's networks return, as float32."""
-    # in half precision a sum over a modality's elements has no accurate digit left
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def _gaussian(mean: Tensor, log_var: Tensor) -> DiagGaussian:

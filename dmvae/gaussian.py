@@ -17,7 +17,7 @@ class DiagGaussian:
 
     def sample(self, noise: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
         """Return mean + std * noise: the reparameterised sample of standard-normal `noise`."""
-        return self.mean + torch.exp(0.5 * self.log_var) * noise
+        return torch.addcmul(self.mean, torch.exp(0.5 * self.log_var), noise)
 
     def kl_from_prior(self) -> Float[Tensor, "*batch"]:
         """Return KL(self || N(0, I)) in nats, summed over dimensions.
@@ -54,8 +54,8 @@ def product_of_experts(
     Source: Lee & Pavlovic 2021, q(z_s|X).
     """
     here = present.unsqueeze(-1)
-    mean = torch.where(here, _at_least_float32(mean), 0.0)
-    log_precision = torch.where(here, -_at_least_float32(log_var), -math.inf)
+    mean = torch.where(here, at_least_float32(mean), 0.0)
+    log_precision = torch.where(here, -at_least_float32(log_var), -math.inf)
     # the reference cancels in the result: no gradient through it
     reference = log_precision.detach().amax(0).clamp(min=0.0)
     weight = torch.exp(log_precision - reference)
@@ -63,5 +63,7 @@ def product_of_experts(
     return DiagGaussian(mean=(weight * mean).sum(0) / total, log_var=-(reference + torch.log(total)))
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
+    """Return half-precision values, which autocast's networks return, as float32."""
+    # in half precision a sum over a modality's elements has no accurate digit left
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

@@ -1,7 +1,7 @@
 """log p(x_m | z) of each kind of modality: normalised densities or probabilities, in nats."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,13 @@ class Likelihood(nn.Module):
     def log_prob(self, output: Tensor, value: Tensor) -> Float[Tensor, "..."]:
         """Return log p(value | output) in nats, summed over the modality's elements."""
         raise NotImplementedError
+
+    @property
+    def kind(self) -> Hashable | None:
+        """What likelihoods that are the same function have in common; None for one with tensors of its own."""
+        facts = {name: value for name, value in vars(self).items() if name[0] != "_" and name != "training"}
+        plain = all(isinstance(value, int | float | str | tuple | None) for value in facts.values())
+        return (type(self), *facts.items()) if plain and not self._parameters and not self._buffers else None
 
     def mean(self, output: Tensor) -> Tensor:
         """Return E[x | output] on the data's scale."""
@@ -116,7 +123,7 @@ class Normal(_LocationScale):
 
     def log_prob(self, output: Tensor, value: Tensor) -> Float[Tensor, "..."]:
         """Return the log-density in nats, summed over the modality's elements."""
-        return self._log_density(self._sum((value - output).square()), 2, 0.5 * math.log(2 * math.pi))
+        return self._log_density(self._sum(_squares(output, value)), 2, 0.5 * math.log(2 * math.pi))
 
     def score(self, output: Float[Tensor, "row ..."], value: Tensor) -> Float[Tensor, "row ..."]:
         """Return (x - y) / s^2."""
@@ -376,6 +383,28 @@ class Categorical(Likelihood):
         if self.pad is None:
             return output
         return output.index_fill(-1, torch.tensor([self.pad], device=output.device), -math.inf)
+
+
+def log_prob_each(
+    likelihoods: Sequence[Likelihood], output: Float[Tensor, "member ..."], values: Sequence[Tensor]
+) -> Float[Tensor, "member ..."]:
+    """Return what `log_prob` of each likelihood returns for its output and its values, at once where they are alike."""
+    kinds = {likelihood.kind for likelihood in likelihoods}
+    if len(likelihoods) == 1 or (len(kinds) == 1 and None not in kinds):
+        return likelihoods[0].log_prob(output, stack(values))
+    alone = zip(likelihoods, output.unbind(), values, strict=True)
+    return torch.stack([likelihood.log_prob(own, value) for likelihood, own, value in alone])
+
+
+def stack(tensors: Sequence[Tensor]) -> Tensor:
+    """Stack tensors; a single one is not copied."""
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
+
+
+def _squares(output: Tensor, value: Tensor) -> Tensor:
+    # one kernel each way
+    output, value = torch.broadcast_tensors(output, value)  # type: ignore[no-untyped-call]
+    return F.mse_loss(output, value, reduction="none")
 
 
 def _gram(tangents: Float[Tensor, "row tangent ..."]) -> Float[Tensor, "row tangent tangent"]:

@@ -14,7 +14,7 @@ from dmvae import likelihood, networks
 from dmvae.batch import Batch, MultimodalRows
 from dmvae.config.model import DMVAEConfig
 from dmvae.density import LatentDensity
-from dmvae.encoding import at_least_float32, combine, conform, observe, present, size_factors
+from dmvae.encoding import combine, conform, observe, present, size_factors
 from dmvae.folder import MODEL_CONFIG as MODEL_CONFIG
 from dmvae.folder import MODEL_WEIGHTS as MODEL_WEIGHTS
 from dmvae.folder import check_weights, read_folder, write_folder
@@ -23,6 +23,7 @@ from dmvae.generation import ModelOutput as ModelOutput
 from dmvae.generation import decode_latents, draw_latents, draw_seed, sample_latents
 from dmvae.nll import NLLEstimate, joint_nll
 from dmvae.objective import Decode, Noise, Observed, TermSums, negative_bounds
+from dmvae.stacking import Decoder
 
 Modalities = str | Iterable[str]
 """`"all"`, one modality's name, or several names."""
@@ -98,6 +99,12 @@ class DMVAE(nn.Module):
         for kind in ("likelihoods", "encoders", "decoders"):
             modules = {f"modality_{name}": module for name, module in getattr(self, kind).items()}
             setattr(self, f"_{kind}", nn.ModuleDict(modules))
+        self._owner = next(
+            (module, name)
+            for module in self.modules()
+            for name, parameter in module._parameters.items()
+            if parameter is not None and parameter.is_floating_point()
+        )
 
     @property
     def device(self) -> torch.device:
@@ -112,11 +119,10 @@ class DMVAE(nn.Module):
     @property
     def _parameter(self) -> nn.Parameter:
         # a step asks often, and torch walks all modules to list parameters: hence one module's own
-        for module in self.modules():
-            for parameter in module._parameters.values():
-                if parameter is not None and parameter.is_floating_point():
-                    return parameter
-        raise AssertionError("a model has parameters")
+        module, name = self._owner
+        parameter = module._parameters[name]
+        assert parameter is not None
+        return parameter
 
     def forward(
         self, inputs: MultimodalRows, noise: Noise | None = None, divergence_weight: float = 1.0
@@ -160,11 +166,7 @@ class DMVAE(nn.Module):
     @property
     def decode_functions(self) -> dict[str, Decode]:
         """Per modality, [z_s, z_p] to the likelihood's parameters."""
-
-        def function(decoder: nn.Module) -> Decode:
-            return lambda z: at_least_float32(decoder(z).reconstruction)
-
-        return {name: function(decoder) for name, decoder in self.decoders.items()}
+        return {name: Decoder(decoder) for name, decoder in self.decoders.items()}
 
     def posteriors(
         self, inputs: MultimodalRows, cond_mod: Modalities = "all"

@@ -99,13 +99,17 @@ class MLPEncoder(nn.Module):
 
     def forward(self, x: Tensor) -> EncoderOutput:
         """Map `(rows, *shape)` to the posteriors' parameters."""
+        return self.heads.split(self.body(self.features(x)))
+
+    def features(self, x: Tensor) -> Float[Tensor, "row _"]:
+        """Return rows as the first layer takes them."""
         if self.classes is not None:
             padding = None if self.pad is None else (x == self.pad).unsqueeze(-1)
             x = F.one_hot(x, self.classes).to(self.heads.weight.dtype)
             x = x if padding is None else x.masked_fill(padding, 0.0)
         elif self.counts:
             x = torch.log1p(x)
-        return self.heads.split(self.body(x.flatten(1)))
+        return x.flatten(1)
 
 
 class MLPDecoder(nn.Module):

@@ -21,9 +21,17 @@ _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
 
 def _mix(x: Tensor) -> Tensor:
     """The SplitMix64 finaliser, elementwise; int64 arithmetic wraps and `>>` is made logical by a mask."""
-    x = (x >> 30).bitwise_and_(0x3FFFFFFFF).bitwise_xor_(x).mul_(_MIX_1)
-    x = (x >> 27).bitwise_and_(0x1FFFFFFFFF).bitwise_xor_(x).mul_(_MIX_2)
-    return (x >> 31).bitwise_and_(0x1FFFFFFFF).bitwise_xor_(x)
+    return _mix_in_place(x.clone())
+
+
+def _mix_in_place(x: Tensor) -> Tensor:
+    shifted = torch.empty_like(x)
+    torch.bitwise_right_shift(x, 30, out=shifted)
+    x.bitwise_xor_(shifted.bitwise_and_(0x3FFFFFFFF)).mul_(_MIX_1)
+    torch.bitwise_right_shift(x, 27, out=shifted)
+    x.bitwise_xor_(shifted.bitwise_and_(0x1FFFFFFFFF)).mul_(_MIX_2)
+    torch.bitwise_right_shift(x, 31, out=shifted)
+    return x.bitwise_xor_(shifted.bitwise_and_(0x1FFFFFFFF))
 
 
 def _mix_number(x: int) -> int:
@@ -77,13 +85,16 @@ def standard_normal(
 ) -> Float[Tensor, "row {num}"]:
     """Draw N(0, 1) values: places `start` to `start + num` of every key's stream.
 
-    The value at (key, place) depends on nothing else, so any split of rows or places gives the same noise.
+    The value at (key, place) depends on nothing else, so any split of rows or places gives the same noise. It has the
+    precision of float32, whatever type it is returned in, and is at most 6.7 in size.
     """
     first, last = start // 2, -(-(start + num) // 2)
     counter = torch.arange(first + 1, last + 1, dtype=torch.int64, device=keys.device) * _GOLDEN
-    bits = _mix(_mix(keys)[:, None] + counter)
-    # two 32-bit halves: a uniform in (0, 1) for the radius, one for the angle
-    radius = torch.sqrt(-2 * torch.log((((bits >> 32) & 0xFFFFFFFF).double() + 0.5) * 2**-32))
-    angle = (bits & 0xFFFFFFFF).double() * (2 * math.pi * 2**-32)
-    values = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1).flatten(1)
-    return values[:, start - 2 * first :][:, :num].to(dtype)
+    bits = _mix_in_place(_mix(keys)[:, None] + counter)
+    # two signed 32-bit halves: one for the angle, the other's size, from 0 to 2^31, for the radius
+    halves = bits.view(torch.int32).view(*bits.shape, 2).float()
+    angle = halves[..., 0] * (2 * math.pi * 2**-32)
+    radius = halves[..., 1].abs().add_(0.5).mul_(2**-31).log_().mul_(-2).sqrt_()
+    torch.mul(torch.cos(angle), radius, out=halves[..., 0])
+    torch.mul(angle.sin_(), radius, out=halves[..., 1])
+    return halves.flatten(1)[:, start - 2 * first :][:, :num].to(dtype)

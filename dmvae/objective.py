@@ -6,7 +6,7 @@ A pure function of posteriors, decoders, rows and noise. What a row does not hav
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from dmvae.config.model import DMVAEConfig
 from dmvae.gaussian import DiagGaussian, product_of_experts
-from dmvae.likelihood import Likelihood
+from dmvae.likelihood import Likelihood, log_prob_each, stack
+from dmvae.stacking import decode_each, decoder_layout, families
 
 Decode = Callable[[Tensor], Tensor]
 """[z_shared, z_private] `(rows, dims)` to a likelihood's parameters `(rows, *output_shape)`."""
@@ -137,29 +138,42 @@ def negative_bounds(
 
     Source: Lee & Pavlovic 2021, with the shared divergence counted once per source.
     """
-    shared, here = _sources(config, observed, noise)
+    shared, here, present = _sources(config, observed, noise)
     kl_shared = shared.kl_from_prior()  # 0 where there is no source: the prior stands in its place
     z_shared = shared.sample(noise.shared)
-    cost = config.beta * divergence_weight * kl_shared
-    kl_private, log_p, pairs = [], [], []
-    for name in config.modalities:
-        part = observed.get(name)
-        if part is None:
-            kl_private.append(torch.zeros_like(cost[0]))
-            log_p.append(torch.zeros_like(cost))
-            pairs.append(torch.zeros_like(here))
-            continue
-        kl_private.append(part.scatter(part.private.kl_from_prior()))
-        pairs.append(here & part.present)
-        log_p.append(_log_likelihood(part, pairs[-1], z_shared, noise.private[name], decoders[name], likelihoods[name]))
-        cost = cost + pairs[-1] * (config.private_betas[name] * divergence_weight * kl_private[-1])
-        cost = cost - config.reconstruction_weights[name] * log_p[-1]
+    is_complete = len(observed) == len(config.modalities) and all(part.rows is None for part in observed.values())
+    kl_private, log_p, names = [], [], list[str]()
+    for family in _families(observed, decoders):
+        parts = [observed[name] for name in family]
+        mean = stack([part.scatter(part.private.mean) for part in parts])
+        private = DiagGaussian(mean, stack([part.scatter(part.private.log_var) for part in parts]))
+        kl_private.append(private.kl_from_prior())  # 0 where the row has no such modality
+        z_private = DiagGaussian(mean.unsqueeze(1), private.log_var.unsqueeze(1)).sample(
+            stack([noise.private[name] for name in family])
+        )
+        z = torch.cat((z_shared.expand(len(family), *z_shared.shape), z_private), dim=-1)
+        pairs = None if is_complete else here & parts[0].present
+        functions = [decoders[name] for name in family], [likelihoods[name] for name in family]
+        log_p.append(_log_likelihood(parts, pairs, z, *functions))
+        names += family
+    order = [*names, *(name for name in config.modalities if name not in observed)]
+    kl_privates = _in_order(kl_private, order, config, kl_shared[0])
+    log_ps = _in_order(log_p, order, config, kl_shared).transpose(0, 1)
+    pairs = here.unsqueeze(1) & present
+    betas, weights = config.private_betas, config.reconstruction_weights
+    kl_weights = kl_shared.new_tensor([[betas[name] * divergence_weight] for name in config.modalities])
+    log_p_weights = kl_shared.new_tensor([[weights[name]] for name in config.modalities])
+    cost = (
+        config.beta * divergence_weight * kl_shared
+        + (pairs * (kl_weights * kl_privates)).sum(1)
+        - (log_p_weights * log_ps).sum(1)
+    )
     return Bound(
         row_loss=cost.sum(0),
         terms=_sum_over_rows(
             term_names(config),
-            totals=(cost, kl_shared, torch.stack(kl_private), torch.stack(log_p, dim=1)),
-            counts=(torch.ones_like(here), here, torch.stack(pairs)[:, 0], torch.stack(pairs, dim=1)),
+            totals=(cost, kl_shared, kl_privates, log_ps),
+            counts=(torch.ones_like(here), here, pairs[0], pairs),
         ),
     )
 
@@ -177,8 +191,8 @@ def term_names(config: DMVAEConfig) -> tuple[str, ...]:
 
 def _sources(
     config: DMVAEConfig, observed: Mapping[str, Observed], noise: Noise
-) -> tuple[DiagGaussian, Bool[Tensor, "source row"]]:
-    """Return the shared posterior of every source `(source, row, dim)` and the rows in which the source exists."""
+) -> tuple[DiagGaussian, Bool[Tensor, "source row"], Bool[Tensor, "modality row"]]:
+    """Return the shared posterior of every source `(source, row, dim)`, where it exists, and who has what."""
     zeros = torch.zeros_like(noise.shared[0])
     nowhere = torch.zeros(zeros.shape[0], dtype=torch.bool, device=zeros.device)
     parts = [observed.get(name) for name in config.modalities]
@@ -191,10 +205,11 @@ def _sources(
         members = [present, *choose_subsets(noise.subsets, present)]
         products = [joint, *(product_of_experts(means, log_vars, subset) for subset in members[1:])]
         means, log_vars = torch.stack([p.mean for p in products]), torch.stack([p.log_var for p in products])
-        return DiagGaussian(means, log_vars), torch.stack([subset.any(0) for subset in members])
+        return DiagGaussian(means, log_vars), torch.stack([subset.any(0) for subset in members]), present
     return (
         DiagGaussian(torch.cat((joint.mean[None], means)), torch.cat((joint.log_var[None], log_vars))),
         torch.cat((present.any(0, keepdim=True), present)),
+        present,
     )
 
 
@@ -216,29 +231,46 @@ def choose_subsets(
     return chosen
 
 
+def _families(observed: Mapping[str, Observed], decoders: Mapping[str, Decode]) -> list[tuple[str, ...]]:
+    """Put modalities together that nothing is missing of and whose decoders run as one."""
+    return families(
+        {name: decoder_layout(decoders[name]) if part.rows is None else None for name, part in observed.items()}
+    )
+
+
 def _log_likelihood(
-    part: Observed,
-    pairs: Bool[Tensor, "source row"],
-    z_shared: Float[Tensor, "source row shared"],
-    noise: Float[Tensor, "source row private"],
-    decode: Decode,
-    likelihood: Likelihood,
-) -> Float[Tensor, "source row"]:
+    parts: Sequence[Observed],
+    pairs: Bool[Tensor, "source row"] | None,
+    z: Float[Tensor, "member source row latent"],
+    decoders: Sequence[Decode],
+    likelihoods: Sequence[Likelihood],
+) -> Float[Tensor, "member source row"]:
     """Return log p(x_i | z_s, z_pi) of every pair of a source and a row that has both, 0 elsewhere.
 
-    All sources are decoded in one call, and only the pairs that exist.
+    All sources and members of a family are decoded in one call, and only the pairs that exist: None means all.
     """
-    private = DiagGaussian(part.scatter(part.private.mean), part.scatter(part.private.log_var))
-    z = torch.cat((z_shared, private.sample(noise)), dim=-1).flatten(0, 1)
-    # every source exists in every row that has this modality exactly when nothing is missing
-    chosen = None if part.rows is None and bool(pairs.all()) else pairs.flatten().nonzero().squeeze(1)
-    if chosen is None:
-        output = decode(z)
-        return likelihood.log_prob(output.reshape(*pairs.shape, *output.shape[1:]), part.values)
-    place = part.present.cumsum(0) - 1  # of a row of the batch among the observed ones
-    values = part.values.index_select(0, place[chosen % len(part.present)])
-    log_p = likelihood.log_prob(decode(z.index_select(0, chosen)), values)
-    return log_p.new_zeros(pairs.numel()).index_copy(0, chosen, log_p).view(pairs.shape)
+    grid, values = z.shape[:3], [part.values for part in parts]
+    z = z.flatten(1, 2)
+    if pairs is None:
+        output = decode_each(decoders, z)
+        return log_prob_each(
+            likelihoods, output.reshape(*grid, *output.shape[2:]), [value.unsqueeze(0) for value in values]
+        )
+    chosen = pairs.flatten().nonzero().squeeze(1)
+    place = parts[0].present.cumsum(0) - 1  # of a row of the batch among the observed ones
+    rows = place[chosen % len(place)]
+    output = decode_each(decoders, z.index_select(1, chosen))
+    log_p = log_prob_each(likelihoods, output, [observed.index_select(0, rows) for observed in values])
+    return log_p.new_zeros(grid[0], pairs.numel()).index_copy(1, chosen, log_p).view(grid)
+
+
+def _in_order(found: list[Tensor], names: list[str], config: DMVAEConfig, like: Tensor) -> Tensor:
+    """Put families' tables `(member, ...)` in the order of the modalities; zeros for those after them in `names`."""
+    absent = len(names) - sum(len(table) for table in found)
+    table = torch.cat([*found, torch.zeros_like(like).expand(absent, *like.shape)])
+    if names == list(config.modalities):
+        return table
+    return table[torch.tensor([names.index(name) for name in config.modalities], device=table.device)]
 
 
 def _sum_over_rows(names: tuple[str, ...], totals: tuple[Tensor, ...], counts: tuple[Tensor, ...]) -> TermSums:

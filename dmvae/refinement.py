@@ -67,27 +67,37 @@ class EncoderProposal:
 
     def __init__(self, rows: Rows, num_draws: int) -> None:
         self.counts: tuple[int, ...] = (num_draws,)
-        self._latents = [(0, _for_draws(rows.shared)), *((term.place, _for_draws(term.private)) for term in rows.terms)]
+        parts = [rows.shared, *(term.private for term in rows.terms)]
+        self._places = (0, *(term.place for term in rows.terms))
+        self._dims = [part.mean.shape[1] for part in parts]
+        self._all = _for_draws(
+            DiagGaussian(torch.cat([p.mean for p in parts], dim=1), torch.cat([p.log_var for p in parts], dim=1))
+        )
 
     def draw(
         self, keys: Int64[Tensor, " row"], start: int, num: int
     ) -> tuple[Float[Tensor, "row draw latent"], Float[Tensor, "row draw"]]:
         """Return draws `start` to `start + num` and their log-density in nats."""
-        parts = [
-            gaussian.sample(normals(keys, place, start, num, gaussian.mean.shape[-1]))
-            for place, gaussian in self._latents
-        ]
-        latents = torch.cat(parts, dim=-1)
-        return latents, self.log_density(latents)
+        noise = self._noise(keys, start, num)
+        # the density in terms of the noise: no division by the variance
+        normaliser = self._all.log_var.sum(-1) + noise.shape[-1] * math.log(2 * math.pi)
+        return self._all.sample(noise), -0.5 * (torch.linalg.vecdot(noise, noise) + normaliser)
 
     def log_density(self, latents: Float[Tensor, "row draw latent"]) -> Float[Tensor, "row draw"]:
         """Return log q of latents in nats."""
-        gaussians = [gaussian for _, gaussian in self._latents]
-        parts = torch.split(latents, [gaussian.mean.shape[-1] for gaussian in gaussians], dim=-1)
-        return sum(
-            (gaussian.log_density(z) for gaussian, z in zip(gaussians, parts, strict=True)),
-            torch.zeros((), dtype=torch.float64, device=latents.device),
-        )
+        return self._all.log_density(latents)
+
+    def _noise(self, keys: Int64[Tensor, " row"], start: int, num: int) -> Float[Tensor, "row draw latent"]:
+        """Return what `normals` does for each latent; those of one dimension are drawn together."""
+        noise = torch.empty(len(keys), num, sum(self._dims), dtype=torch.float64, device=keys.device)
+        parts = torch.split(noise, self._dims, dim=-1)
+        for dim in set(self._dims):
+            alike = [place for place, own in enumerate(self._dims) if own == dim]
+            streams = torch.cat([chain(keys, self._places[place]) for place in alike])
+            drawn = standard_normal(streams, num * dim, start=start * dim).view(len(alike), len(keys), num, dim)
+            for place, own in zip(alike, drawn.unbind(), strict=True):
+                parts[place].copy_(own)
+        return noise
 
 
 @dataclass(frozen=True, eq=False)

@@ -420,7 +420,7 @@ def test_every_mode_of_a_row_is_found():
     batch = Batch({name: values + 0.3 * torch.randn_like(values) for name, values in decoded.items()})
     estimate = model.joint_nll(batch, K=1000)
     error = estimate.nll + log_prob_by_quadrature(model, batch)
-    assert (estimate.decoder_rows > 1000).double().mean() > 0.5
+    assert (estimate.decoder_rows > 1000).double().mean() > 0.3
     assert (error.abs() <= 4 * estimate.se)[estimate.trusted].double().mean() >= 0.95
     assert estimate.trusted.double().mean() > 0.8
     assert error.square().mean().sqrt() < 0.1

@@ -11,7 +11,6 @@ import torch
 from dmvae.batch import Batch
 from dmvae.config.model import DMVAEConfig
 from dmvae.model import DMVAE
-from dmvae.platform.registry import _example
 from dmvae.served import OPERATIONS, UNITS, Request, Served, Unit
 
 UNIT = {
@@ -157,15 +156,6 @@ def test_imputed_counts_are_at_the_row_s_size_factor_or_the_training_rows() -> N
     given = Request(operation="nll")
     total, same, other = counted().answer([{"rna": [3, 4], "size_factor": size} for size in (None, 7, 9)], given)
     assert total["nll"] == same["nll"] != other["nll"]
-
-
-@pytest.mark.parametrize("given", [True, False])
-def test_a_registered_model_s_example_is_one_of_its_rows(given: bool) -> None:
-    served = counted(has_size_factor=given)
-    example = _example(served)
-    assert ("size_factor" in example) == given
-    (answer,) = served.answer([example], Request(operation="nll"))
-    assert answer["observed"] == ["rna"]
 
 
 @pytest.mark.parametrize(

@@ -206,8 +206,7 @@ def _example(served: Served) -> dict[str, Any]:
         return {first: [0.0] * len(drawn["values"][first])} if len(unit.shape) == 1 else {}
     counts = first in served.counts
     values = _clipped(drawn["values"][first], 255.0 if unit.dtype == "uint8" else None, 0 if counts else 3)
-    typical = served.model.config.dist_params(first).get("size_factor", 1.0)
-    return {first: values} | ({"size_factor": typical} if counts and unit.has_size_factor else {})
+    return {first: values} | ({"size_factor": 1.0} if counts else {})
 
 
 def _clipped(values: Any, high: float | None, digits: int) -> Any:

@@ -1,0 +1,121 @@
+"""Networks of several modalities run together: small perceptrons of one layout as one batched product.
+
+A step with many small networks is mostly the cost of starting operations. Weights stay where they are, in one module
+per modality; they are stacked for the product, and autograd brings each its gradient.
+"""
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from dmvae.gaussian import at_least_float32
+from dmvae.networks import EncoderOutput, MLPDecoder, MLPEncoder
+
+_SMALL = 2**17
+"""Perceptrons with more weights than this gain nothing from running together."""
+
+
+@dataclass(frozen=True, eq=False)
+class Decoder:
+    """A decoder network as a function from [z_shared, z_private] to a likelihood's parameters."""
+
+    network: nn.Module
+
+    def __call__(self, z: Float[Tensor, "row latent"]) -> Tensor:
+        """Decode latents, in float32 or better."""
+        return at_least_float32(self.network(z).reconstruction)
+
+
+def encode_each(given: Mapping[str, tuple[nn.Module, Tensor]]) -> dict[str, Any]:
+    """Run every encoder on its rows; those of one layout on equally many rows as one batched product."""
+    layouts = {name: layout(encoder) for name, (encoder, _) in given.items()}
+    kinds = {name: found and (found, given[name][1].shape[0]) for name, found in layouts.items()}
+    outputs: dict[str, Any] = {}
+    for names in families(kinds):
+        if len(names) == 1:
+            encoder, values = given[names[0]]
+            outputs[names[0]] = encoder(values)
+            continue
+        encoders = [encoder for encoder, _ in (given[name] for name in names) if isinstance(encoder, MLPEncoder)]
+        features = [encoder.features(given[name][1]) for encoder, name in zip(encoders, names, strict=True)]
+        parts = torch.split(_run_alike(encoders, torch.stack(features)), encoders[0].heads.sizes, dim=-1)
+        unbound = zip(*(part.unbind() for part in parts), strict=True)
+        outputs |= {name: EncoderOutput(*output) for name, output in zip(names, unbound, strict=True)}
+    return outputs
+
+
+def decode_each(decoders: Sequence[Callable[[Tensor], Tensor]], z: Float[Tensor, "decoder row latent"]) -> Tensor:
+    """Run decoders of one layout (or a single one of any kind), each on its rows; `(decoder, row, *output)`."""
+    if len(decoders) == 1:
+        return decoders[0](z[0]).unsqueeze(0)
+    networks = [decoder.network for decoder in decoders if isinstance(decoder, Decoder)]
+    output, (first, *_) = at_least_float32(_run_alike(networks, z)), networks
+    assert isinstance(first, MLPDecoder)
+    return output.reshape(*output.shape[:2], *first.output_shape)
+
+
+def decoder_layout(decode: Callable[[Tensor], Tensor]) -> Hashable | None:
+    """Return what decoders have in common that `decode_each` can run together; None for one that runs alone."""
+    return layout(decode.network) if isinstance(decode, Decoder) else None
+
+
+def layout(network: nn.Module) -> Hashable | None:
+    """Return what perceptrons have in common that can run as one batched product; None for any other network.
+
+    A network that is watched by hooks, compiled, or has other layers than it was made with, runs by itself.
+    """
+    if not isinstance(network, MLPEncoder | MLPDecoder) or type(network) not in (MLPEncoder, MLPDecoder):
+        return None
+    if _is_watched(network) or type(network._modules["body"]) is not nn.Sequential:
+        return None
+    kinds: list[Any] = [type(network)]
+    num_weights = 0
+    for layer in _layers_of(network):
+        if _is_watched(layer):
+            return None
+        if type(layer) is nn.ReLU and len(kinds) > 1:
+            kinds.append(nn.ReLU)
+            continue
+        weight, bias = (layer._parameters.get(part) for part in ("weight", "bias"))
+        if type(layer).forward is not nn.Linear.forward or weight is None or bias is None:
+            return None
+        num_weights += weight.numel()
+        kinds.append((*weight.shape, weight.dtype))
+    if num_weights > _SMALL:
+        return None
+    kinds.append(tuple(network.heads.sizes) if isinstance(network, MLPEncoder) else network.output_shape)
+    return tuple(kinds)
+
+
+def families(kinds: Mapping[str, Hashable | None]) -> list[tuple[str, ...]]:
+    """Put names of one kind together, in their order; None is alone."""
+    found: dict[Hashable, list[str]] = {}
+    for name, kind in kinds.items():
+        found.setdefault(name if kind is None else (kind,), []).append(name)
+    return [tuple(names) for names in found.values()]
+
+
+def _is_watched(module: nn.Module) -> bool:
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+    return bool(hooks) or module._compiled_call_impl is not None
+
+
+def _layers_of(network: nn.Module) -> list[Any]:
+    # a step asks for them often, and nn.Module is slow to give attributes
+    parts: dict[str, Any] = network._modules
+    heads = [parts["heads"]] if "heads" in parts else []
+    return [*parts["body"]._modules.values(), *heads]
+
+
+def _run_alike(networks: Sequence[nn.Module], x: Float[Tensor, "network row _"]) -> Tensor:
+    for layers in zip(*(_layers_of(network) for network in networks), strict=True):
+        if type(layers[0]) is nn.ReLU:
+            x = torch.relu_(x)  # of the product before it
+            continue
+        weight, bias = (torch.stack([layer._parameters[part] for layer in layers]) for part in ("weight", "bias"))
+        x = torch.baddbmm(bias.unsqueeze(1), x, weight.mT)
+    return x
