@@ -51,14 +51,15 @@ def two(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> tuple[TrainS
     return run(make_config(folder, dataset, workers={"num": 2}, training={"epochs": 6}))
 
 
-def test_two_workers_and_one_have_the_same_loss_curve(
+def test_two_workers_have_the_loss_curve_of_one(
     two: tuple[TrainSummary, Screen], dataset: Path, tmp_path: Path
 ) -> None:
-    one, _ = run(make_config(tmp_path, dataset, training={"epochs": 6}))
+    """Of one that knows no Ray; one of Ray's has the bits of that, see the run whose driver is killed."""
+    _, alone = train_here(make_config(tmp_path, dataset, training={"epochs": 6}))
     for name in ("train/loss", "val/loss", "train/gradient_norm"):
-        ours, theirs = curve(one, name), curve(two[0], name)
-        assert len(ours) >= 3
-        np.testing.assert_allclose(ours, theirs, rtol=1e-9)
+        expected = [alone[step][name] for step in sorted(alone) if name in alone[step]]
+        assert len(expected) >= 3
+        np.testing.assert_allclose(curve(two[0], name), expected, rtol=1e-9)
 
 
 def test_a_run_is_recorded_as_a_person_would_look_for_it(two: tuple[TrainSummary, Screen], dataset: Path) -> None:
