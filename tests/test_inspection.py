@@ -271,14 +271,16 @@ def test_likelihoods_go_with_the_values(tmp_path: Path) -> None:
         "bell": rng.normal(size=(400, 5)),
         "tail": rng.standard_t(2.5, size=(400, 20)),
         "hint": rng.normal(size=(400, 5)),
+        "logged": rng.lognormal(3, 2, size=(400, 5)),
     }
     rows = Rows(np.arange(400), data, {name: np.ones(400, bool) for name in data})
     parts = {"train": rows.take(slice(0, 300)), "val": rows.take(slice(300, 400))}
-    census = census_of(tmp_path, parts, likelihood={"hint": "laplace"})
+    census = census_of(tmp_path, parts, likelihood={"hint": "laplace"}, scaling={"logged": "log1p"})
     found = propose_likelihoods(census)
     assert {name: fit.likelihood for name, fit in found.items()} == {
         "picture": "normal", "mask": "bernoulli", "answer": "bernoulli", "share": "normal", "tissue": "categorical",
         "count": "poisson", "burst": "negative_binomial", "bell": "normal", "tail": "laplace", "hint": "laplace",
+        "logged": "normal",
     }  # fmt: skip
     assert "grey" in found["picture"].reason
     assert "counts" in found["count"].reason

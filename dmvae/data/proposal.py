@@ -52,6 +52,8 @@ def _fit(info: ModalityInfo, values: Values | None) -> Fit:
             spread = _typical(values.std**2 / values.mean)
         reason = f"counts: whole numbers from 0, their variance {spread:.1f} times the mean"
         return Fit("poisson" if spread <= _POISSON_SPREAD else "negative_binomial", reason, {})
+    if info.scaling == "log1p":
+        return Fit("normal", "read as log(1 + x), which has no heavy tails as a rule", learned)
     kurtosis = _typical(values.kurtosis)
     if kurtosis > _HEAVY_TAILS:
         return Fit("laplace", f"heavy tails: kurtosis {kurtosis:.1f} (normal 3, laplace 6)", learned)
