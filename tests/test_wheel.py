@@ -71,6 +71,7 @@ def test_init_writes_the_shipped_configurations_and_keeps_what_is_there(installe
 
 
 @pytest.mark.acceptance
+@pytest.mark.timeout(1800)
 def test_a_short_demo_runs_from_a_wheel(installed: Path, tmp_path: Path) -> None:
     assert run(installed, tmp_path, "dmvae", "init").returncode == 0
     prepared = run(installed, tmp_path, "dmvae", "prepare", "configs/digits.toml")

@@ -1,0 +1,37 @@
+"""What a job may ask for: what is there, or what an autoscaler may yet start."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dmvae.platform.cluster import limits, resources
+from tests.searches import make_search
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_without_an_autoscaler_the_limits_are_what_is_there() -> None:
+    found = limits()
+    assert found["CPU"] == 4
+    assert found == resources()
+
+
+@pytest.mark.acceptance
+def test_a_head_without_work_takes_as_many_trials_at_a_time_as_are_asked_for(dataset: Path, tmp_path: Path) -> None:
+    """The head of every cluster here has no CPUs, and its workers come from zero."""
+    file = tmp_path / "search.json"
+    file.write_text(make_search(tmp_path, dataset, trials=64, max_concurrent=16).model_dump_json())
+    program = (
+        "import ray\n"
+        "from pathlib import Path\n"
+        "from dmvae.config.search import SearchConfig\n"
+        "from dmvae.platform.search import max_concurrent\n"
+        "ray.init(address='local', num_cpus=0, num_gpus=0, include_dashboard=False, log_to_driver=False)\n"
+        f"config = SearchConfig.model_validate_json(Path({str(file)!r}).read_text())\n"
+        "print(max_concurrent(config), max_concurrent(config.model_copy(update={'max_concurrent': None})))\n"
+        "ray.shutdown()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1:] == ["16 64"], done.stderr
