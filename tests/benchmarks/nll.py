@@ -4,6 +4,8 @@ It refuses incomplete rows and sums a batch's terms up wrongly, so its values ar
 same number of decoder calls.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from dmvae.config.model import DMVAEConfig
@@ -22,8 +24,8 @@ def perceptrons() -> DMVAEConfig:
     )
 
 
-def results() -> list[Result]:
-    """Run every comparison."""
+def results(wanted: Callable[[str], bool]) -> list[Result]:
+    """Run the comparisons asked for."""
     table = [
         ("8 small MLPs", small_mlps(8), 64, 25.0, 30.0),
         ("MLP-256", perceptrons(), 32, 2.5, 4.0),
@@ -31,6 +33,8 @@ def results() -> list[Result]:
     ]
     found = []
     for work, config, rows, at_least, aim in table:
+        if not wanted(f"joint NLL, {work}, K = {DRAWS}"):
+            continue
         torch.manual_seed(0)
         model = DMVAE(config).eval()
         batch, theirs = make_batch(config, 0.0, rows), reference(model).eval()
