@@ -3,13 +3,13 @@
 import json
 import os
 import secrets
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import tomli_w
 from mlflow import MlflowClient
@@ -58,7 +58,9 @@ class Cluster:
 
     def stop(self) -> None:
         """End every process of this cluster, and no other."""
-        os.killpg(self.head.pid, signal.SIGTERM)
+        parent = psutil.Process(self.head.pid)
+        for one in (*parent.children(recursive=True), parent):
+            one.kill()
         self.head.wait(60)
 
 
