@@ -14,15 +14,15 @@ import pytest
 from dmvae.cli import run_verb
 from dmvae.config.inspect import InspectConfig
 from dmvae.config.training import TrainConfig
-from dmvae.data.census import Census, take_census
-from dmvae.data.copies import RowHash, repeated
 from dmvae.data.dataset import open_dataset
-from dmvae.data.findings import find
+from dmvae.data.inspecting.census import Census, take_census
+from dmvae.data.inspecting.copies import RowHash, repeated
+from dmvae.data.inspecting.findings import find
+from dmvae.data.inspecting.proposal import propose_likelihoods
+from dmvae.data.inspecting.values import Values
 from dmvae.data.manifest import save_manifest
-from dmvae.data.proposal import propose_likelihoods
 from dmvae.data.rows import Rows
 from dmvae.data.survey import survey
-from dmvae.data.values import Values
 from dmvae.data.writer import write_dataset
 from dmvae.inspection import Inspection, inspect
 from dmvae.platform.checks import check_data

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from dmvae.config.training import TrainConfig
-from dmvae.data.census import Census
+from dmvae.data.inspecting.census import Census
+from dmvae.data.inspecting.values import Values
 from dmvae.data.manifest import ModalityInfo
-from dmvae.data.values import Values
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

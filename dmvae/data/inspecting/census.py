@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from dmvae.data.copies import Hashes, Meeting, RowHash, hash_ids
 from dmvae.data.dataset import Dataset
+from dmvae.data.inspecting.copies import Hashes, Meeting, RowHash, hash_ids
+from dmvae.data.inspecting.values import Values
 from dmvae.data.shard import MappedShard
-from dmvae.data.values import Values
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

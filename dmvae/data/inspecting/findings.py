@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from dmvae.data.census import TELLING_BITS, Census, Common
-from dmvae.data.copies import repeated
+from dmvae.data.inspecting.census import TELLING_BITS, Census, Common
+from dmvae.data.inspecting.copies import repeated
+from dmvae.data.inspecting.values import Values
 from dmvae.data.manifest import ModalityInfo
-from dmvae.data.values import Values
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
