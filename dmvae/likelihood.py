@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from dmvae.config.model import DMVAEConfig
 
+_OF_ANY_MODULE = frozenset(vars(nn.Module()))
+
 
 class Likelihood(nn.Module):
     """The distribution of one modality given its decoder's output.
@@ -34,9 +36,10 @@ class Likelihood(nn.Module):
     @property
     def kind(self) -> Hashable | None:
         """What likelihoods that are the same function have in common; None for one with tensors of its own."""
-        facts = {name: value for name, value in vars(self).items() if name[0] != "_" and name != "training"}
+        facts = {name: value for name, value in vars(self).items() if name not in _OF_ANY_MODULE}
         plain = all(isinstance(value, int | float | str | tuple | None) for value in facts.values())
-        return (type(self), *facts.items()) if plain and not self._parameters and not self._buffers else None
+        holds = self._parameters or self._buffers or self._modules
+        return (type(self), *facts.items()) if plain and not holds else None
 
     def mean(self, output: Tensor) -> Tensor:
         """Return E[x | output] on the data's scale."""

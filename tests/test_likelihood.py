@@ -1,5 +1,6 @@
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -161,6 +162,27 @@ def test_a_registered_likelihood_is_built_with_its_parameters() -> None:
     assert built.width == 2.5
     with pytest.raises(ValueError, match="once"):
         likelihood.register("normal", Cauchy)
+
+
+class Scaled(Cauchy):
+    """A likelihood with something of its own that is not public."""
+
+    def __init__(self, shape: tuple[int, ...], width: float | nn.Module) -> None:
+        super().__init__(shape)
+        self._width = width
+
+    def log_prob(self, output: Tensor, value: Tensor) -> Tensor:
+        output = self._width(output) if isinstance(self._width, nn.Module) else self._width * output
+        return super().log_prob(output, value)
+
+
+@pytest.mark.parametrize("widths", [(1.0, 9.0), (nn.Linear(3, 3), nn.Linear(3, 3))])
+def test_likelihoods_that_differ_in_what_is_private_to_them_are_not_taken_for_one(widths: tuple[Any, Any]) -> None:
+    alone = [Scaled((3,), width) for width in widths]
+    output, values = torch.randn(2, 4, 3), [torch.randn(4, 3), torch.randn(4, 3)]
+    found = likelihood.log_prob_each(alone, output, values)
+    for own, one, part, value in zip(found, alone, output, values, strict=True):
+        torch.testing.assert_close(own, one.log_prob(part, value))
 
 
 @pytest.mark.usefixtures("_empty_registry")
