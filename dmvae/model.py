@@ -120,8 +120,9 @@ class DMVAE(nn.Module):
     def _parameter(self) -> nn.Parameter:
         # a step asks often, and torch walks all modules to list parameters: hence one module's own
         module, name = self._owner
-        parameter = module._parameters[name]
-        assert parameter is not None
+        parameter = module._parameters.get(name)
+        if parameter is None:  # a parametrisation, such as a spectral norm, holds it now
+            parameter = next(parameter for parameter in self.parameters() if parameter.is_floating_point())
         return parameter
 
     def forward(

@@ -70,7 +70,8 @@ def layout(network: nn.Module) -> Hashable | None:
     """
     if not isinstance(network, MLPEncoder | MLPDecoder) or type(network) not in (MLPEncoder, MLPDecoder):
         return None
-    if _is_watched(network) or type(network._modules["body"]) is not nn.Sequential:
+    body = network._modules["body"]
+    if _is_watched(network) or type(body) is not nn.Sequential or _is_watched(body):
         return None
     kinds: list[Any] = [type(network)]
     num_weights = 0
@@ -100,8 +101,8 @@ def families(kinds: Mapping[str, Hashable | None]) -> list[tuple[str, ...]]:
 
 
 def _is_watched(module: nn.Module) -> bool:
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-    return bool(hooks) or module._compiled_call_impl is not None
+    forward, backward = module._forward_hooks or module._forward_pre_hooks, module._backward_hooks
+    return bool(forward or backward or module._backward_pre_hooks) or module._compiled_call_impl is not None
 
 
 def _layers_of(network: nn.Module) -> list[Any]:

@@ -101,8 +101,19 @@ def test_only_plain_perceptrons_of_one_layout_run_together() -> None:
     reparametrised = copy.deepcopy(model.decoders["a"])
     nn.utils.parametrizations.weight_norm(reparametrised.body[0])
     dropped = make_model(architectures={key: {"hidden_dims": (5,), "dropout": 0.1} for key in NAMES}).decoders["a"]
-    for network in (altered, watched, reparametrised, dropped):
+    listened = copy.deepcopy(model.decoders["a"])
+    listened.body.register_forward_hook(lambda *_: None)
+    retraced = copy.deepcopy(model.decoders["a"])
+    retraced.register_full_backward_pre_hook(lambda *_: None)
+    for network in (altered, watched, reparametrised, dropped, listened, retraced):
         assert layout(network) is None
+
+
+def test_a_model_whose_first_layer_is_reparametrised_still_runs() -> None:
+    model = make_model()
+    nn.utils.parametrizations.spectral_norm(model.encoders["a"].body[0])
+    assert model.dtype == torch.float64
+    model(make_batch()).loss.backward()
 
 
 def test_names_of_one_kind_are_together_in_their_order() -> None:
