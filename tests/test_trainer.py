@@ -15,7 +15,7 @@ from dmvae.config.data import PrepareConfig
 from dmvae.config.training import TrainConfig
 from dmvae.data.dataset import open_dataset
 from dmvae.data.prepare import prepare
-from dmvae.platform.trainer import RunError, resolve, train_run
+from dmvae.platform.trainer import RunError, _check_same_run, resolve, run_record, train_run
 from tests.runs import make_config, make_dataset
 
 
@@ -102,6 +102,18 @@ def test_a_run_does_not_go_on_with_another_dataset_or_model(dataset: Path, tmp_p
         train_run(make_config(tmp_path, other, model={"latent_dim": 16}), print)
     assert f"dataset.fingerprint: '{opened.manifest.fingerprint}' in the run, '{now}' asked for" in str(refusal.value)
     assert "model.latent_dim: 2 in the run, 16 asked for" in str(refusal.value)
+
+
+def test_a_setting_that_is_newer_than_a_run_had_its_default_there(dataset: Path, tmp_path: Path) -> None:
+    opened = open_dataset(dataset)
+    record = run_record(resolve(make_config(tmp_path, dataset), opened), opened.manifest)
+    before = json.loads(json.dumps(record))
+    del before["data"]["unit"], before["training"]["compile"], before["optim"]["clip_norm"]
+    (tmp_path / "run.json").write_text(json.dumps(before))
+    _check_same_run(tmp_path, record, str(tmp_path))
+    record["data"]["unit"] = "shard"
+    with pytest.raises(RunError, match=r"data\.unit: 'batch' in the run, 'shard' asked for"):
+        _check_same_run(tmp_path, record, str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ from dmvae.platform.trainer import (
     TrainSummary,
     absolute,
     dataset_record,
+    default_of,
     leaves,
     resolve,
     train_run,
@@ -164,6 +165,7 @@ def _check_same_study(study_dir: Path, record: Mapping[str, Any]) -> None:
     if not file.is_file():
         return
     before, now = leaves(json.loads(file.read_text())), leaves(record)
+    before |= {key: default_of(SearchConfig, key) for key in now.keys() - before.keys()}
     differing = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
     refused = [key for key in differing if not key.startswith(_MAY_CHANGE)]
     if now["trials"] < before["trials"]:

@@ -22,6 +22,7 @@ from torch import nn
 
 from dmvae import checkpoint
 from dmvae.config.model import COUNT_DISTS
+from dmvae.config.section import Section
 from dmvae.config.training import TrainConfig
 from dmvae.data import place
 from dmvae.data.dataset import Dataset, open_dataset
@@ -223,6 +224,7 @@ def _check_same_run(run_dir: Path, record: Mapping[str, Any], where: str) -> Non
     if not file.is_file():
         return
     before, now = leaves(json.loads(file.read_text())), leaves(record)
+    before |= {key: default_of(TrainConfig, key) for key in now.keys() - before.keys()}
     differing = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
     # what a run is judged by may be mended until it has been judged
     free = _MAY_CHANGE if (run_dir / _RESULT).is_file() else (*_MAY_CHANGE, "evaluation.")
@@ -246,6 +248,21 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         flat |= leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return flat
+
+
+def default_of(section: type[Section], key: str) -> Any:
+    """Return the default of a setting such as `data.unit`: what a record from before there was such a setting means.
+
+    None where a section's keys are the user's own, or no setting has that name.
+    """
+    first, _, rest = key.partition(".")
+    field = section.model_fields.get(first)
+    if field is None:
+        return None
+    if not rest:
+        return None if field.is_required() else field.get_default(call_default_factory=True)
+    inner = field.annotation
+    return default_of(inner, rest) if isinstance(inner, type) and issubclass(inner, Section) else None
 
 
 def _result(config: TrainConfig, metrics: dict[str, float], tracked: TrackedRun) -> dict[str, Any]:
