@@ -12,6 +12,7 @@ were written down.
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -80,11 +81,25 @@ def put(state: TrainState, run: dict[str, Any], report: dict[str, Any], folder: 
         checkpoint.save(state, run, whole, report)
         (folder / name).upload(whole)
         if is_best:
-            (folder / f"{_BEST}{name.removeprefix(shelf.PREFIX)}").upload(whole)
-            for old in there:
-                if old.startswith(_BEST):
-                    (folder / old).remove()
+            _put_best(folder, whole, there)
     return folder / name
+
+
+def _put_best(folder: Remote, whole: Path, there: list[str]) -> None:
+    (folder / f"{_BEST}{whole.name.removeprefix(shelf.PREFIX)}").upload(whole)
+    for old in there:
+        if old.startswith(_BEST):
+            (folder / old).remove()
+
+
+def _copy_as_best(folder: Remote, name: str) -> None:
+    there = folder.names()
+    with TemporaryDirectory(prefix="dmvae-") as scratch:
+        whole = Path(scratch, name)
+        (folder / name).download(whole)
+        with suppress(checkpoint.CheckpointError):  # of a broken one: it will be named when it is to be gone on from
+            checkpoint.verify(whole)
+            _put_best(folder, whole, there)
 
 
 def mend(folder: Remote) -> list[Remote]:
@@ -93,15 +108,18 @@ def mend(folder: Remote) -> list[Remote]:
     What a kill left half written is removed. Whether a whole one is intact shows when it is read.
     """
     names = [name for name in folder.names() if name.startswith((shelf.PREFIX, _BEST)) and name[-1].isdigit()]
-    whole = {}
+    whole, bests = dict[str, Any](), dict[str, Any]()
     for name in names:
         state = (folder / name / checkpoint.STATE).read()
         if state is None or checkpoint.CHECKSUMS not in (folder / name).names():
             (folder / name).remove()
-        elif name.startswith(shelf.PREFIX):
-            whole[name] = json.loads(state)["report"]
+        else:
+            (bests if name.startswith(_BEST) else whole)[name] = json.loads(state)["report"]
     snapshot = json.dumps(shelf.snapshot(whole)).encode()
     (folder / CHECKPOINT_MANAGER_SNAPSHOT_FILENAME).write(snapshot)
+    missed = shelf.missed_best(whole, bests[max(bests)] if bests else None)
+    if missed is not None:
+        _copy_as_best(folder, missed)
     return [folder / name for name in whole]
 
 

@@ -5,6 +5,7 @@ overwrites its list in place; so before a run starts, the list is made anew from
 """
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -18,6 +19,8 @@ from dmvae.platform.lane import write_atomically
 from dmvae.training import TrainState
 
 BEST = "best"
+SCORE = "score"
+"""The reported figure that chooses the best checkpoint: smaller is better; None within an epoch."""
 NUM_KEPT = 3
 """Checkpoints that stay, the newest; the best one has a copy of its own."""
 PREFIX, _BROKEN = "checkpoint_", "broken_"
@@ -84,11 +87,30 @@ def mend(folder: Path, say: Callable[[str], None]) -> list[Path]:
             shutil.rmtree(folder / f"{_BROKEN}{found.name}", ignore_errors=True)
             found.rename(folder / f"{_BROKEN}{found.name}")
     if folder.exists():
-        write_atomically(
-            folder / CHECKPOINT_MANAGER_SNAPSHOT_FILENAME,
-            json.dumps(snapshot({path.name: checkpoint.read_report(path) for path in whole})),
-        )
+        reports = {path.name: checkpoint.read_report(path) for path in whole}
+        write_atomically(folder / CHECKPOINT_MANAGER_SNAPSHOT_FILENAME, json.dumps(snapshot(reports)))
+        _mend_best(folder, reports)
     return whole
+
+
+def _mend_best(folder: Path, reports: Mapping[str, dict[str, Any]]) -> None:
+    best = folder / BEST
+    try:
+        if best.exists():
+            checkpoint.verify(best)
+    except checkpoint.CheckpointError:  # it will be named at the end
+        return
+    missed = missed_best(reports, checkpoint.read_report(best) if best.exists() else None)
+    if missed is not None:
+        replace(folder / missed, best)
+
+
+def missed_best(reports: Mapping[str, dict[str, Any]], best: Mapping[str, Any] | None) -> str | None:
+    """Return the checkpoint that a kill kept from becoming the best: its copy is made after it, and `best` is older."""
+    scores = {name: report.get(SCORE) for name, report in reports.items()}
+    judged = {name: score for name, score in scores.items() if score is not None and math.isfinite(score)}
+    name = min(judged, key=lambda name: judged[name], default=None)
+    return name if name is not None and (best is None or judged[name] < best.get(SCORE, -math.inf)) else None
 
 
 def free_name(step: int, taken: Collection[str]) -> str:

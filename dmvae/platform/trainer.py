@@ -33,10 +33,11 @@ from dmvae.platform.checks import check_data
 from dmvae.platform.cluster import limits, local_cluster, messages, resources
 from dmvae.platform.evaluation import Extras, judge
 from dmvae.platform.lane import write_atomically
+from dmvae.platform.shelf import SCORE
 from dmvae.platform.spool import TrackedRun, scrub
 from dmvae.platform.storage import Remote, home_of
 from dmvae.platform.tracking import DatasetRecord, open_run, tracking_uri
-from dmvae.platform.worker import SCORE, WorkerTask, work
+from dmvae.platform.worker import WorkerTask, work
 
 _RESULT = "result.json"
 _CHECKPOINTS = "checkpoints"

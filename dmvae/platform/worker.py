@@ -30,6 +30,7 @@ from dmvae.data.order import EpochOrder
 from dmvae.data.split import Split
 from dmvae.model import DMVAE
 from dmvae.platform import depot, shelf
+from dmvae.platform.shelf import SCORE
 from dmvae.platform.spool import MetricSpool, TrackedRun
 from dmvae.platform.storage import Remote
 from dmvae.training import (
@@ -46,8 +47,6 @@ from dmvae.training import (
     train,
 )
 
-SCORE = "score"
-"""The reported figure that chooses the best checkpoint: smaller is better; None within an epoch."""
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.float32}
 _BLOCK_ROWS = 256
 
