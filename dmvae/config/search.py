@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, field_validator, model_validator
 
-from dmvae.config.section import Name, Section, Seed, Size
+from dmvae.config.section import Name, RunsDir, Section, Seed, Size
 from dmvae.config.training import TrainConfig
 
 Objective = Literal["imputation", "conditional_nll", "joint_nll", "coherence", "parameters", "seconds_per_step"]
@@ -91,7 +91,7 @@ class RetrainConfig(Section):
     """Of that run. None: as many as the base has."""
 
 
-class SearchConfig(Section):
+class SearchConfig(Section, hide_input_in_errors=True):
     """A search from a base configuration to the best one that the budget finds."""
 
     name: Name
@@ -135,7 +135,7 @@ class SearchConfig(Section):
     """Decoder rows per modality and row of a trial's NLL."""
     seed: Seed = 0
     """Of the proposals."""
-    runs_dir: str = "runs"
+    runs_dir: RunsDir = "runs"
     """The folder of all runs and studies."""
     retrain: RetrainConfig = RetrainConfig()
     """What becomes of the best configuration."""

@@ -54,7 +54,8 @@ Name = Annotated[str, AfterValidator(check_name)]
 
 def has_password(uri: str) -> bool:
     """Tell whether a URI carries credentials."""
-    return re.search(r"://[^/\s]*:[^/\s]*@", uri) is not None
+    option = r"(?i)[?&][^=&\s]*(?:token|password|secret|signature|sig|(?:access|account|secret)_key)="
+    return re.search(r"://[^/\s]*:[^/\s]*@", uri) is not None or re.search(option, uri) is not None
 
 
 def _check_runs_dir(place: str) -> str:

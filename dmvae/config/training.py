@@ -101,7 +101,7 @@ class WorkersConfig(Section):
         return self
 
 
-class TrainConfig(Section):
+class TrainConfig(Section, hide_input_in_errors=True):
     """A training run from data to recorded model."""
 
     name: Name

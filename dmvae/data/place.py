@@ -10,6 +10,7 @@ from typing import BinaryIO, TypeVar
 import pyarrow as pa
 import pyarrow.fs
 
+from dmvae.config.section import has_password
 from dmvae.data.error import DatasetError
 from dmvae.data.manifest import MANIFEST_NAME, Manifest, ShardInfo, load_manifest, parse_manifest
 from dmvae.data.schema import Columns, read_columns
@@ -43,7 +44,7 @@ def absolute(path: str) -> str:
 
 def file_system(uri: str) -> tuple[pa.fs.FileSystem, str]:
     """Return the file system of a URI, with credentials from the environment, and the path in it."""
-    if "@" in uri.partition("://")[2].partition("/")[0]:
+    if "@" in uri.partition("://")[2].partition("/")[0] or has_password(uri):
         raise DatasetError(
             "credentials come from the environment (AWS_ACCESS_KEY_ID, an instance's role, ...), as a dataset's URI is "
             "recorded with the run; got a URI that holds some. Leave them out."

@@ -7,7 +7,7 @@ node, and never from a configuration, which is recorded.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -15,6 +15,7 @@ import pyarrow as pa
 from pyarrow.fs import FileSelector, FileSystem, FileType, FSSpecHandler, PyFileSystem, S3FileSystem, copy_files
 
 from dmvae import checkpoint
+from dmvae.config.section import has_password
 from dmvae.data.place import is_uri
 from dmvae.data.staging import cache_folder
 
@@ -42,8 +43,13 @@ class Remote:
         """Return the place that a URI names.
 
         Raises:
-            ValueError: if no file system goes by that name.
+            ValueError: if no file system goes by that name, or it carries keys.
         """
+        if has_password(uri):
+            raise ValueError(
+                "a URI carries no keys, because it is recorded; got one that does. Set them in the environment, as "
+                "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
+            )
         try:
             return cls(uri, *FileSystem.from_uri(uri))
         except pa.ArrowInvalid as error:
@@ -59,7 +65,8 @@ class Remote:
         return cls(uri, PyFileSystem(FSSpecHandler(filesystem)), path)
 
     def __truediv__(self, name: str) -> "Remote":
-        return Remote(f"{self.uri.rstrip('/')}/{name}", self.filesystem, f"{self.path.rstrip('/')}/{name}")
+        base, mark, options = self.uri.partition("?")  # such as a region
+        return Remote(f"{base.rstrip('/')}/{name}{mark}{options}", self.filesystem, f"{self.path.rstrip('/')}/{name}")
 
     def make(self) -> None:
         """Make this folder, if it is not there."""
@@ -138,8 +145,8 @@ def local(model: str | Path) -> Iterator[Path]:
         yield Path(model)
         return
     with TemporaryDirectory(prefix="dmvae-") as scratch:
-        folder = Path(scratch, Path(str(model)).name)
         place = Remote.at(str(model))
+        folder = Path(scratch, PurePosixPath(place.path).name)
         if not place.names():
             raise StorageError(f"a model is read where there is one; there is nothing at {model}.")
         place.download(folder)

@@ -119,7 +119,7 @@ def train_run(config: TrainConfig, progress: Callable[[str], None]) -> TrainSumm
                 )
             _record(tracked, run_dir)
             figures = judge(
-                f"{where}/best",
+                str(run_dir / "best") if remote is None else (remote / "best").uri,
                 dataset,
                 resolved.evaluation,
                 resolved.data.train_split,
