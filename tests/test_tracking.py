@@ -18,8 +18,10 @@ from mlflow.entities import Run
 from pydantic import ValidationError
 
 from dmvae.config.tracking import TrackingConfig
+from dmvae.platform.depot import fetch_record
 from dmvae.platform.lane import TrackingError
 from dmvae.platform.spool import MetricSpool, TrackedRun, scrub
+from dmvae.platform.storage import Remote
 from dmvae.platform.tracking import DatasetRecord, flatten, open_run, sync, tracking_uri
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:The ``noload`` loader strategy is deprecated:DeprecationWarning")
@@ -261,6 +263,25 @@ def test_a_configuration_with_a_password_is_refused_without_repeating_it() -> No
     with pytest.raises(ValidationError, match="carries no password") as raised:
         TrackingConfig(uri="postgresql://me:secret@host/mlflow")
     assert "secret" not in str(raised.value)
+
+
+def test_what_a_node_kept_of_another_run_of_the_same_place_is_set_aside(tmp_path: Path) -> None:
+    nowhere, place = "http://127.0.0.1:9", tmp_path / "tracking"
+    with MetricSpool(place, nowhere, "old", background=False) as spool:
+        spool.log({"loss": 9.0}, 100)
+    with MetricSpool(place, nowhere, "new", background=False) as spool:
+        spool.log({"loss": 1.0}, 3)
+    assert json.loads((place / "mlflow.json").read_text())["run_id"] == "new"
+    (line,) = (place / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line)["metrics"] == {"loss": 1.0}
+    assert json.loads((tmp_path / "tracking-old" / "mlflow.json").read_text())["run_id"] == "old"
+
+    store = Remote.at("memory://bucket/kept")
+    (store / "run.json").write(b"{}")
+    (store / "mlflow.json").write(json.dumps({"run_id": "newest", "uri": nowhere}).encode())
+    fetch_record(store, tmp_path, ("run.json",))
+    assert not (place / "metrics.jsonl").exists()
+    assert (tmp_path / "tracking-new" / "metrics.jsonl").exists()
 
 
 def test_urls_lose_their_secrets() -> None:

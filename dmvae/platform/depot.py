@@ -22,7 +22,7 @@ from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAM
 from dmvae import checkpoint
 from dmvae.platform import shelf
 from dmvae.platform.lane import write_atomically
-from dmvae.platform.spool import RUN_FILE
+from dmvae.platform.spool import RUN_FILE, set_aside
 from dmvae.platform.storage import Remote
 from dmvae.training import TrainState
 
@@ -55,6 +55,7 @@ def fetch_record(place: Remote, run_dir: Path, files: tuple[str, ...]) -> None:
     if record is not None:
         spool_dir = run_dir / "tracking"
         spool_dir.mkdir(exist_ok=True)
+        set_aside(spool_dir, json.loads(record)["run_id"])
         write_atomically(spool_dir / RUN_FILE, record.decode())
 
 

@@ -98,6 +98,7 @@ class MetricSpool:
         with ExitStack() as stack:
             stack.enter_context(hold(self._dir / "spool.lock", wait_seconds))
             stack.enter_context(brisk_requests)
+            set_aside(self._dir, run_id)
             record_run(self._dir, uri, run_id)
             self._metrics = Lane(self._dir / "metrics.jsonl", self._send_metrics, batch_size=100)
             self._artifacts = Lane(self._dir / "artifacts.jsonl", self._send_artifacts, batch_size=1)
@@ -185,6 +186,18 @@ def record_run(spool_dir: Path, uri: str, run_id: str) -> None:
     path = spool_dir / RUN_FILE
     if not path.exists():
         write_atomically(path, json.dumps({"run_id": run_id, "uri": scrub(uri)}))
+
+
+def set_aside(spool_dir: Path, run_id: str) -> None:
+    """Move a spool of another run, which this node kept of a run at the same URI, to where `sync` still finds it."""
+    path = spool_dir / RUN_FILE
+    other = json.loads(path.read_text())["run_id"] if path.exists() else run_id
+    if other != run_id:
+        aside = spool_dir.with_name(f"{spool_dir.name}-{other}")
+        aside.mkdir(exist_ok=True)
+        for file in spool_dir.iterdir():
+            if file.suffix != ".lock":
+                file.rename(aside / file.name)
 
 
 def _now() -> int:
