@@ -56,15 +56,15 @@ class Gatherer:
         self._addresses = {
             name: Addresses(np.zeros(total, dtype=np.int64), np.zeros(total, dtype=np.int64)) for name in self._types
         }
-        self._low, self._high = 1 << 62, 0
+        self._span = 1 << 62, 0
 
     def add(self, file: int, columns: Mapping[str, Addresses], low: int, high: int) -> None:
-        """Note where a file is mapped, from address `low` to `high`."""
+        """Note where a file is mapped, from address `low` to `high`; others may be read meanwhile."""
         groups = slice(self._group_start[file], self._group_start[file + 1])
         for name, found in columns.items():
             self._addresses[name].values[groups] = found.values
             self._addresses[name].bits[groups] = found.bits
-        self._low, self._high = min(low, self._low), max(high, self._high)
+        self._span = min(low, self._span[0]), max(high, self._span[1])
 
     def locate(self, positions: Int64[np.ndarray, " row"]) -> Located:
         """Return where rows lie."""
@@ -86,10 +86,11 @@ class Gatherer:
         size = dtype.itemsize * int(np.prod(shape, dtype=np.int64))
         if not len(rows.group):
             return np.empty((0, *shape), dtype=dtype)
+        low, high = self._span  # once: a thread that maps another file moves it
         offsets = self._addresses[name].values[rows.group]
         offsets += rows.place * size
-        offsets -= self._low
-        return np.asarray(self._memory(size)[offsets].view(dtype).reshape(-1, *shape))
+        offsets -= low
+        return np.asarray(_memory(low, high, size)[offsets].view(dtype).reshape(-1, *shape))
 
     def present(self, name: str, rows: Located) -> Bool[np.ndarray, " row"]:
         """Return which rows have a value in a column, of files that were added and are still mapped."""
@@ -97,11 +98,12 @@ class Gatherer:
         has_bits = start != 0
         if not has_bits.any():
             return np.ones(len(start), dtype=bool)
-        offsets = np.where(has_bits, start + rows.byte, self._low) - self._low
-        return np.asarray(((self._memory(1)[offsets].view(np.uint8) & rows.bit) != 0) | ~has_bits)
+        low, high = self._span
+        offsets = np.where(has_bits, start + rows.byte, low) - low
+        return np.asarray(((_memory(low, high, 1)[offsets].view(np.uint8) & rows.bit) != 0) | ~has_bits)
 
-    def _memory(self, size: int) -> Array:
-        """Return what looks like an array with an item of `size` bytes at every byte of memory, mapped or not."""
-        span = self._high - self._low
-        memory = memoryview((ctypes.c_uint8 * span).from_address(self._low))
-        return np.ndarray((span - size + 1,), f"V{size}", memory, strides=(1,))
+
+def _memory(low: int, high: int, size: int) -> Array:
+    """Return what looks like an array with an item of `size` bytes at every byte of memory, mapped or not."""
+    memory = memoryview((ctypes.c_uint8 * (high - low)).from_address(low))
+    return np.ndarray((high - low - size + 1,), f"V{size}", memory, strides=(1,))
