@@ -77,6 +77,33 @@ def test_a_folder_in_small_batches_comes_back_from_shards(tmp_path: Path, monkey
     assert (batch.data["y"].numpy() == values[ids][:, :1]).all()
 
 
+@pytest.mark.parametrize("first", [{}, {"b": pa.nulls(2)}])
+def test_a_modality_that_the_first_file_does_not_have_is_read_from_others(
+    tmp_path: Path, first: dict[str, Any]
+) -> None:
+    write(tmp_path / "0.parquet", {"id": [0, 1], "a": [0.5, 1.5]} | first)
+    write(tmp_path / "1.parquet", {"id": [2, 3], "a": [2.5, 3.5], "b": [[1.0, 2.0], [3.0, 4.0]]})
+    rows = collect(read_parquet(ParquetSource(path=str(tmp_path))))
+    assert rows.present["b"].tolist() == [False, False, True, True]
+    assert rows.data["b"][2:].tolist() == [[1, 2], [3, 4]]
+
+
+def test_rows_that_miss_it_may_come_before_those_that_have_a_shaped_modality(tmp_path: Path) -> None:
+    lists = pa.array([None] * 600 + [[1.0, 2.0, 3.0, 4.0]] * 10, pa.list_(pa.float32()))
+    path = write(tmp_path / "rows.parquet", {"x": lists, "y": np.zeros(610)})
+    groups = {"x": ColumnGroup(columns="x", shape=(2, 2)), "y": ColumnGroup(columns="y")}
+    rows = collect(read_parquet(ParquetSource(path=path, modalities=groups)))
+    assert rows.present["x"].sum() == 10
+    assert rows.data["x"][-1].tolist() == [[1, 2], [3, 4]]
+
+
+def test_chunks_are_small_though_the_first_rows_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "CHUNK_BYTES", 1 << 16)
+    lists = pa.array([None] * 300 + [[0.0] * 1024] * 100, pa.list_(pa.float32()))
+    source = ParquetSource(path=write(tmp_path / "rows.parquet", {"x": lists}))
+    assert max(len(chunk.rows) for chunk in read_parquet(source).chunks) <= 16
+
+
 @pytest.mark.parametrize(
     ("columns", "message"),
     [

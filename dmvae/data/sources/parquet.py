@@ -1,5 +1,6 @@
 """Rows from Parquet: one file, or a folder of files with the same columns."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ def read_parquet(source: ParquetSource) -> Stream:
         files = ds.dataset(source.path, format="parquet")
         if not Path(source.path).exists() or not files.files:
             raise FileNotFoundError
+        files = files.replace_schema(_all_columns(files))
         layout = _layout(source, files)
         num_rows = files.count_rows()
     return Stream(_chunks(source.path, layout), num_rows)
@@ -54,6 +56,18 @@ def _readable(path: str) -> Iterator[None]:
         raise DatasetError(f"{path}: a source is Parquet; got: {error}. Write it again.") from error
 
 
+def _all_columns(files: ds.FileSystemDataset) -> pa.Schema:
+    """Return the columns of all files, each of the type that it has in the first file where it is not all null."""
+    schema = files.schema
+    for field in (field for fragment in files.get_fragments() for field in fragment.physical_schema):
+        place = schema.get_field_index(field.name)
+        if field.name not in schema.names:
+            schema = schema.append(field)
+        elif place >= 0 and pa.types.is_null(schema.field(place).type):
+            schema = schema.set(place, field)
+    return schema
+
+
 @dataclass(frozen=True)
 class _Layout:
     """The files, each modality's group with its columns, and the columns of ids, labels, splits and groups."""
@@ -65,7 +79,7 @@ class _Layout:
     def batches(self, columns: list[str], row_bytes: int) -> Iterator[tuple[Spot, pa.RecordBatch]]:
         """Yield some columns of all files, so many rows at a time as make a chunk.
 
-        The types are those of the first file; a column that a later file does not have is null there.
+        A column that a file does not have is null there.
         """
         types = [self.files.schema.field(column).type for column in columns]
         for path in self.files.files:
@@ -117,7 +131,9 @@ def _chunks(path: str, layout: _Layout) -> Iterator[Chunk]:
         of_modalities = [column for _, columns in layout.modalities.values() for column in columns]
         columns = list(dict.fromkeys([*layout.special.values(), *of_modalities]))
         done = 0
-        for spot, batch in layout.batches(columns, _row_bytes(layout, columns)):
+        # the first rows may miss what is large
+        row_bytes = max(_row_bytes(layout, columns), 4 * sum(map(math.prod, shapes.values())))
+        for spot, batch in layout.batches(columns, row_bytes):
             values = {name: _as_shape(layout.convert(name, batch, spot), name, shapes[name], spot) for name in shapes}
             special = {role: _special(role, batch.column(column), spot) for role, column in layout.special.items()}
             rows = Rows(

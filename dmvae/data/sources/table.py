@@ -74,7 +74,7 @@ def modality(name: str, columns: Sequence[pa.Array], group: ColumnGroup, where: 
         present = present & ~np.isnan(values).reshape(len(values), -1).all(axis=1)
     if group.dtype is not None:
         values = values.astype(group.dtype)
-    return _shaped(values, group, place), present
+    return _shaped(values, present, group, place), present
 
 
 def ids(column: pa.Array, where: str, first_row: int = 0, what: str = "an id") -> Array:
@@ -236,9 +236,11 @@ def _numbers(column: pa.Array, place: str, first_row: int) -> Values:
     return np.asarray(column.cast(pa.uint8() if kind == pa.uint8() else pa.int64()).to_numpy(False)), valid
 
 
-def _shaped(values: Array, group: ColumnGroup, place: str) -> Array:
+def _shaped(values: Array, present: Array, group: ColumnGroup, place: str) -> Array:
     if group.shape is None:
         return values
-    if int(np.prod(group.shape)) != values[:1].size and len(values):
+    if not present.any():  # lists that are null have no size
+        return np.zeros((len(values), *group.shape), values.dtype)
+    if int(np.prod(group.shape)) != values[:1].size:
         raise DatasetError(f"{place}: a row has {values[:1].size} elements; got shape={group.shape}. Correct it.")
     return values.reshape(len(values), *group.shape)
