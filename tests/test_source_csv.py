@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from dmvae.config.data import CsvSource, CsvTable, PrepareConfig
+from dmvae.data import shuffle
 from dmvae.data.dataset import open_dataset
 from dmvae.data.error import DatasetError
 from dmvae.data.prepare import prepare
@@ -60,6 +61,8 @@ def test_ids_with_leading_zeros_stay_strings(tmp_path: Path) -> None:
         ({"blood": BLOOD, "people": "id\n7\n9\n"}, r"blood.csv, line 3: ids are those of .*people.csv; got '3'"),
         ({"blood": "id,a\n1,2,3\n"}, r"blood.csv: a source is a table with a header; got: .*Expected 2 columns, got 3"),
         ({"blood": "id,a\n1,two\n"}, r"blood.csv, modality 'blood': modalities are numbers"),
+        ({"blood": "id,a,a\n1,2,3\n"}, r"blood.csv: a column's name occurs once; got \['a'\] more than once"),
+        ({"blood": BLOOD, "people": "id,split\n3,train\n7,\n9,val\n"}, r"people.csv, line 3: a split is not null"),
         ({"blood": "name,a\n1,2\n"}, r"blood.csv: a table has one column 'id'"),
         (
             {"blood": BLOOD, "people": "id,label\n3,a\n7,b\n9,c\n"},
@@ -70,3 +73,32 @@ def test_ids_with_leading_zeros_stay_strings(tmp_path: Path) -> None:
 def test_a_faulty_table_is_named_with_its_line(tmp_path: Path, files: dict[str, str], message: str) -> None:
     with pytest.raises(DatasetError, match=message):
         collect(read_csv(write(tmp_path, **files), tmp_path))
+
+
+def test_rows_of_no_group_are_no_group(tmp_path: Path) -> None:
+    source = write(tmp_path, blood=BLOOD, people="id,clinic\n3,a\n7,\n9,b\n").model_copy(update={"group": "clinic"})
+    with pytest.raises(DatasetError, match=r"people.csv, line 3: a group is not null"):
+        collect(read_csv(source, tmp_path))
+
+
+def test_what_is_said_of_rows_is_no_feature_of_them(tmp_path: Path) -> None:
+    everything = str(tmp_path / "blood.csv")
+    write(tmp_path, blood="id,size_factor,clinic,iron\n7,1.5,2,3\n3,0.5,2,4\n")
+    tables = {"blood": CsvTable(path=everything)}
+    source = CsvSource(modalities=tables, rows=everything, group="clinic")
+    assert collect(read_csv(source, tmp_path)).data["blood"].tolist() == [[3], [4]]
+
+
+def test_a_table_in_another_encoding_is_named(tmp_path: Path) -> None:
+    source = write(tmp_path, blood=BLOOD)
+    (tmp_path / "blood.csv").write_bytes("id,größe\n1,2\n".encode("latin-1"))
+    with pytest.raises(DatasetError, match=r"blood.csv: a source is a table .*UTF-8"):
+        collect(read_csv(source, tmp_path))
+
+
+def test_a_modality_may_be_called_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shuffle, "HELD_BYTES", 1)
+    write(tmp_path, blood=BLOOD)
+    source = CsvSource(modalities={"rows": CsvTable(path=str(tmp_path / "blood.csv"))})
+    config = PrepareConfig(dataset=str(tmp_path / "dataset"), source=source, splits={"train": 1.0})
+    assert open_dataset(prepare(config, lambda _: None)).manifest.input_dims == {"rows": (2,)}

@@ -31,7 +31,9 @@ def read_csv(source: CsvSource, scratch: Path) -> Stream:
             with file and line.
     """
     about = None if source.rows is None else read_about(source.rows, source)
-    values = {name: _Values(name, group, source, scratch / name) for name, group in source.modalities.items()}
+    values = {
+        name: _Values(name, group, source, scratch / f"{name}.values") for name, group in source.modalities.items()
+    }
     ids = pc.unique(pa.concat_arrays([own.ids for own in values.values()])) if about is None else about.ids
     _check_join(values, ids, source)
     return Stream(_chunks(values, ids, about, source), len(ids))
@@ -57,7 +59,7 @@ class _Values:
 
     def __init__(self, name: str, group: CsvTable, source: CsvSource, file: Path) -> None:
         self.name, self.group, self.file = name, group, file
-        special = (source.id, source.label, source.split)
+        special = (source.id, source.label, source.split, source.size_factor, source.group)
         columns = table.matching(group, [name for name in _header(group.path, source.id) if name not in special])
         floats = group.dtype is not None and group.dtype.startswith("float")
         if floats or not self._read(source.id, columns, pa.int64()):
@@ -124,9 +126,9 @@ class About:
             elif role == "size_factors":
                 found[role] = table.size_factors(values, self.path, line, "line")
             elif role == "splits":
-                found[role] = table.strings("a split", values, self.path, line)
+                found[role] = table.strings("a split", _empty_as_null(values), self.path, line, "line")
             else:
-                found[role] = table.ids(values, self.path, line, "a group")
+                found[role] = table.ids(_empty_as_null(values), self.path, line, "a group", "line")
         return found
 
 
@@ -176,19 +178,28 @@ def _header(path: str, key: str) -> list[str]:
         read = pacsv.ReadOptions(block_size=_BLOCK_BYTES, use_threads=False)
         with pacsv.open_csv(path, read, _parse_options(path)) as reader:
             names: list[str] = reader.schema.names
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise _no_table(path, error) from error
-    if names.count(key) != 1:
+    doubled = sorted({name for name in names if names.count(name) > 1})
+    if doubled:
+        raise DatasetError(f"{path}: a column's name occurs once; got {doubled[:10]} more than once. Rename them.")
+    if key not in names:
         raise DatasetError(f"{path}: a table has one column {key!r} of ids; got {names[:10]}. Set source.id.")
     return names
 
 
-def _no_table(path: str, error: pa.ArrowException) -> DatasetError:
-    return DatasetError(f"{path}: a source is a table with a header; got: {error}. Correct it.")
+def _no_table(path: str, error: Exception) -> DatasetError:
+    return DatasetError(f"{path}: a source is a table with a header; got: {error}. Correct it, and write it in UTF-8.")
 
 
 def _one(column: pa.ChunkedArray) -> pa.Array:
     return column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
+
+
+def _empty_as_null(values: pa.Array) -> pa.Array:
+    if not pa.types.is_string(values.type):
+        return values
+    return pc.if_else(pc.equal(values, ""), pa.scalar(None, values.type), values)
 
 
 def _check_ids(ids: pa.Array, path: str) -> None:

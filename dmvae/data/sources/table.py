@@ -77,7 +77,7 @@ def modality(name: str, columns: Sequence[pa.Array], group: ColumnGroup, where: 
     return _shaped(values, present, group, place), present
 
 
-def ids(column: pa.Array, where: str, first_row: int = 0, what: str = "an id") -> Array:
+def ids(column: pa.Array, where: str, first_row: int = 0, what: str = "an id", unit: str = "row") -> Array:
     """Return integers or strings.
 
     Raises:
@@ -86,12 +86,12 @@ def ids(column: pa.Array, where: str, first_row: int = 0, what: str = "an id") -
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
     if pa.types.is_integer(column.type):
-        _refuse_null(what, column, where, first_row)
+        _refuse_null(what, column, where, first_row, unit)
         return np.asarray(column.to_numpy(zero_copy_only=False)).astype(np.int64)
-    return strings(what, column, where, first_row)
+    return strings(what, column, where, first_row, unit)
 
 
-def strings(what: str, column: pa.Array, where: str, first_row: int = 0) -> Array:
+def strings(what: str, column: pa.Array, where: str, first_row: int = 0, unit: str = "row") -> Array:
     """Return `(rows,)` strings.
 
     Raises:
@@ -104,7 +104,7 @@ def strings(what: str, column: pa.Array, where: str, first_row: int = 0) -> Arra
             f"{where}: {what} is a string{'' if what == 'a split' else ' or an integer'}; got {column.type}. "
             f"Cast the column."
         )
-    _refuse_null(what, column, where, first_row)
+    _refuse_null(what, column, where, first_row, unit)
     return np.array(column.to_pylist(), dtype=np.str_)
 
 
@@ -116,6 +116,8 @@ def labels(column: pa.Array, where: str, first_row: int = 0, unit: str = "row") 
     """
     if pa.types.is_null(column.type):
         return np.full(len(column), -1)
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
     if not pa.types.is_integer(column.type):
         odd = [(row, found) for row, found in enumerate(column.to_pylist()) if not _is_integer(found)]
         row, found = odd[0] if odd else (0, column[:1].to_pylist()[0] if len(column) else None)
@@ -160,10 +162,10 @@ def _is_list(kind: pa.DataType) -> bool:
     return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
 
 
-def _refuse_null(what: str, column: pa.Array, where: str, first_row: int) -> None:
+def _refuse_null(what: str, column: pa.Array, where: str, first_row: int, unit: str) -> None:
     if column.null_count:
         row = first_row + int(np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))[0])
-        raise DatasetError(f"{where}, row {row}: {what} is not null. Fill it in, or remove the row.")
+        raise DatasetError(f"{where}, {unit} {row}: {what} is not null. Fill it in, or remove the row.")
 
 
 def _from_binary(column: pa.Array, group: ColumnGroup, place: str) -> Values:
