@@ -102,3 +102,11 @@ def test_a_modality_may_be_called_rows(tmp_path: Path, monkeypatch: pytest.Monke
     source = CsvSource(modalities={"rows": CsvTable(path=str(tmp_path / "blood.csv"))})
     config = PrepareConfig(dataset=str(tmp_path / "dataset"), source=source, splits={"train": 1.0})
     assert open_dataset(prepare(config, lambda _: None)).manifest.input_dims == {"rows": (2,)}
+
+
+@pytest.mark.parametrize(("cell", "dtype"), [("300", "uint8"), ("0.5", "uint8"), ("2.5", "int64")])
+def test_values_that_a_type_does_not_hold_are_refused(tmp_path: Path, cell: str, dtype: str) -> None:
+    write(tmp_path, blood=f"id,iron\n1,2\n2,\n3,{cell}\n")
+    group = CsvTable.model_validate({"path": str(tmp_path / "blood.csv"), "dtype": dtype})
+    with pytest.raises(DatasetError, match=rf"row 4: a type holds the values .* got {cell}.* for {dtype}"):
+        collect(read_csv(CsvSource(modalities={"blood": group}), tmp_path))

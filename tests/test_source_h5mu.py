@@ -36,11 +36,13 @@ def path(tmp_path: Path) -> str:
         rna = anndata.AnnData(scipy.sparse.csr_matrix(np.log1p(COUNTS)), obs=pd.DataFrame(index=RNA))
         rna.layers["counts"] = scipy.sparse.csr_matrix(COUNTS)
         rna.layers["by_gene"] = scipy.sparse.csc_matrix(COUNTS)
+        rna.var["kind"] = ["gene"] * 5
         rna.var["highly_variable"] = [True, False, True, False, True]
         adt = anndata.AnnData(PROTEINS, obs=pd.DataFrame(index=ADT))
         both = mudata.MuData({"rna": rna, "prot:adt": adt})
         both.obs["type"] = pd.Categorical(["T", "B", None, "B", "T", "T", "B", "B"], categories=["T", "B"])
         both.obs["donor"] = pd.Categorical(["x", "x", "y", "y", "z", "z", "x", "y"])
+        both.obs["batch"] = pd.Categorical([4, 7, 4, 4, 7, 7, 4, 4])
         both.obs["depth"] = np.arange(1.0, 9)
         both.write(tmp_path / "cells.h5mu")
         pd.reset_option("future.infer_string")
@@ -103,6 +105,25 @@ def test_chosen_features_of_x_are_read(path: str) -> None:
     assert np.array_equal(rows.data["rna"][:6], np.log1p(COUNTS)[:, ::2])
 
 
+def test_categories_that_are_integers_are_labels(path: str) -> None:
+    labels = collect(read_h5mu(H5muSource(path=path, modalities=WANTED, label="batch"))).labels
+    assert labels is not None
+    assert labels.tolist() == [4, 7, 4, 4, 7, 7, 4, 4]
+
+
+@pytest.mark.parametrize("layer", ["counts", "by_gene"])
+def test_elements_that_are_stored_twice_add_up(path: str, layer: str) -> None:
+    with h5py.File(path, "r+") as file:
+        stored = file[f"mod/rna/layers/{layer}"]
+        twice = {name: np.repeat(stored[name][()], 2) for name in ("data", "indices")}
+        twice["indptr"] = 2 * stored["indptr"][()]
+        for name, values in twice.items():
+            del stored[name]
+            stored[name] = values
+    rows = collect(read_h5mu(H5muSource(path=path, modalities={"rna": H5muModality(layer=layer)})))
+    assert np.array_equal(rows.data["rna"][:6], 2 * COUNTS)
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [
@@ -110,6 +131,8 @@ def test_chosen_features_of_x_are_read(path: str) -> None:
         ({"modalities": {"atac": {}}}, r"one of the file's; got 'atac'. There are \['prot:adt', 'rna'\]"),
         ({"modalities": {"rna": {"layer": "raw"}}}, r"a layer is one of \['by_gene', 'counts'\]; got 'raw'"),
         ({"modalities": {"rna": {"features": "best"}}}, "a column of var; got 'best'"),
+        ({"modalities": {"rna": {"features": "kind"}}}, "a column of truth values; got .* in 'kind'"),
+        ({"modalities": {"rna": {"dtype": "int64"}}}, "rna', row 0: a type holds the values .*got 0.69.* for int64"),
         ({"modalities": WANTED, "label": "kind"}, "'kind' is a column; there are"),
         ({"modalities": WANTED, "label": "depth"}, "obs, row 0: labels are integers or null; got double"),
         ({"path": "nowhere.h5mu"}, "a source is a file that exists"),

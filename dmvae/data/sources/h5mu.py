@@ -151,6 +151,7 @@ class _Matrix:
     def __init__(self, file: Any, name: str, wanted: H5muModality, path: str, ids: Array | None = None) -> None:
         key = wanted.key or name
         own, where = file["mod"][key], f"{path}, modality {key!r}"
+        self._where = where
         if wanted.layer is not None and wanted.layer not in own.get("layers", {}):
             raise DatasetError(f"{where}: a layer is one of {sorted(own.get('layers', {}))}; got {wanted.layer!r}.")
         stored = own["X"] if wanted.layer is None else own["layers"][wanted.layer]
@@ -162,7 +163,12 @@ class _Matrix:
         if wanted.features is not None:
             if wanted.features not in own["var"]:
                 raise DatasetError(f"{where}: features is a column of var; got {wanted.features!r}.")
-            self._features = np.flatnonzero(_column(own["var"], wanted.features, where).to_numpy(zero_copy_only=False))
+            chosen = _column(own["var"], wanted.features, where)
+            if not pa.types.is_boolean(chosen.type):
+                raise DatasetError(
+                    f"{where}: features is a column of truth values; got {chosen.type} in {wanted.features!r}."
+                )
+            self._features = np.flatnonzero(chosen.fill_null(False).to_numpy(zero_copy_only=False))
         self.dtype = np.dtype(wanted.dtype) if wanted.dtype else kind if kind.kind == "f" else _FLOAT
         self.num = len(np.arange(int(shape[1]))[self._features])
         if not self.num:
@@ -182,7 +188,8 @@ class _Matrix:
         for run in np.split(targets, np.flatnonzero(np.diff(places[targets]) != 1) + 1):
             if len(run):
                 first = int(places[run[0]])
-                values[run] = self._read(slice(first, first + len(run)))[:, self._features]
+                found = self._read(slice(first, first + len(run)))[:, self._features]
+                values[run] = table.converted(found, self.dtype, self._where)
         if values.dtype.kind == "f":
             present &= ~np.isnan(values).all(axis=1)
         return values, present
@@ -213,7 +220,8 @@ def _sparse_reader(stored: Any, where: str) -> Any:
         bounds = starts[rows.start : rows.stop + 1]
         part = slice(int(bounds[0]), int(bounds[-1]))
         dense = np.zeros((len(bounds) - 1, width), dtype=stored["data"].dtype)
-        dense[np.repeat(np.arange(len(dense)), np.diff(bounds)), columns[part]] = numbers[part]
+        places = np.repeat(np.arange(len(dense)) * width, np.diff(bounds)) + columns[part]
+        np.add.at(dense.reshape(-1), places, numbers[part])  # an element that is stored twice is their sum
         return dense
 
     return read

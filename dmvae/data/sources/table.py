@@ -73,8 +73,28 @@ def modality(name: str, columns: Sequence[pa.Array], group: ColumnGroup, where: 
     if values.dtype.kind == "f":
         present = present & ~np.isnan(values).reshape(len(values), -1).all(axis=1)
     if group.dtype is not None:
-        values = values.astype(group.dtype)
+        values[~present] = 0
+        values = converted(values, np.dtype(group.dtype), place, first_row)
     return _shaped(values, present, group, place), present
+
+
+def converted(values: Array, dtype: np.dtype[Any], place: str, first_row: int = 0) -> Array:
+    """Return `(rows, ...)` as another type.
+
+    Raises:
+        DatasetError: if that is of integers and does not hold a value; with its row.
+    """
+    with np.errstate(invalid="ignore", over="ignore"):
+        found = values.astype(dtype)
+    if dtype.kind in "iu" and values.dtype != dtype:
+        wrong = found != values
+        if wrong.any():
+            row = int(np.flatnonzero(wrong.reshape(len(values), -1).any(axis=1))[0])
+            raise DatasetError(
+                f"{place}, row {first_row + row}: a type holds the values that are converted to it; got "
+                f"{values[wrong][0]} for {dtype.name}. Choose another dtype."
+            )
+    return np.asarray(found)
 
 
 def ids(column: pa.Array, where: str, first_row: int = 0, what: str = "an id", unit: str = "row") -> Array:
