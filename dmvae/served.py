@@ -48,9 +48,9 @@ class Unit(BaseModel):
     def _scale(self) -> Scale:
         return Scale(self)
 
-    def read(self, values: Tensor) -> Tensor:
-        """Bring `(rows, *shape)` of the data's units to what the model was trained on."""
-        return self._scale.read(values, values.dtype)
+    def read(self, values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Bring `(rows, *shape)` of the data's units to what the model was trained on, as `dtype` or their own."""
+        return self._scale.read(values, dtype or values.dtype)
 
     def show(self, values: Tensor) -> Tensor:
         """Bring `(..., *shape)` of the model back to the data's units."""
@@ -140,12 +140,13 @@ class Served:
         data, masks = {}, {}
         for name, unit in self.units.items():
             masks[name] = torch.tensor([row[name] is not None for row in rows], dtype=torch.bool)
-            dtype = torch.float32 if unit.classes is None else torch.int64
-            values = torch.zeros((len(rows), *unit.shape), dtype=dtype)
+            # measurements with a large mean are scaled before they lose digits, as when a dataset is read
+            wide, dtype = (torch.float64, torch.float32) if unit.classes is None else (torch.int64, torch.int64)
+            values = torch.zeros((len(rows), *unit.shape), dtype=wide)
             for number, row in enumerate(rows):
                 if row[name] is not None:
                     values[number] = self._checked(name, row[name], number)
-            data[name] = unit.read(values)
+            data[name] = unit.read(values, dtype)
         return Batch(data, masks, size_factors=self._size_factors(rows))
 
     def _size_factors(self, rows: Sequence[Mapping[str, Any]]) -> Tensor | None:
@@ -190,7 +191,7 @@ class Served:
     def _reconstruct(self, batch: Batch, _: Request, answers: list[dict[str, Any]], __: torch.Generator) -> None:
         outputs = self.model.predict(batch, return_mean=True)
         for name, unit in self.units.items():
-            shown = unit.show(self.model.means(outputs[name], name, batch).float().cpu())
+            shown = unit.show(self.model.means(outputs[name], name, batch).double().cpu())
             for number, answer in enumerate(answers):
                 if name in answer["observed"]:
                     answer.setdefault("values", {})[name] = shown[number].tolist()
@@ -213,19 +214,19 @@ class Served:
             if not missing:
                 continue
             rows = batch[torch.tensor(missing)]
-            draws = unit.show(self._decoded(name, drawn[""][:, missing], drawn[name][:, missing], rows).double())
+            draws = unit.show(self._decoded(name, drawn[""][:, missing], drawn[name][:, missing], rows))
             best = unit.show(self._decoded(name, shared.mean[missing], private[name].mean[missing], rows))
-            mean, sd = draws.mean(0).float(), draws.std(0).float()
+            mean, sd = draws.mean(0), draws.std(0)
             for place, number in enumerate(missing):
                 told = {"mean": mean[place].tolist(), "sd": sd[place].tolist(), "best": best[place].tolist()}
                 if request.num_samples:
-                    told["samples"] = draws[: request.num_samples, place].float().tolist()
+                    told["samples"] = draws[: request.num_samples, place].tolist()
                 answers[number]["imputed"][name] = told
 
     def _decoded(self, name: str, shared: Tensor, private: Tensor, rows: Batch) -> Tensor:
         """Decode latents `(..., row, dim)` of one modality to its mean, on the CPU."""
         output = self.model.decode({"z": shared, "modalities_z": {name: private}}, name)[name]
-        return self.model.means(output, name, rows).float().cpu()
+        return self.model.means(output, name, rows).double().cpu()
 
     def _nll(self, batch: Batch, request: Request, answers: list[dict[str, Any]], _: torch.Generator) -> None:
         # one id for all: a row's draws depend on its id and the seed, and not on its company
@@ -240,7 +241,7 @@ class Served:
     def _sample(self, batch: Batch, _: Request, answers: list[dict[str, Any]], generator: torch.Generator) -> None:
         outputs = self.model.decode(self.model.generate_from_prior(len(batch), generator))
         for name, unit in self.units.items():
-            shown = unit.show(self.model.means(outputs[name], name).float().cpu())
+            shown = unit.show(self.model.means(outputs[name], name).double().cpu())
             for number, answer in enumerate(answers):
                 answer.setdefault("values", {})[name] = shown[number].tolist()
 

@@ -51,6 +51,19 @@ def test_rows_are_brought_to_the_model_s_units_and_back(served: Served) -> None:
         torch.testing.assert_close(unit.show(unit.read(values)), values)
 
 
+def test_measurements_with_a_large_mean_keep_their_digits() -> None:
+    unit = Unit(shape=(2,), dtype="float64", scaling="standardise", mean=(1e9, -1e9), std=(2.0, 0.5))
+    torch.manual_seed(0)
+    served = Served(DMVAE(DMVAEConfig(input_dims={"time": (2,)}, latent_dim=2)), {"time": unit})
+    row = {"time": [1e9 + 3, -1e9 - 0.25]}
+    assert served.batch(served.parse([row])).data["time"].tolist() == [[1.5, -0.5]]
+    batch = served.batch(served.parse([row]))
+    read = served.model.means(served.model.predict(batch, return_mean=True)["time"], "time", batch)
+    (answer,) = served.answer([row], Request(operation="reconstruct"))
+    shown = np.array(answer["values"]["time"])
+    np.testing.assert_allclose((shown - unit.mean) / np.array(unit.std), read[0].numpy(), atol=1e-5)
+
+
 def test_what_is_missing_may_be_left_out_or_null_and_every_answer_says_what_was_observed(served: Served) -> None:
     absent, null = served.answer([{"gene": [1, 2, 3]}, {"gene": [1, 2, 3], "image": None}], Request(operation="encode"))
     assert absent == null

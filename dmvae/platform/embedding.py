@@ -181,7 +181,7 @@ class Embedder:
         data = {
             name: values
             if self._stored[name] == self._trained[name]
-            else self._trained[name].read(self._stored[name].show(values)).to(values.dtype)
+            else self._trained[name].read(self._stored[name].show(values.double())).to(values.dtype)
             for name, values in batch.data.items()
         }
         return replace(batch, data=data)
