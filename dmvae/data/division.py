@@ -13,7 +13,9 @@ Array = np.ndarray[Any, np.dtype[Any]]
 def divide(keys: Array, shares: Mapping[str, float], *, labels: Array | None = None) -> Array:
     """Return the number of each row's split among `shares`.
 
-    Rows in the order of their keys are cut by the shares; with labels, those of each label (and those with none).
+    Rows in the order of their keys are cut by the shares; with labels, those of each label (and those with none). Of a
+    label it is drawn, by its rows' keys, whether a cut is rounded up or down, so that the shares hold of all rows
+    however rare labels are.
 
     Args:
         keys: `(rows,)` uint64, random.
@@ -21,13 +23,19 @@ def divide(keys: Array, shares: Mapping[str, float], *, labels: Array | None = N
         labels: `(rows,)`; None: not to be looked at.
     """
     codes = np.empty(len(keys), dtype=np.int16)
-    strata = [np.arange(len(keys))] if labels is None else [np.flatnonzero(labels == x) for x in np.unique(labels)]
-    for rows in strata:
+    for rows in [np.arange(len(keys))] if labels is None else _strata(labels):
         order = rows[np.argsort(keys[rows], kind="stable")]
-        cuts = np.rint(np.cumsum(list(shares.values()))[:-1] * len(rows)).astype(int)
+        drawn = 0.0 if labels is None else float(keys[rows].sum(dtype=np.uint64)) / 2.0**64 - 0.5
+        cuts = np.rint(np.cumsum(list(shares.values()))[:-1] * len(rows) + drawn).astype(int)
         for code, part in enumerate(np.split(order, cuts)):
             codes[part] = code
     return codes
+
+
+def _strata(labels: Array) -> list[Array]:
+    """Return the rows of each label."""
+    rows = np.argsort(labels, kind="stable")
+    return np.split(rows, np.flatnonzero(np.diff(labels[rows])) + 1)
 
 
 def divide_groups(groups: Array, shares: Mapping[str, float]) -> Array:
