@@ -169,11 +169,32 @@ def test_rows_with_nothing_are_left_out_and_counted(tmp_path: Path) -> None:
     assert "left out 5 rows that have no modality at all" in told
 
 
+def test_shares_hold_of_rare_labels_too(tmp_path: Path) -> None:
+    for each, shares in ((1, {"train": 0.5, "val": 0.5}), (3, SHARES)):
+        content = {"x": np.zeros((3000, 1)), "label": np.arange(3000) // each}
+        dataset = prepared(tmp_path, content, stratify=True, splits=shares, replace=True)
+        for name, share in shares.items():
+            assert abs(dataset.manifest.splits[name].rows - 3000 * share) < 150
+
+
+def test_a_source_without_values_or_with_a_split_for_every_row_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match="a source has values; got 10 rows of npz without any modality"):
+        prepared(tmp_path, {"x": np.full((10, 2), np.nan)})
+    with pytest.raises(DatasetError, match=r"source.npz, row 100, split: a dataset has at most 100 splits; got 's100'"):
+        prepared(tmp_path, {"x": np.zeros(40_000), "split": np.array([f"s{row}" for row in range(40_000)])})
+
+
 @pytest.mark.parametrize(
     ("change", "settings", "message"),
     [
         ({"x": np.full((100, 2), np.inf)}, {}, "source.npz, row 0: an observed value is finite; got infinity in .x."),
-        ({"word": np.full(100, -1)}, {}, "a categorical value lies in"),
+        ({"word": np.full(100, -1)}, {}, "source.npz, row 0: a categorical value lies in"),
+        ({"x": np.full((100, 1), 1.5)}, {"likelihood": {"x": "poisson"}}, "row 0: a count is a whole .*; got 1.5"),
+        (
+            {"x": np.where(np.eye(100, 2) == 1, np.nan, 3)},
+            {"likelihood": {"x": "poisson"}, "partial": "mean"},
+            "a training mean is no count; got .* 2 rows .*row 0",
+        ),
         (
             {"id": np.arange(100) % 60},
             {},

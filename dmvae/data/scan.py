@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from dmvae.config.data import PrepareConfig
+from dmvae.config.model import COUNT_DISTS
 from dmvae.config.section import check_name
 from dmvae.data.division import divide, divide_groups
 from dmvae.data.error import DatasetError
@@ -21,6 +22,7 @@ from dmvae.data.survey import check_settings
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
+_MAX_SPLITS = 100
 DEFAULT_SHARES = {"train": 0.8, "val": 0.1, "test": 0.1}
 
 
@@ -79,6 +81,10 @@ class Scan:
         self._judge_partial(progress)
         self.filled = list(self._partial) if config.partial == "mean" else []
         self.names, self.codes = self._divide()
+        if (self.codes < 0).all():
+            raise DatasetError(
+                f"a source has values; got {num} rows of {config.source.kind} without any modality. Correct the source."
+            )
         if (self.codes < 0).any():
             progress(f"left out {int((self.codes < 0).sum())} rows that have no modality at all")
 
@@ -126,10 +132,9 @@ class Scan:
     def _check_values(self, rows: Rows, spot: Spot) -> Rows:
         """Refuse infinity; count the rows with some features NaN, and take the modality from them if told to."""
         for name, values in rows.data.items():
+            self._refuse_out_of_range(rows, name, spot)
             if values.dtype.kind != "f":
                 continue
-            if self._config.scaling.get(name) == "log1p":
-                _refuse_negative(rows, name, spot)
             odd = rows.present[name] & ~np.isfinite(values).reshape(len(rows), -1).all(axis=1)
             if not odd.any():
                 continue
@@ -146,6 +151,27 @@ class Scan:
                 rows = replace(rows, present={**rows.present, name: rows.present[name] & ~odd})
         return rows
 
+    def _refuse_out_of_range(self, rows: Rows, name: str, spot: Spot) -> None:
+        values, counts = rows.data[name].reshape(len(rows), -1), self._config.likelihood.get(name) in COUNT_DISTS
+        if counts:
+            law = "a count is a whole number of 0 or more"
+        elif values.dtype == np.int64:
+            law = "a categorical value lies in 0.., as integers are classes"
+        elif self._config.scaling.get(name) == "log1p":
+            law = "log1p takes values of 0 or more"
+        else:
+            return
+        wrong = values < 0
+        if counts:
+            wrong |= np.isfinite(values) & (values != np.floor(values))
+        found = np.flatnonzero(rows.present[name] & wrong.any(axis=1))
+        if len(found):
+            row = int(found[0])
+            raise DatasetError(
+                f"{spot.of(row)}: {law}; got {values[row][wrong[row]][0]} in {name!r} (id {rows.ids[row]}). Correct "
+                f"it, mask that row, or choose another likelihood, scaling or type."
+            )
+
     def _judge_partial(self, progress: Callable[[str], None]) -> None:
         for name, (count, first) in self._partial.items():
             if self._config.partial == "refuse":
@@ -153,6 +179,11 @@ class Scan:
                     f"a modality is present or missing as a whole; got {count} rows in which some features of {name!r} "
                     f"are NaN, the first in {first}. Set partial to 'drop' (the modality is missing in those rows) "
                     f"or 'mean' (they get the feature's training mean)."
+                )
+            if self._config.partial == "mean" and self._config.likelihood.get(name) in COUNT_DISTS:
+                raise DatasetError(
+                    f"a training mean is no count; got partial='mean' and {count} rows in which some counts of "
+                    f"{name!r} are NaN, the first in {first}. Set partial to 'drop'."
                 )
             what = "taken for missing in" if self._config.partial == "drop" else "training means filled into"
             progress(f"{name}: {what} {count} rows that have some features NaN")
@@ -167,6 +198,11 @@ class Scan:
                 codes[index] = self._own_names.setdefault(check_name(name), len(self._own_names))
             except ValueError as error:
                 raise DatasetError(f"{spot.of(int(first[index]))}, split: {error}") from error
+            if len(self._own_names) > _MAX_SPLITS:
+                raise DatasetError(
+                    f"{spot.of(int(first[index]))}, split: a dataset has at most {_MAX_SPLITS} splits; got {name!r} "
+                    f"beyond them. Name the right column, or groups with source.group."
+                )
         return np.asarray(codes[inverse])
 
     def _divide(self) -> tuple[list[str], Array]:
@@ -199,16 +235,6 @@ class Scan:
 def _column(parts: list[Array | None]) -> Array | None:
     given = [part for part in parts if part is not None]
     return np.concatenate(given) if given else None
-
-
-def _refuse_negative(rows: Rows, name: str, spot: Spot) -> None:
-    values = rows.data[name].reshape(len(rows), -1)
-    wrong = np.flatnonzero(rows.present[name] & (values < 0).any(axis=1))
-    if len(wrong):
-        raise DatasetError(
-            f"{spot.of(int(wrong[0]))}: log1p takes values of 0 or more; got {values[wrong[0]].min()} in {name!r} (id "
-            f"{rows.ids[wrong[0]]}). Choose another scaling, or correct it."
-        )
 
 
 def _check_settings(config: PrepareConfig, rows: Rows) -> None:
