@@ -1,3 +1,4 @@
+import errno
 import resource
 import signal
 import subprocess
@@ -34,6 +35,30 @@ def test_a_dataset_is_not_overwritten_unless_told_to(tmp_path: Path) -> None:
     write_dataset(tmp_path / "data", {"train": make_rows(20)}, replace=True)
     assert len(open_dataset(tmp_path / "data").split("train")) == 20
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_a_dataset_that_cannot_be_replaced_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_dataset(tmp_path / "data", {"train": make_rows(10)})
+    rename = Path.rename
+
+    def fail(path: Path, target: Path) -> Path:
+        if path.suffix == ".part":
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(DatasetError, match="Input/output error"):
+        write_dataset(tmp_path / "data", {"train": make_rows(20)}, replace=True)
+    assert len(open_dataset(tmp_path / "data").split("train")) == 10
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_a_dataset_behind_a_link_is_replaced_where_it_lies(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "disk" / "data", {"train": make_rows(10)})
+    (tmp_path / "data").symlink_to(tmp_path / "disk" / "data")
+    write_dataset(tmp_path / "data", {"train": make_rows(20)}, replace=True)
+    assert len(open_dataset(tmp_path / "disk" / "data").split("train")) == 20
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "disk"]
 
 
 def test_something_else_is_never_replaced(tmp_path: Path) -> None:

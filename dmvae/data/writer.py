@@ -69,6 +69,7 @@ def new_dataset(target: Path, replace: bool = False) -> Iterator[Path]:
         DatasetError: as `write_dataset` does.
     """
     check_target(target, replace)
+    target = target.resolve() if target.is_symlink() else target
     with _part_folder(target) as part:
         yield part
         for folder in (*(path for path in part.iterdir() if path.is_dir()), part):
@@ -192,7 +193,13 @@ def _put_in_place(part: Path, target: Path, replace: bool) -> None:
         # a folder cannot be renamed over one that is not empty
         old = part.with_name(part.name.removesuffix(".part") + ".old")
         target.rename(old)
-    part.rename(target)
+    try:
+        part.rename(target)
+    except OSError:
+        if old is not None and not target.exists():
+            old.rename(target)
+        raise
+    finally:
+        if old is not None:
+            shutil.rmtree(old, ignore_errors=True)
     _sync(target.parent)
-    if old is not None:
-        shutil.rmtree(old, ignore_errors=True)
