@@ -256,10 +256,12 @@ def _init(config: Any) -> None:
 
 
 def _prepare(config: Any) -> None:
+    from dmvae.data.place import is_uri
     from dmvae.data.prepare import prepare_and_upload
 
     folder = prepare_and_upload(config, progress=_say)
-    _say(f"next      {command('inspect')} {folder} --output {folder}-inspection")
+    output = Path(folder).name if is_uri(folder) else folder
+    _say(f"next      {command('inspect')} {folder} --output {output}-inspection")
 
 
 def _inspect(config: Any) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from dmvae.cli import run_verb
 from dmvae.config.data import PrepareConfig
 from dmvae.data import place
 from dmvae.data.dataset import open_dataset
@@ -223,5 +224,17 @@ def test_a_dataset_is_prepared_into_a_store(wire: Wire, tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="is not overwritten"):
         prepare_and_upload(config, lines.append)
     prepare_and_upload(config.model_copy(update={"replace": True}), lines.append)
-    here = config.model_copy(update={"dataset": str(tmp_path / "here")})
-    assert prepare_and_upload(here, lines.append) == str(tmp_path / "here")
+    for number, uri in enumerate(("", "file://")):
+        here = config.model_copy(update={"dataset": f"{uri}{tmp_path}/here{number}"})
+        assert prepare_and_upload(here, lines.append) == f"{tmp_path}/here{number}"
+
+
+def test_a_dataset_in_a_store_is_inspected_into_a_folder_here(
+    wire: Wire, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.savez(tmp_path / "rows.npz", x=np.zeros((50, 3)))
+    (tmp_path / "rows.toml").write_text(
+        f'dataset = "s3://bucket/told"\nsource = {{ kind = "npz", path = "{tmp_path}/rows.npz" }}\n'
+    )
+    assert run_verb("prepare", [str(tmp_path / "rows.toml")]) == 0
+    assert capsys.readouterr().out.endswith("--output told-inspection\n")

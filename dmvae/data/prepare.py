@@ -22,7 +22,7 @@ from dmvae.config.data import (
 from dmvae.data.error import DatasetError
 from dmvae.data.manifest import save_manifest
 from dmvae.data.pace import Pace
-from dmvae.data.place import check_free, is_uri, upload
+from dmvae.data.place import Folder, check_free, locate, upload
 from dmvae.data.rows import Rows
 from dmvae.data.scan import Scan
 from dmvae.data.sources.csv import read_csv
@@ -79,8 +79,9 @@ def prepare_and_upload(config: PrepareConfig, progress: Callable[[str], None] = 
     Raises:
         DatasetError: as `prepare`, or if the store does not take it.
     """
-    if not is_uri(config.dataset):
-        return str(prepare(config, progress))
+    place = locate(config.dataset)
+    if isinstance(place, Folder):
+        return str(prepare(config.model_copy(update={"dataset": str(place.folder)}), progress))
     check_free(config.dataset, config.replace)
     with tempfile.TemporaryDirectory(prefix="dmvae-") as scratch:
         folder = prepare(config.model_copy(update={"dataset": f"{scratch}/dataset"}), progress)
