@@ -36,3 +36,14 @@ def test_what_does_not_decode_is_named_with_its_line(tmp_path: Path) -> None:
         collect(read_images(source_of(tmp_path, "id,file\nx,a.png\n")))
     with pytest.raises(DatasetError, match=r"column 'file' names files in .*; none exists"):
         collect(read_images(source_of(tmp_path, "id,file\nx,b.png\n")))
+
+
+def test_of_16_bits_the_upper_8_are_read(tmp_path: Path) -> None:
+    values = (np.arange(6).reshape(2, 3) * 13_000).astype(np.uint16)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    rows = collect(read_images(source_of(tmp_path, "id,file\nx,a.png\n")))
+    assert rows.data["grey"][0, 0].tolist() == (values >> 8).tolist()
+    assert rows.data["scan"][0, 2].tolist() == (values >> 8).tolist()
+    Image.fromarray(np.zeros((2, 3), dtype=np.float32)).save(tmp_path / "a.tiff")
+    with pytest.raises(DatasetError, match=r"line 2: .*a.tiff is an image; got: floats"):
+        collect(read_images(source_of(tmp_path, "id,file\nx,a.tiff\n")))

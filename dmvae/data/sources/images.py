@@ -68,7 +68,8 @@ def _decode(pillow: Any, files: list[Any], image: ImageColumn, folder: str, spot
             continue
         try:
             with pillow.open(path) as opened:
-                pixels = np.asarray(opened.convert("L" if image.channels == 1 else "RGB").resize((width, height)))
+                decoded = _bytes(pillow, opened).convert("L" if image.channels == 1 else "RGB")
+                pixels = np.asarray(decoded.resize((width, height)))
         except (OSError, ValueError, SyntaxError, pillow.DecompressionBombError) as error:
             raise DatasetError(
                 f"{spot.of(row)}: {path} is an image; got: {error}. Replace it, or empty that cell."
@@ -76,3 +77,15 @@ def _decode(pillow: Any, files: list[Any], image: ImageColumn, folder: str, spot
         values[row] = pixels.reshape(height, width, image.channels).transpose(2, 0, 1)
         present[row] = True
     return values, present
+
+
+def _bytes(pillow: Any, opened: Any) -> Any:
+    """Return grey values of 16 bits as their upper 8; Pillow would take what is above 255 for white."""
+    if opened.mode == "F":
+        raise ValueError("floats, and no grey values of 8 or 16 bits")
+    if not opened.mode.startswith("I"):
+        return opened
+    values = np.asarray(opened)
+    if values.min(initial=0) < 0 or values.max(initial=0) >= 1 << 16:
+        raise ValueError("grey values beyond 16 bits")
+    return pillow.fromarray((values >> 8).astype(np.uint8))
