@@ -240,6 +240,13 @@ def test_a_fault_is_found_and_nothing_else(change: Change, words: list[str], tmp
     assert len(found) == sum(word.startswith(("wrong ", "check ", "note ")) for word in words), found
 
 
+def test_integers_that_can_hardly_be_classes_are_told(tmp_path: Path) -> None:
+    numbers = 10**12 * np.arange(50)[:, None]
+    rows = Rows(np.arange(50), {"number": numbers}, {"number": np.ones(50, bool)})
+    found = told(census_of(tmp_path, {"train": rows.take(slice(0, 40)), "val": rows.take(slice(40, 50))}))
+    assert any("check number: integers are classes, and these are 49,000,000,000,001." in text for text in found)
+
+
 def test_what_shards_of_strangers_hold_is_told_where_it_breaks_a_law(tmp_path: Path) -> None:
     """The manifest is of sound values; the file was altered afterwards, so only a look at the values tells."""
     values = np.arange(24, dtype=np.float64).reshape(12, 2) + 0.5

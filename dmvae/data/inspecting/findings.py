@@ -9,7 +9,7 @@ import numpy as np
 
 from dmvae.data.inspecting.census import TELLING_BITS, Census, Common
 from dmvae.data.inspecting.copies import repeated
-from dmvae.data.inspecting.values import Values
+from dmvae.data.inspecting.values import MAX_CLASSES, Values
 from dmvae.data.manifest import ModalityInfo
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -71,6 +71,12 @@ def _modalities(census: Census) -> Iterator[Finding]:
             yield Finding("wrong", f"{name}: no row of {census.train} has it, so nothing can be learned of it.")
         if info.classes == 1:
             yield Finding("wrong", f"{name}: a categorical modality needs two classes; all values are 0. Leave it out.")
+        if info.classes is not None and info.classes > MAX_CLASSES:
+            yield Finding(
+                "check",
+                f"{name}: integers are classes, and these are {info.classes:,}. Make measurements and counts float32 "
+                f"in the source, and leave out what only tells rows apart.",
+            )
         values = census.values(name)
         if values is None:
             continue

@@ -9,6 +9,10 @@ import numpy as np
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
+MAX_CLASSES = 1 << 16
+"""Of a modality whose classes are counted one by one."""
+
+
 class Values:
     """Sums, extremes and counts over rows of one modality, as stored, feature by feature.
 
@@ -24,7 +28,7 @@ class Values:
         are_binary: every element is either 0 or the largest value of the modality's type (1; of uint8, 255).
         low, high: smallest and largest value of each feature.
         low_at, high_at: the positions of the rows that have them.
-        classes: how often each class occurs; of int64 only.
+        classes: how often each class occurs; of int64 only, and empty where there may be more than `MAX_CLASSES`.
     """
 
     pivot: Array
@@ -34,7 +38,9 @@ class Values:
         """Start with nothing, and the pivot of `like`: other values, or the first rows `(row, feature)`."""
         self.pivot, self.unit = (like.pivot, like.unit) if isinstance(like, Values) else _spread(like)
         size = len(self.pivot)
-        self.num_classes: int | None = like.num_classes if isinstance(like, Values) else num_classes
+        if isinstance(like, Values) or (num_classes or 0) > MAX_CLASSES:
+            num_classes = like.num_classes if isinstance(like, Values) else None
+        self.num_classes: int | None = num_classes
         self.rows = self.zeros = self.zero_rows = 0
         self.broken, self.first_broken = 0, -1
         self.are_whole = self.are_binary = True
