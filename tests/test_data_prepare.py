@@ -191,6 +191,12 @@ def test_a_source_without_values_or_with_a_split_for_every_row_is_refused(tmp_pa
         ({"word": np.full(100, -1)}, {}, "source.npz, row 0: a categorical value lies in"),
         ({"x": np.full((100, 1), 1.5)}, {"likelihood": {"x": "poisson"}}, "row 0: a count is a whole .*; got 1.5"),
         (
+            {"x": np.ones((100, 1)), "size_factor": np.where(np.arange(100) == 7, np.nan, 1.0)},
+            {"likelihood": {"x": "poisson"}},
+            "source.npz, row 7: a row that has counts has a size factor",
+        ),
+        ({"id": np.arange(100, dtype=np.uint64) + 2**63}, {}, "got: 9223372036854775907 in id.npy"),
+        (
             {"x": np.where(np.eye(100, 2) == 1, np.nan, 3)},
             {"likelihood": {"x": "poisson"}, "partial": "mean"},
             "a training mean is no count; got .* 2 rows .*row 0",

@@ -110,6 +110,7 @@ def test_chunks_are_small_though_the_first_rows_are(tmp_path: Path, monkeypatch:
         ({"x": [[1.0, 2.0], None, [1.0]]}, "row 2: all rows have the same shape; got 1 elements, 2 before"),
         ({"x": [1.0, 2.0], "label": ["cat", "dog"]}, "labels are integers or null; got string .*'cat'"),
         ({"x": [1.0, 2.0], "id": [3, None]}, "row 1: an id is not null"),
+        ({"x": [1.0], "id": pa.array([2**63], pa.uint64())}, "bad.parquet: .* 9223372036854775808 not in range"),
         ({"x": ["a", "b"]}, "modalities are numbers, lists of them or fixed-size binary; got string"),
         ({"x": [1.0], "joint": [1.0]}, "a modality's name is .*got 'joint'"),
         ({"x": [1.0, 2.0], "size_factor": [1.0, 0.0]}, "row 1: a size factor is positive and finite; got 0.0"),

@@ -154,6 +154,7 @@ class Scan:
     def _refuse_out_of_range(self, rows: Rows, name: str, spot: Spot) -> None:
         values, counts = rows.data[name].reshape(len(rows), -1), self._config.likelihood.get(name) in COUNT_DISTS
         if counts:
+            _refuse_absent_factor(rows, name, spot)
             law = "a count is a whole number of 0 or more"
         elif values.dtype == np.int64:
             law = "a categorical value lies in 0.., as integers are classes"
@@ -235,6 +236,18 @@ class Scan:
 def _column(parts: list[Array | None]) -> Array | None:
     given = [part for part in parts if part is not None]
     return np.concatenate(given) if given else None
+
+
+def _refuse_absent_factor(rows: Rows, name: str, spot: Spot) -> None:
+    if rows.size_factors is None:
+        return
+    absent = rows.present[name] & np.isnan(rows.size_factors)
+    if absent.any():
+        row = int(absent.argmax())
+        raise DatasetError(
+            f"{spot.of(row)}: a row that has counts has a size factor where there is a column of them; got none beside "
+            f"{name!r} (id {rows.ids[row]}). Give the row one, or leave the column out."
+        )
 
 
 def _check_settings(config: PrepareConfig, rows: Rows) -> None:

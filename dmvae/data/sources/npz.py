@@ -92,6 +92,8 @@ class _Member:
                 else:
                     size = shape[0] * self.row_bytes
                     array = np.frombuffer(_read(stream, size), self.dtype, math.prod(shape)).reshape(shape)
+                if self.dtype.kind == "u" and array.max(initial=0) > np.iinfo(np.int64).max:
+                    raise ValueError(f"{array.max()} in {self.name}, where an integer has 64 bits with its sign")
                 yield array.astype(self.dtype.newbyteorder("="), copy=False)
 
 

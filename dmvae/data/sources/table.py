@@ -107,7 +107,7 @@ def ids(column: pa.Array, where: str, first_row: int = 0, what: str = "an id", u
         column = column.cast(column.type.value_type)
     if pa.types.is_integer(column.type):
         _refuse_null(what, column, where, first_row, unit)
-        return np.asarray(column.to_numpy(zero_copy_only=False)).astype(np.int64)
+        return np.asarray(column.cast(pa.int64()).to_numpy(zero_copy_only=False))
     return strings(what, column, where, first_row, unit)
 
 
