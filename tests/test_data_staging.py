@@ -10,6 +10,7 @@ from typing import BinaryIO
 
 import pytest
 
+from dmvae.data import staging
 from dmvae.data.error import DatasetError
 from dmvae.data.manifest import ShardInfo
 from dmvae.data.staging import ShardCache
@@ -107,6 +108,24 @@ def test_what_failed_or_is_not_the_manifests_leaves_nothing(tmp_path: Path) -> N
     with pytest.raises(DatasetError, match=r"s3://bucket/1: a shard has the size and SHA-256 of the manifest"):
         cache.get(info_of(1), "s3://bucket/1", Source()(2))
     assert [path.name for path in tmp_path.iterdir()] == ["room.lock"]
+
+
+def test_a_shard_that_cannot_fit_evicts_nothing(tmp_path: Path) -> None:
+    get(ShardCache(tmp_path, SIZE), 1, Source())
+    with pytest.raises(DatasetError, match="Raise DMVAE_CACHE_GB"):
+        get(ShardCache(tmp_path, SIZE - 1), 2, Source())
+    assert [path.name for path in tmp_path.glob("*.arrow")] == [f"{info_of(1).sha256}.arrow"]
+
+
+def test_who_comes_too_late_to_copy_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, source = ShardCache(tmp_path, 2 * SIZE), Source()
+    get(cache, 1, source)
+    share, looks = staging._share, iter([True])
+    # not there when it is looked for, there when the lock is had
+    monkeypatch.setattr(staging, "_share", lambda path: None if next(looks, False) else share(path))
+    get(cache, 1, source)
+    assert source.copied == [1]
+    assert not list(tmp_path.glob("*.part"))
 
 
 def test_what_a_killed_process_left_is_taken_over_or_evicted(tmp_path: Path) -> None:

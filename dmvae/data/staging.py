@@ -75,7 +75,10 @@ class ShardCache:
                 os.utime(whole, ns=(time.time_ns(), os.fstat(descriptor).st_mtime_ns))
                 return StagedShard(whole, descriptor)
             with _alone(part) as file:
-                if file is None or whole.exists():
+                if file is None:
+                    continue
+                if whole.exists():
+                    part.unlink()
                     continue
                 try:
                     self._make_room(file, info, where)
@@ -119,7 +122,7 @@ class ShardCache:
             files = self._files()
             held = sum(size for _, _, size in files)
             for _, path, size in files:
-                if held + info.bytes <= self.bound:
+                if held + info.bytes <= self.bound or info.bytes > self.bound:
                     break
                 held -= size if size and _evict(path) else 0
             if held + info.bytes > self.bound:
