@@ -139,6 +139,16 @@ def test_rows_of_a_group_come_into_one_split(tmp_path: Path) -> None:
         prepared(tmp_path, arrays() | {"patient": np.repeat(["a", "b"], 50)}, replace=True, group="patient")
 
 
+def test_a_giant_group_leaves_no_split_without_one(tmp_path: Path) -> None:
+    patient = np.concatenate((np.zeros(180, dtype=int), np.arange(1, 21)))
+    dataset = prepared(tmp_path, {"x": np.zeros((200, 1)), "patient": patient}, group="patient")
+    assert {name: split.rows for name, split in dataset.manifest.splits.items()} == {
+        "test": 10,
+        "train": 180,
+        "val": 10,
+    }
+
+
 def test_labels_are_in_every_split_in_the_same_shares(tmp_path: Path) -> None:
     labels = np.repeat([0, 1, -1], [60, 30, 10])
     dataset = prepared(tmp_path, arrays() | {"label": labels}, stratify=True)

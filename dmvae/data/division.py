@@ -42,7 +42,8 @@ def divide_groups(groups: Array, shares: Mapping[str, float]) -> Array:
     """Return the number of each row's split among `shares`, the same for all rows of a group.
 
     Groups in the order of their keys are laid in a line, each as long as it has rows, which is cut by the shares; a
-    group belongs where its middle lies.
+    group belongs where its middle lies. If that leaves a split without a group, as a giant among them does, they are
+    taken from the largest on, each to the split that lacks most rows.
 
     Args:
         groups: `(rows,)` uint64, a random key of each row's group.
@@ -54,10 +55,15 @@ def divide_groups(groups: Array, shares: Mapping[str, float]) -> Array:
     _, group, sizes = np.unique(groups, return_inverse=True, return_counts=True)
     middles = (np.cumsum(sizes) - sizes / 2) / len(groups)
     of_group = np.searchsorted(np.cumsum(list(shares.values()))[:-1], middles, side="right").astype(np.int16)
+    if len(np.unique(of_group)) < len(shares):
+        lacks = np.array(list(shares.values())) * len(groups)
+        for number in np.argsort(-sizes, kind="stable").tolist():
+            of_group[number] = lacks.argmax()
+            lacks[of_group[number]] -= sizes[number]
     empty = sorted(set(shares) - {list(shares)[code] for code in of_group})
     if empty:
         raise DatasetError(
             f"a split has at least one group; got {len(sizes)} groups of up to {sizes.max()} rows, and none for "
-            f"{empty}. Give it a larger share, choose another seed, or name the splits in a column."
+            f"{empty}. Give it a larger share, or name the splits in a column."
         )
     return np.asarray(of_group[group])
