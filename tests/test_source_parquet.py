@@ -104,9 +104,15 @@ def test_chunks_are_small_though_the_first_rows_are(tmp_path: Path, monkeypatch:
     assert max(len(chunk.rows) for chunk in read_parquet(source).chunks) <= 16
 
 
+def test_labels_may_be_whole_floats_as_pandas_writes_integers_with_gaps(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.parquet", {"x": [1.0, 2.0, 3.0], "label": [2.0, float("nan"), None]})
+    assert collect(read_parquet(ParquetSource(path=path))).labels.tolist() == [2, -1, -1]
+
+
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
+        ({"x": [1.0, 2.0], "label": [1.0, 0.5]}, "row 1: labels are integers or null; got double"),
         ({"x": [[1.0, 2.0], None, [1.0]]}, "row 2: all rows have the same shape; got 1 elements, 2 before"),
         ({"x": [1.0, 2.0], "label": ["cat", "dog"]}, "labels are integers or null; got string .*'cat'"),
         ({"x": [1.0, 2.0], "id": [3, None]}, "row 1: an id is not null"),

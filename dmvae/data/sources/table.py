@@ -1,5 +1,6 @@
 """Arrow columns to the arrays of `Rows`: lists, fixed-size binary, or several columns of numbers as one vector."""
 
+import math
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -138,8 +139,13 @@ def labels(column: pa.Array, where: str, first_row: int = 0, unit: str = "row") 
         return np.full(len(column), -1)
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
+    if pa.types.is_floating(column.type):  # as pandas writes integers of which some are missing
+        values = np.asarray(column.to_numpy(zero_copy_only=False), dtype=np.float64)
+        known = ~np.isnan(values)
+        if (np.isfinite(values[known]) & (values[known] == np.rint(values[known]))).all():
+            return np.where(known, values, -1).astype(np.int64)
     if not pa.types.is_integer(column.type):
-        odd = [(row, found) for row, found in enumerate(column.to_pylist()) if not _is_integer(found)]
+        odd = [(row, found) for row, found in enumerate(column.to_pylist()) if not _is_whole(found)]
         row, found = odd[0] if odd else (0, column[:1].to_pylist()[0] if len(column) else None)
         raise DatasetError(
             f"{where}, {unit} {first_row + row}: labels are integers or null; got {column.type} in column label, such "
@@ -174,7 +180,9 @@ def positive(factors: Array, where: str, first_row: int, unit: str = "row") -> A
     return factors
 
 
-def _is_integer(found: Any) -> bool:
+def _is_whole(found: Any) -> bool:
+    if isinstance(found, float):
+        return math.isnan(found) or found.is_integer()
     return found is None or str(found).removeprefix("-").isdigit()
 
 
