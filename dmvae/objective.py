@@ -20,6 +20,8 @@ from dmvae.stacking import decode_each, decoder_layout, families
 
 Decode = Callable[[Tensor], Tensor]
 """[z_shared, z_private] `(rows, dims)` to a likelihood's parameters `(rows, *output_shape)`."""
+_DECODED_NUMBERS = 3 * 2**17
+"""Decoder outputs at once on a CPU, up to twice as many: the system clears fresh memory for what is larger."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -247,21 +249,32 @@ def _log_likelihood(
 ) -> Float[Tensor, "member source row"]:
     """Return log p(x_i | z_s, z_pi) of every pair of a source and a row that has both, 0 elsewhere.
 
-    All sources and members of a family are decoded in one call, and only the pairs that exist: None means all.
+    All sources and members of a family are decoded in one call, where that is not too large, and only the pairs that
+    exist: None means all.
     """
     grid, values = z.shape[:3], [part.values for part in parts]
     z = z.flatten(1, 2)
-    if pairs is None:
+    if pairs is None and _num_pieces(z, likelihoods[0]) == 1:
         output = decode_each(decoders, z)
         return log_prob_each(
             likelihoods, output.reshape(*grid, *output.shape[2:]), [value.unsqueeze(0) for value in values]
         )
-    chosen = pairs.flatten().nonzero().squeeze(1)
+    chosen = torch.arange(z.shape[1], device=z.device) if pairs is None else pairs.flatten().nonzero().squeeze(1)
     place = parts[0].present.cumsum(0) - 1  # of a row of the batch among the observed ones
-    rows = place[chosen % len(place)]
-    output = decode_each(decoders, z.index_select(1, chosen))
-    log_p = log_prob_each(likelihoods, output, [observed.index_select(0, rows) for observed in values])
-    return log_p.new_zeros(grid[0], pairs.numel()).index_copy(1, chosen, log_p).view(grid)
+    z, rows = z.index_select(1, chosen), place[chosen % len(place)]
+    num = _num_pieces(z, likelihoods[0])
+    found = []
+    for own_z, own_rows in zip(z.tensor_split(num, dim=1), rows.tensor_split(num), strict=True):
+        output = decode_each(decoders, own_z)
+        found.append(log_prob_each(likelihoods, output, [observed.index_select(0, own_rows) for observed in values]))
+    log_p = torch.cat(found, dim=1)
+    return log_p.new_zeros(grid[0], grid[1] * grid[2]).index_copy(1, chosen, log_p).view(grid)
+
+
+def _num_pieces(z: Float[Tensor, "member pair latent"], likelihood: Likelihood) -> int:
+    """Return in how many calls to decode latents; in one on a device that is not the CPU."""
+    numbers = z.shape[0] * z.shape[1] * math.prod(likelihood.output_shape)
+    return max(1, numbers // _DECODED_NUMBERS) if z.device.type == "cpu" else 1
 
 
 def _in_order(found: list[Tensor], names: list[str], config: DMVAEConfig, like: Tensor) -> Tensor:
