@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from dmvae import noise
 from dmvae.checkpoint import RUN_CONFIG
 from dmvae.comparison import Quality
 from dmvae.config.evaluation import Device, EvaluateConfig, EvaluationConfig
@@ -166,7 +167,7 @@ def _key(folder: Path, task: Task, dataset: Dataset) -> str:
     # the chunk changes no draw, only the last bits of sums
     settings = task.config.model_dump(mode="json", exclude={"chunk", "measures"})
     removal = [asdict(task.removal)] if task.removal else []
-    return json.dumps([*weights, dataset.manifest.fingerprint, settings, *removal], sort_keys=True)
+    return json.dumps([*weights, dataset.manifest.fingerprint, noise.VERSION, settings, *removal], sort_keys=True)
 
 
 class Progress:
