@@ -7,13 +7,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dmvae.batch import Batch as Batch
     from dmvae.config.model import DMVAEConfig as DMVAEConfig
+    from dmvae.data.batch import Batch as Batch
     from dmvae.model import DMVAE as DMVAE
     from dmvae.platform.registry import load as load
 
 _HOMES = {
-    "Batch": "dmvae.batch",
+    "Batch": "dmvae.data.batch",
     "DMVAE": "dmvae.model",
     "DMVAEConfig": "dmvae.config.model",
     "load": "dmvae.platform.registry",

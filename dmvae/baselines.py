@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from dmvae.batch import Batch
+from dmvae.data.batch import Batch
 
 Pattern = tuple[str, ...]
 """The modalities that a row has, sorted; never empty."""

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dmvae.batch import Batch
+from dmvae.data.batch import Batch
 from dmvae.gaussian import DiagGaussian
 from dmvae.model import DMVAE
 from dmvae.noise import chain, row_keys, standard_normal

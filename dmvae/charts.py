@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dmvae.batch import Batch
+from dmvae.data.batch import Batch
 from dmvae.density import LatentDensity
 from dmvae.latents import Latents
 from dmvae.metrics import has

@@ -256,8 +256,8 @@ def _init(config: Any) -> None:
 
 
 def _prepare(config: Any) -> None:
-    from dmvae.data.place import is_uri
-    from dmvae.data.prepare import prepare_and_upload
+    from dmvae.data.preparation.prepare import prepare_and_upload
+    from dmvae.data.storage.location import is_uri
 
     folder = prepare_and_upload(config, progress=_say)
     output = Path(folder).name if is_uri(folder) else folder

@@ -9,9 +9,9 @@ from itertools import chain, combinations
 import numpy as np
 
 from dmvae.baselines import ProbabilisticPCA
-from dmvae.batch import Batch
-from dmvae.data.loader import read_rows
-from dmvae.data.split import Split
+from dmvae.data.batch import Batch
+from dmvae.data.reading.loader import read_rows
+from dmvae.data.reading.split import Split
 from dmvae.density import LatentDensity
 from dmvae.imputation import INTERVALS, held_out_errors, join, rival_errors, rivals
 from dmvae.latents import collect, fit_probes, probe_labels, probe_share

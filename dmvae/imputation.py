@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dmvae.baselines import ProbabilisticPCA
-from dmvae.batch import Batch
+from dmvae.data.batch import Batch
 from dmvae.density import LatentDensity
 from dmvae.likelihood import Laplace, Normal
 from dmvae.metrics import batches, generator_of, has

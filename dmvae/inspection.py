@@ -8,12 +8,12 @@ import tomli_w
 
 from dmvae.config.inspect import InspectConfig
 from dmvae.config.training import TrainConfig
-from dmvae.data.dataset import open_dataset
-from dmvae.data.error import DatasetError
-from dmvae.data.inspecting.census import Census, Tally, take_census
-from dmvae.data.inspecting.findings import Finding, find
-from dmvae.data.inspecting.proposal import Fit, propose_likelihoods, propose_run
-from dmvae.data.manifest import ModalityInfo
+from dmvae.data.errors import DatasetError
+from dmvae.data.format.manifest import ModalityInfo
+from dmvae.data.inspection.findings import Finding, find
+from dmvae.data.inspection.profile import Census, Tally, take_census
+from dmvae.data.inspection.suggestions import Fit, propose_likelihoods, propose_run
+from dmvae.data.reading.dataset import open_dataset
 
 _TOP = 12  # patterns and labels in the table
 _DRAWN = 20  # patterns in the plot

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from dmvae.batch import Batch
+from dmvae.data.batch import Batch
 from dmvae.density import GaussianMixture, LatentDensity
 from dmvae.metrics import Classifier, Proportion, batches, generator_of, has
 from dmvae.model import DMVAE

@@ -11,11 +11,11 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from dmvae.batch import Batch
 from dmvae.comparison import check_labels, first_rows
 from dmvae.config.search import Objective
-from dmvae.data.dataset import Dataset
-from dmvae.data.split import Split
+from dmvae.data.batch import Batch
+from dmvae.data.reading.dataset import Dataset
+from dmvae.data.reading.split import Split
 from dmvae.imputation import held_out_errors
 from dmvae.metrics import Classifier, conditional_coherence, fit_classifier, has
 from dmvae.model import DMVAE

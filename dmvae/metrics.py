@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from dmvae.batch import Batch
+from dmvae.data.batch import Batch
 from dmvae.density import LatentDensity
 from dmvae.likelihood import Categorical
 from dmvae.model import DMVAE, Modalities

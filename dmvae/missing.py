@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from dmvae.batch import Batch
+from dmvae.data.batch import Batch
 from dmvae.metrics import has
 from dmvae.noise import chain, row_keys, standard_normal
 

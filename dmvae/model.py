@@ -11,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dmvae import likelihood, networks
-from dmvae.batch import Batch, MultimodalRows
 from dmvae.config.model import DMVAEConfig
+from dmvae.data.batch import Batch, MultimodalRows
 from dmvae.density import LatentDensity
 from dmvae.encoding import combine, conform, observe, present, size_factors
 from dmvae.folder import MODEL_CONFIG as MODEL_CONFIG

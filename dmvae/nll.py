@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from dmvae.batch import Batch
 from dmvae.config.model import DMVAEConfig
+from dmvae.data.batch import Batch
 from dmvae.gaussian import DiagGaussian, product_of_experts
 from dmvae.importance import MIN_TRUSTED_DRAWS, WeightSummary, pieces
 from dmvae.joint import Rows, Term, has_forward_mode

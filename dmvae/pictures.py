@@ -5,13 +5,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from dmvae.batch import Batch
+from dmvae.data.batch import Batch
+from dmvae.data.scaling import Scale
 from dmvae.density import LatentDensity
 from dmvae.metrics import has
 from dmvae.missing import without
 from dmvae.model import DMVAE
 from dmvae.report import Figure, Picture, is_image
-from dmvae.scaling import Scale
 
 Scales = Mapping[str, Scale]
 

@@ -16,10 +16,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, create_model
 from torch import Tensor
 
-from dmvae.batch import Batch
 from dmvae.config.model import COUNT_DISTS
+from dmvae.data.batch import Batch
+from dmvae.data.scaling import Scale
 from dmvae.model import DMVAE
-from dmvae.scaling import Scale
 
 UNITS = "units.json"
 Operation = Literal["encode", "reconstruct", "impute", "nll", "sample"]

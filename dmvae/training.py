@@ -14,9 +14,9 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from dmvae.batch import Batch
 from dmvae.cadence import CheckpointClock
 from dmvae.config.training import OptimConfig, TrainConfig
+from dmvae.data.batch import Batch
 from dmvae.metrics import ACTIVE_VARIANCE
 from dmvae.model import DMVAE, DMVAEOutput
 from dmvae.noise import chain

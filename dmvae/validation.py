@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from dmvae.batch import Batch
 from dmvae.config.training import TrainConfig
+from dmvae.data.batch import Batch
 from dmvae.model import DMVAE
 from dmvae.noise import chain, row_keys, standard_normal
 from dmvae.objective import Noise, TermSums, negative_bounds, term_names

@@ -19,17 +19,17 @@ from pydantic import ValidationError
 from dmvae.cli import CommandError, read_toml
 from dmvae.config.data import PrepareConfig
 from dmvae.config.training import TrainConfig
-from dmvae.data.dataset import open_dataset
-from dmvae.data.error import DatasetError
-from dmvae.data.manifest import Manifest
-from dmvae.data.prepare import prepare
-from dmvae.data.verify import sha256_of
-from dmvae.data.writer import write_dataset
+from dmvae.data.errors import DatasetError
+from dmvae.data.format.manifest import Manifest
+from dmvae.data.preparation.prepare import prepare
+from dmvae.data.preparation.writer import write_dataset
+from dmvae.data.reading.dataset import open_dataset
+from dmvae.data.storage.verify import sha256_of
 from dmvae.model import DMVAE
 from dmvae.platform.trainer import check_data, resolve
 from dmvae.platform.worker import WorkerData
 from dmvae.training import NonFiniteLossError, TrainState, Workers, build_optimizer, train
-from tests.test_data_rows import make_rows
+from tests.data.preparation.test_rows import make_rows
 
 SPLITS = ("train", "val", "test")
 Content = dict[str, np.ndarray]

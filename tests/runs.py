@@ -15,8 +15,8 @@ from mlflow import MlflowClient
 from dmvae import checkpoint
 from dmvae.config.data import PrepareConfig
 from dmvae.config.training import TrainConfig
-from dmvae.data.dataset import open_dataset
-from dmvae.data.prepare import prepare
+from dmvae.data.preparation.prepare import prepare
+from dmvae.data.reading.dataset import open_dataset
 from dmvae.model import DMVAE
 from dmvae.platform.evaluation import judge
 from dmvae.platform.tracking import open_run

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from dmvae import DMVAE, Batch
 from dmvae.config.data import PrepareConfig
-from dmvae.data.dataset import open_dataset
-from dmvae.data.prepare import prepare
+from dmvae.data.preparation.prepare import prepare
+from dmvae.data.reading.dataset import open_dataset
 from dmvae.likelihood import Likelihood, NegativeBinomial
 from tests.runs import make_config, train_here
 

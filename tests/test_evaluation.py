@@ -15,8 +15,8 @@ from dmvae import DMVAE, DMVAEConfig
 from dmvae.cli import run_verb
 from dmvae.config.data import PrepareConfig
 from dmvae.config.evaluation import EvaluateConfig
-from dmvae.data.dataset import open_dataset
-from dmvae.data.prepare import prepare
+from dmvae.data.preparation.prepare import prepare
+from dmvae.data.reading.dataset import open_dataset
 from dmvae.platform import estimates
 from dmvae.platform.evaluation import evaluate
 from dmvae.platform.rows import BLOCK_ROWS, RowStore

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dmvae import Batch, DMVAEConfig
-from dmvae.data.dataset import open_dataset
+from dmvae.data.reading.dataset import open_dataset
 from dmvae.model import DMVAE
 from dmvae.objective import Noise, choose_subsets
 from dmvae.platform.trainer import resolve

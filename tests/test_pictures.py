@@ -3,12 +3,12 @@ from pathlib import Path
 import numpy as np
 
 from dmvae.config.model import DMVAEConfig
-from dmvae.data.dataset import open_dataset
-from dmvae.data.rows import Rows
-from dmvae.data.writer import write_dataset
+from dmvae.data.preparation.rows import Rows
+from dmvae.data.preparation.writer import write_dataset
+from dmvae.data.reading.dataset import open_dataset
+from dmvae.data.scaling import Scale
 from dmvae.model import DMVAE
 from dmvae.pictures import reconstructions
-from dmvae.scaling import Scale
 
 
 def test_pictures_are_in_the_units_of_the_data(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from dmvae import merit
 from dmvae.cli import run_verb
-from dmvae.data.dataset import open_dataset
+from dmvae.data.reading.dataset import open_dataset
 from dmvae.platform.search import check_space
 from dmvae.platform.study import TrialResult, best_trials, trials_of, write_params, write_result
 from tests.runs import make_dataset

@@ -14,8 +14,8 @@ import torch
 
 from dmvae import checkpoint
 from dmvae.config.data import PrepareConfig
-from dmvae.data.error import DatasetError
-from dmvae.data.prepare import prepare
+from dmvae.data.errors import DatasetError
+from dmvae.data.preparation.prepare import prepare
 from dmvae.model import DMVAE
 from tests.test_checkpoint import make_state
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from dmvae.batch import Batch
 from dmvae.config.model import DMVAEConfig
+from dmvae.data.batch import Batch
 from dmvae.model import DMVAE
 from dmvae.served import OPERATIONS, UNITS, Request, Served, Unit
 

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from dmvae.config.search import SearchConfig
 from dmvae.config.training import TrainConfig
-from dmvae.data.dataset import open_dataset
+from dmvae.data.reading.dataset import open_dataset
 from dmvae.platform.storage import Remote, home_of, local
 
 RUN: dict[str, Any] = {"name": "run", "data": {"dataset": "data"}}

@@ -13,8 +13,8 @@ from pydantic import ValidationError
 from dmvae.cli import run_verb
 from dmvae.config.data import PrepareConfig
 from dmvae.config.training import TrainConfig
-from dmvae.data.dataset import open_dataset
-from dmvae.data.prepare import prepare
+from dmvae.data.preparation.prepare import prepare
+from dmvae.data.reading.dataset import open_dataset
 from dmvae.platform.trainer import RunError, _check_same_run, resolve, run_record, train_run
 from tests.runs import make_config, make_dataset
 

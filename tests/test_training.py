@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from dmvae import checkpoint
-from dmvae.batch import Batch
 from dmvae.config.training import OptimConfig, TrainConfig
-from dmvae.data.dataset import open_dataset
+from dmvae.data.batch import Batch
+from dmvae.data.reading.dataset import open_dataset
 from dmvae.model import DMVAE
 from dmvae.platform.trainer import resolve
 from dmvae.platform.worker import WorkerData

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing
 
-from dmvae.batch import Batch
 from dmvae.config.training import TrainConfig
+from dmvae.data.batch import Batch
 from dmvae.model import DMVAE, DMVAEConfig
 from dmvae.platform.worker import WorkerData, _distribute, build_state
 from dmvae.training import Share, TrainState, Workers, build_optimizer, train_epoch

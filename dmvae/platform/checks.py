@@ -7,9 +7,9 @@ from dmvae.comparison import check_labels
 from dmvae.config.evaluation import EvaluationConfig
 from dmvae.config.model import COUNT_DISTS, DMVAEConfig
 from dmvae.config.training import TrainConfig
-from dmvae.data.dataset import Dataset
-from dmvae.data.loader import read_rows
-from dmvae.data.split import Split
+from dmvae.data.reading.dataset import Dataset
+from dmvae.data.reading.loader import read_rows
+from dmvae.data.reading.split import Split
 from dmvae.model import DMVAE
 
 

@@ -16,9 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from dmvae.batch import Batch
 from dmvae.config.registry import EmbedConfig
-from dmvae.data.dataset import Dataset, open_dataset
+from dmvae.data.batch import Batch
+from dmvae.data.reading.dataset import Dataset, open_dataset
 from dmvae.folder import MODEL_WEIGHTS
 from dmvae.metrics import has
 from dmvae.model import DMVAE

@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from dmvae.batch import Batch
 from dmvae.bound import negative_bound
 from dmvae.config.evaluation import Device, EvaluationConfig
-from dmvae.data.dataset import open_dataset
+from dmvae.data.batch import Batch
+from dmvae.data.reading.dataset import open_dataset
 from dmvae.metrics import has
 from dmvae.missing import Removal, without
 from dmvae.model import DMVAE

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from dmvae.config.registry import PromoteConfig
-from dmvae.data.dataset import open_dataset
+from dmvae.data.reading.dataset import open_dataset
 from dmvae.platform.courier import answers, connect
 from dmvae.platform.registry import CARD, CHAMPION, PREVIOUS, RegistryError, download
 from dmvae.platform.tracking import tracking_uri

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dmvae.config.tracking import TrackingConfig
-from dmvae.data.dataset import Dataset, open_dataset
+from dmvae.data.reading.dataset import Dataset, open_dataset
 from dmvae.folder import MODEL_CONFIG, MODEL_WEIGHTS
 from dmvae.platform.courier import RefusedError, answers, connect
 from dmvae.platform.lane import UnreachableError

@@ -8,12 +8,12 @@ import torch
 
 from dmvae.comparison import Quality, first_rows
 from dmvae.config.report import ReportConfig
-from dmvae.data.dataset import open_dataset
+from dmvae.data.reading.dataset import open_dataset
+from dmvae.data.scaling import Scale
 from dmvae.latents import collect, fit_density
 from dmvae.model import DMVAE, MODEL_CONFIG
 from dmvae.platform.checks import check_fit
 from dmvae.platform.spool import RUN_FILE, TrackedRun
-from dmvae.scaling import Scale
 
 _MISSING_RATES = (0.0, 0.25, 0.5, 0.75)
 _NLL_ROWS = 128

@@ -24,7 +24,7 @@ from ray.tune.search.optuna import OptunaSearch
 from dmvae import merit
 from dmvae.config.search import Domain, SearchConfig, lay_over
 from dmvae.config.training import TrainConfig
-from dmvae.data.dataset import Dataset, open_dataset
+from dmvae.data.reading.dataset import Dataset, open_dataset
 from dmvae.platform import study
 from dmvae.platform.cluster import limits, local_cluster, messages, resources
 from dmvae.platform.lane import write_atomically

@@ -16,8 +16,8 @@ from pyarrow.fs import FileSelector, FileSystem, FileType, FSSpecHandler, PyFile
 
 from dmvae import checkpoint
 from dmvae.config.section import has_password
-from dmvae.data.place import is_uri
-from dmvae.data.staging import cache_folder
+from dmvae.data.storage.location import is_uri
+from dmvae.data.storage.shard_cache import cache_folder
 
 
 class StorageError(OSError):

@@ -24,9 +24,9 @@ from dmvae import checkpoint
 from dmvae.config.model import COUNT_DISTS
 from dmvae.config.section import Section
 from dmvae.config.training import TrainConfig
-from dmvae.data import place
-from dmvae.data.dataset import Dataset, open_dataset
-from dmvae.data.manifest import Manifest
+from dmvae.data.format.manifest import Manifest
+from dmvae.data.reading.dataset import Dataset, open_dataset
+from dmvae.data.storage import location as place
 from dmvae.model import DMVAE
 from dmvae.platform import depot, shelf
 from dmvae.platform.checks import check_data

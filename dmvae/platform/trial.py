@@ -17,7 +17,7 @@ from ray.util.queue import Queue
 from dmvae import checkpoint
 from dmvae.config.search import SearchConfig, lay_over
 from dmvae.config.training import TrainConfig
-from dmvae.data.dataset import open_dataset
+from dmvae.data.reading.dataset import open_dataset
 from dmvae.merit import Judge, Merit
 from dmvae.model import DMVAE
 from dmvae.platform import shelf

@@ -22,12 +22,12 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from dmvae import checkpoint
-from dmvae.batch import Batch
 from dmvae.config.training import TrainConfig
-from dmvae.data.dataset import open_dataset
-from dmvae.data.loader import read_epoch, read_rows
-from dmvae.data.order import EpochOrder
-from dmvae.data.split import Split
+from dmvae.data.batch import Batch
+from dmvae.data.reading.dataset import open_dataset
+from dmvae.data.reading.loader import read_epoch, read_rows
+from dmvae.data.reading.sampler import EpochOrder
+from dmvae.data.reading.split import Split
 from dmvae.model import DMVAE
 from dmvae.platform import depot, shelf
 from dmvae.platform.shelf import SCORE

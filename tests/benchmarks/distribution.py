@@ -20,11 +20,11 @@ import torch.distributed as dist
 from torch import multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
-from dmvae.batch import Batch
 from dmvae.config.data import PrepareConfig
 from dmvae.config.training import TrainConfig
-from dmvae.data.dataset import open_dataset
-from dmvae.data.prepare import prepare
+from dmvae.data.batch import Batch
+from dmvae.data.preparation.prepare import prepare
+from dmvae.data.reading.dataset import open_dataset
 from dmvae.model import DMVAE, DMVAEConfig
 from dmvae.platform import shelf
 from dmvae.platform.cluster import local_cluster, messages

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from dmvae.batch import Batch
+from dmvae.data.batch import Batch
 from dmvae.model import DMVAE
 
 PACKAGES = ("multivae==1.0.3", "pythae==0.1.2")

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from dmvae import DMVAE, Batch
-from dmvae.data.dataset import open_dataset
+from dmvae.data.reading.dataset import open_dataset
 from dmvae.nll import NLLEstimate
 from tests.annealed import annealed_log_prob
 from tests.benchmarks.quality_table import train_model

@@ -17,7 +17,7 @@ from scipy.stats import spearmanr
 
 from dmvae.cli import read_toml
 from dmvae.config.search import SearchConfig, lay_over
-from dmvae.data.dataset import open_dataset
+from dmvae.data.reading.dataset import open_dataset
 from dmvae.merit import Judge
 from dmvae.model import DMVAE
 from dmvae.platform.study import draw

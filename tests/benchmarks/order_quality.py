@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from dmvae.data.order import EpochOrder
+from dmvae.data.reading.sampler import EpochOrder
 
 BATCH, CLASSES, EPOCHS = 256, 100, 20
 

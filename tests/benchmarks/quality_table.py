@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from dmvae.batch import Batch
 from dmvae.comparison import first_rows
 from dmvae.config.data import PrepareConfig
 from dmvae.config.training import TrainConfig
-from dmvae.data.dataset import open_dataset
-from dmvae.data.prepare import prepare
+from dmvae.data.batch import Batch
+from dmvae.data.preparation.prepare import prepare
+from dmvae.data.reading.dataset import open_dataset
 from dmvae.density import LatentDensity
 from dmvae.imputation import held_out_errors, rival_errors, rivals
 from dmvae.latents import collect, fit_density, probe_labels

@@ -24,16 +24,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dmvae.batch import Batch
 from dmvae.config.model import DMVAEConfig
 from dmvae.config.training import TrainConfig
-from dmvae.data.dataset import open_dataset
-from dmvae.data.loader import read_epoch
-from dmvae.data.manifest import load_manifest, save_manifest
-from dmvae.data.order import EpochOrder
-from dmvae.data.rows import Rows
-from dmvae.data.split import Split
-from dmvae.data.writer import write_dataset
+from dmvae.data.batch import Batch
+from dmvae.data.format.manifest import load_manifest, save_manifest
+from dmvae.data.preparation.rows import Rows
+from dmvae.data.preparation.writer import write_dataset
+from dmvae.data.reading.dataset import open_dataset
+from dmvae.data.reading.loader import read_epoch
+from dmvae.data.reading.sampler import EpochOrder
+from dmvae.data.reading.split import Split
 from dmvae.model import DMVAE
 from dmvae.training import Position, Share, TrainState, Workers, build_optimizer, train_epoch
 from tests.benchmarks.ratio import Result, compare, machine, markdown

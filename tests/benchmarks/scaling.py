@@ -26,10 +26,10 @@ import torch.multiprocessing as mp
 
 from dmvae.config.data import PrepareConfig
 from dmvae.config.training import TrainConfig
-from dmvae.data.dataset import open_dataset
-from dmvae.data.loader import read_epoch
-from dmvae.data.order import EpochOrder
-from dmvae.data.prepare import prepare
+from dmvae.data.preparation.prepare import prepare
+from dmvae.data.reading.dataset import open_dataset
+from dmvae.data.reading.loader import read_epoch
+from dmvae.data.reading.sampler import EpochOrder
 from dmvae.model import DMVAE
 from dmvae.platform.worker import _distribute
 from dmvae.training import Position, Share, TrainState, Workers, build_optimizer, train_epoch

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from dmvae.config.search import SearchConfig, lay_over
-from dmvae.data.dataset import open_dataset
+from dmvae.data.reading.dataset import open_dataset
 from dmvae.platform.trainer import resolve
 from dmvae.platform.trial import RungJudge
 from dmvae.merit import Merit

@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import torch
 
-from dmvae.batch import Batch
 from dmvae.config.model import DMVAEConfig
 from dmvae.config.training import TrainConfig
+from dmvae.data.batch import Batch
 from dmvae.model import DMVAE
 from dmvae.training import Position, Share, TrainState, Workers, build_optimizer, train_epoch
 from tests.benchmarks.multivae import inputs, reference

@@ -20,15 +20,15 @@ import pytest
 from mlflow import MlflowClient
 from ray import serve
 
-from dmvae.batch import Batch
 from dmvae.cli import read_toml
 from dmvae.comparison import first_rows
 from dmvae.config.data import PrepareConfig
 from dmvae.config.registry import ServeConfig
 from dmvae.config.search import SearchConfig
 from dmvae.config.tracking import TrackingConfig
-from dmvae.data.dataset import open_dataset
-from dmvae.data.prepare import prepare
+from dmvae.data.batch import Batch
+from dmvae.data.preparation.prepare import prepare
+from dmvae.data.reading.dataset import open_dataset
 from dmvae.metrics import fit_classifier
 from dmvae.model import DMVAE
 from dmvae.platform.registry import register

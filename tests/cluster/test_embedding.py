@@ -11,8 +11,8 @@ import torch
 
 from dmvae.cli import run_verb
 from dmvae.config.registry import EmbedConfig
-from dmvae.data.dataset import open_dataset
-from dmvae.data.loader import read_rows
+from dmvae.data.reading.dataset import open_dataset
+from dmvae.data.reading.loader import read_rows
 from dmvae.metrics import has
 from dmvae.platform.embedding import Embedder, _key, _shards, embed
 from dmvae.served import UNITS, Request, Served, Unit

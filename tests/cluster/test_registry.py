@@ -16,7 +16,7 @@ from mlflow import MlflowClient
 import dmvae
 from dmvae.cli import run_verb
 from dmvae.config.registry import PromoteConfig, RegisterConfig
-from dmvae.data.dataset import open_dataset
+from dmvae.data.reading.dataset import open_dataset
 from dmvae.model import DMVAE
 from dmvae.platform.promotion import promote
 from dmvae.platform.registry import RegistryError, register

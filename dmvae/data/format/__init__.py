@@ -1,0 +1,1 @@
+"""What a shard and a manifest hold."""

@@ -1,0 +1,152 @@
+"""One memory-mapped Arrow file: rows gathered by their byte offset, without a loop over rows or record batches."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.ipc
+from jaxtyping import Bool, Int64
+
+from dmvae.data.errors import DatasetError
+from dmvae.data.format.gather import Addresses, Gatherer
+from dmvae.data.format.schema import Columns, read_columns
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+def sha256_of(path: Path) -> str:
+    """Return the file's SHA-256 in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def open_reader(path: Path) -> tuple[pa.ipc.RecordBatchFileReader, pa.Buffer]:
+    """Map `path` and return a reader and the buffer that is the whole file.
+
+    Raises:
+        DatasetError: if it is not an Arrow IPC file.
+    """
+    try:
+        with pa.memory_map(str(path)) as source:
+            buffer = source.read_buffer(source.size())
+        reader = pa.ipc.open_file(buffer)
+        _ = reader.schema.names  # damaged names are no text
+        return reader, buffer
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise DatasetError(
+            f"{path}: a shard is an Arrow IPC file (not a stream, not Feather v1); got: {error}. Copy it again from "
+            f"where it came, or make the dataset again."
+        ) from error
+
+
+class MappedShard:
+    """The rows of one file, by position.
+
+    Args:
+        path: the file.
+        where: what messages call it. None: `path`.
+        hold: what has to live as long as the map is used.
+
+    Raises:
+        DatasetError: if the file is no shard, is compressed, has a null id, or its record batches are not all of one
+            size (the last may be shorter).
+    """
+
+    def __init__(self, path: Path, where: str | None = None, hold: object = None) -> None:
+        self.path, self.where = path, where or str(path)
+        self._hold = hold
+        reader, self._buffer = open_reader(path)
+        self.columns: Columns = read_columns(reader.schema, self.where)
+        try:
+            batches = [reader.get_batch(index) for index in range(reader.num_record_batches)]
+            for batch in batches:
+                batch.validate()  # buffers as long as their arrays need
+                batch.column("id").validate(full=True)  # strings that lie in their buffer
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise DatasetError(f"{self.where}: a shard can be read; got: {error}. Copy it again.") from error
+        sizes = np.array([batch.num_rows for batch in batches], dtype=np.int64)
+        self.rows = int(sizes.sum())
+        self.record_batch_rows = int(sizes[0]) if len(sizes) else 1
+        self._check_sizes(sizes)
+        self._ids = pa.chunked_array([batch.column("id") for batch in batches], reader.schema.field("id").type)
+        if self._ids.null_count:
+            row = self._ids.is_null().to_pylist().index(True)
+            raise DatasetError(f"an id is not null; got null in {self.where}, row {row}. Give the row an id.")
+        self._addresses = {
+            name: self._locate([batch.column(name) for batch in batches], name) for name in self.columns.fixed_size
+        }
+        self._rows = Gatherer(self.columns, [self.rows], [self.record_batch_rows])
+        self.enter(self._rows, 0)
+
+    def enter(self, gatherer: Gatherer, file: int) -> None:
+        """Tell a gatherer of several shards where this one is mapped; it must not outlive this object's use."""
+        start = int(self._buffer.address)
+        gatherer.add(file, self._addresses, start, start + int(self._buffer.size))
+
+    def gather(self, name: str, rows: Int64[np.ndarray, " row"]) -> Array:
+        """Copy the values of a column, `(rows, *shape)`; what stands in a missing slot is undefined."""
+        return self._rows.values(name, self._rows.locate(rows))
+
+    def present(self, name: str, rows: Int64[np.ndarray, " row"]) -> Bool[np.ndarray, " row"]:
+        """Return which of `rows` have a value in column `name`."""
+        return self._rows.present(name, self._rows.locate(rows))
+
+    def ids(self, rows: Int64[np.ndarray, " row"]) -> Array:
+        """Return the row names, int64 or strings."""
+        if self.columns.id_type == "int64":
+            return self.gather("id", rows)
+        return np.asarray(self._ids.take(pa.array(rows)).to_pylist(), dtype=str)
+
+    def _check_sizes(self, sizes: Int64[np.ndarray, " group"]) -> None:
+        even = len(sizes) == 0 or (bool((sizes[:-1] == sizes[0]).all()) and 0 < sizes[-1] <= sizes[0])
+        if not even:
+            raise DatasetError(
+                f"{self.where}: a shard's record batches have one size (the last may be shorter); got {sizes[:8]}... "
+                f"Write it with combine_chunks() and write_table(table, max_chunksize=...)."
+            )
+
+    def _locate(self, arrays: list[pa.Array], name: str) -> Addresses:
+        values, bits = np.zeros((2, len(arrays)), dtype=np.int64)
+        for group, array in enumerate(arrays):
+            buffers = array.buffers()
+            if len(buffers) == 3 and array.storage.values.null_count:
+                raise DatasetError(
+                    f"{self.where}: a modality is present or missing as a whole; got null elements in {name!r}. "
+                    f"Fill them, or make the whole row null."
+                )
+            values[group] = self._address(buffers[-1], array, name)
+            bits[group] = 0 if array.null_count == 0 else self._address(buffers[0], array, name)
+        return Addresses(values, bits)
+
+    def _address(self, buffer: pa.Buffer, array: pa.Array, name: str) -> int:
+        offset = int(buffer.address - self._buffer.address)
+        if array.offset or not 0 <= offset <= self._buffer.size - buffer.size:
+            raise DatasetError(
+                f"{self.where}: shards are not compressed, so that they can be mapped; got a compressed column "
+                f"{name!r}. Write it again without IpcWriteOptions(compression=...)."
+            )
+        return int(buffer.address)
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """A shard's file on this node.
+
+    Attributes:
+        path: of the file.
+        where: where it comes from, for messages.
+        is_summed: whether its SHA-256 was compared with the manifest when it was copied here.
+        hold: keeps it here.
+    """
+
+    path: Path
+    where: str
+    is_summed: bool = False
+    hold: object = None
+
+    def map(self) -> MappedShard:
+        """Map its rows."""
+        return MappedShard(self.path, self.where, self.hold)

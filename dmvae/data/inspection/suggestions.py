@@ -1,0 +1,115 @@
+"""A training run that fits a dataset: likelihoods with their reasons, networks, sizes, length."""
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dmvae.config.training import TrainConfig
+from dmvae.data.format.manifest import ModalityInfo
+from dmvae.data.inspection.profile import Census
+from dmvae.data.inspection.value_stats import Values
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+_HEAVY_TAILS = 4.2  # kurtosis: the geometric mean of a normal's 3 and a Laplace distribution's 6
+_POISSON_SPREAD = 1.5  # variance over mean; 1 of a Poisson distribution
+_ROW_VISITS = 400_000  # that a first run makes: epochs times training rows
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A likelihood for one modality, its parameters, and what in the data speaks for it."""
+
+    likelihood: str
+    reason: str
+    params: dict[str, Any]
+
+
+def propose_likelihoods(census: Census) -> dict[str, Fit]:
+    """Return a likelihood per modality; what the dataset itself proposes comes first, if it is a choice of someone."""
+    modalities = census.dataset.manifest.modalities
+    return {name: _fit(info, census.values(name)) for name, info in modalities.items()}
+
+
+def _fit(info: ModalityInfo, values: Values | None) -> Fit:
+    learned = {"scale": "learned"}
+    if info.likelihood == "categorical":
+        return Fit("categorical", f"classes 0..{(info.classes or 1) - 1}", {})
+    if info.likelihood != "normal":
+        return Fit(info.likelihood, "the dataset says so", learned if info.likelihood == "laplace" else {})
+    if values is None or not values.rows:
+        return Fit("normal", "no row has it", learned)
+    low, high = float(values.low.min()), float(values.high.max())
+    if values.are_binary and info.scaling in ("none", "unit"):
+        return Fit("bernoulli", "every value is 0 or 1 when read", {})
+    if info.scaling == "unit" or (info.scaling == "none" and low >= 0 and high <= 1):
+        return Fit("normal", "grey values in [0, 1]: of these, bernoulli would be no density", learned)
+    if values.are_counts and info.scaling == "none":
+        with np.errstate(all="ignore"):
+            spread = _typical(values.std**2 / values.mean)
+        reason = f"counts: whole numbers from 0, their variance {spread:.1f} times the mean"
+        return Fit("poisson" if spread <= _POISSON_SPREAD else "negative_binomial", reason, {})
+    if info.scaling == "log1p":
+        return Fit("normal", "read as log(1 + x), which has no heavy tails as a rule", learned)
+    kurtosis = _typical(values.kurtosis)
+    if kurtosis > _HEAVY_TAILS:
+        return Fit("laplace", f"heavy tails: kurtosis {kurtosis:.1f} (normal 3, laplace 6)", learned)
+    return Fit("normal", f"kurtosis {kurtosis:.1f} (normal 3, laplace 6)", learned)
+
+
+def _typical(figures: Array) -> float:
+    """Return the median of what is finite, NaN if nothing is."""
+    finite = figures[np.isfinite(figures)]
+    return float(np.median(finite)) if len(finite) else math.nan
+
+
+def propose_run(census: Census, dataset: str, likelihoods: dict[str, Fit]) -> TrainConfig:
+    """Return a first run on the dataset at `dataset`, of sizes that go with it.
+
+    Raises:
+        ValidationError: (a ValueError) if nothing can be trained on it.
+    """
+    manifest, train = census.dataset.manifest, census.splits[census.train]
+    others = [name for name in ("val", *census.splits) if name in census.splits and name != census.train]
+    val = others[0] if others else census.train
+    sizes = {name: info.column.size for name, info in manifest.modalities.items()}
+    name = re.sub(r"[^A-Za-z0-9._-]", "-", dataset.rstrip("/").rpartition("/")[2]).lstrip("._-")
+    tree: dict[str, Any] = {
+        "name": f"{name or 'data'}-first",
+        "data": {"dataset": dataset, "train_split": census.train, "val_split": val},
+        "model": {
+            "latent_dim": _between(2, math.ceil(math.log2(sum(sizes.values()))), 20),
+            "modalities_specific_dim": {
+                name: _between(1, int(math.log2(size) / 2), 10) for name, size in sizes.items()
+            },
+            "decoders_dist": {name: fit.likelihood for name, fit in likelihoods.items()},
+            **_unless_empty("decoder_dist_params", {name: fit.params for name, fit in likelihoods.items()}),
+            **_unless_empty("architectures", {name: _architecture(m) for name, m in manifest.modalities.items()}),
+        },
+        "training": {
+            "epochs": _between(5, round(_ROW_VISITS / train.rows), 200),
+            "batch_size": _between(8, 2 ** round(math.log2(train.rows / 10)), 256),
+        },
+        "evaluation": {"split": "test" if "test" in others else val},
+    }
+    return TrainConfig.model_validate(tree)
+
+
+def _architecture(info: ModalityInfo) -> dict[str, Any]:
+    """Return what differs from the default, a hidden layer of 256."""
+    if len(info.shape) == 3 and info.shape[1:] in ((28, 28), (32, 32)) and info.classes is None:
+        return {"name": "conv"}
+    inputs = info.column.size * (info.classes or 1)
+    return {"hidden_dims": [512, 256]} if inputs >= 2048 else {} if inputs > 16 else {"hidden_dims": [64]}
+
+
+def _unless_empty(key: str, settings: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    filled = {name: setting for name, setting in settings.items() if setting}
+    return {key: filled} if filled else {}
+
+
+def _between(low: int, number: int, high: int) -> int:
+    return max(low, min(number, high))

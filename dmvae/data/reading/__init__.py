@@ -1,0 +1,1 @@
+"""Rows as batches, in an order that does not depend on the number of workers."""

@@ -1,0 +1,299 @@
+"""The rows of one split: any of them, in any order, as batches."""
+
+import threading
+from collections.abc import Container, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from dmvae.data.batch import Batch
+from dmvae.data.errors import DatasetError
+from dmvae.data.format.gather import Gatherer, Located
+from dmvae.data.format.manifest import Manifest, ModalityInfo, ShardInfo
+from dmvae.data.format.shard import MappedShard, ShardFile
+from dmvae.data.scaling import Scale
+from dmvae.data.storage.location import Place
+from dmvae.data.storage.verify import row_blocks, verify_shard
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+_OPENERS = 4
+"""Shards that are fetched and verified at the same time."""
+
+
+class Split:
+    """The rows of one split; a row's position counts through the shards in the manifest's order.
+
+    A shard is fetched, verified and mapped, in a thread, when a row of it is first read or read ahead of. It stays
+    mapped, unless this node cannot hold the whole dataset.
+
+    Attributes:
+        where: the dataset's folder or URI.
+    """
+
+    def __init__(self, place: Place, manifest: Manifest, name: str, verify_on_use: bool) -> None:
+        self.where = place.where
+        self.manifest = manifest
+        self.name = name
+        self._place = place
+        self._infos = [info for info in self.manifest.splits[name].shards if info.rows]
+        self._starts = np.cumsum([0] + [info.rows for info in self._infos])
+        sizes = [info.record_batch_rows for info in self._infos]
+        self._rows = Gatherer(manifest.columns, [info.rows for info in self._infos], sizes)
+        self._shards: dict[int, Future[MappedShard]] = {}
+        self._opener: ThreadPoolExecutor | None = None
+        self._keeps_all = place.holds(manifest.bytes)
+        self._scales = {name: _Scale(info) for name, info in self.manifest.modalities.items()}
+        self._incomplete = [name for name, count in self.observed.items() if count < len(self)]
+        self._verify_on_use = verify_on_use
+        self._lock, self._reading = threading.Lock(), threading.Lock()
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    @property
+    def observed(self) -> dict[str, int]:
+        """Rows that have each modality; 0 for one that training cannot learn from this split."""
+        return self.manifest.splits[self.name].observed
+
+    @property
+    def record_batch_rows(self) -> Int64[np.ndarray, " group"]:
+        """Rows of every record batch in order, as `EpochOrder` takes them."""
+        sizes = []
+        for info in self._infos:
+            full, rest = divmod(info.rows, info.record_batch_rows)
+            sizes += [info.record_batch_rows] * full + [rest] * (rest > 0)
+        return np.array(sizes, dtype=np.int64)
+
+    @property
+    def record_batch_shards(self) -> Int64[np.ndarray, " group"]:
+        """The number of the shard of every record batch, as `EpochOrder` takes them."""
+        return np.repeat(np.arange(len(self._infos)), [-(-info.rows // info.record_batch_rows) for info in self._infos])
+
+    def read(self, positions: Int64[np.ndarray, " row"], dtype: torch.dtype = torch.float32) -> Batch:
+        """Read the rows at `positions`, in that order.
+
+        Floats and uint8 are scaled as the manifest says and given as `dtype`, counts are given as `dtype`, and classes
+        stay int64. Missing slots are zero.
+        A modality that this split has in every row has no mask, and without any other `masks` is None. Labels are -1
+        where there is none, size factors NaN.
+
+        Raises:
+            DatasetError: if a position is out of range, or a shard fails its check on first use.
+        """
+        return next(self.read_batches(positions, [len(positions)], dtype))
+
+    def read_batches(
+        self, positions: Int64[np.ndarray, " row"], lengths: Sequence[int], dtype: torch.dtype = torch.float32
+    ) -> Iterator[Batch]:
+        """Read the rows at `positions` at once, and yield them in batches of the given lengths; see `read`.
+
+        Faster than a call per batch, and than cutting up one large batch: a batch is converted when it is asked for,
+        and so fits the cache.
+        """
+        self._check_positions(positions)
+        lengths = list(lengths)
+        with self._located(positions) as (rows, shards):
+            stored = {name: self._rows.values(name, rows) for name in self._scales}
+            present = {name: self._rows.present(name, rows) for name in self._incomplete}
+            ids = self._ids(rows, shards)
+            labels, factors = self._labels(rows), self._size_factors(rows)
+        for name, mask in present.items():
+            # by numpy and before the conversion: torch takes fifty times as long to fill the rows of a mask
+            stored[name][np.flatnonzero(~mask)] = 0
+        data = {name: _cut(values, lengths) for name, values in stored.items()}
+        masks = {name: _cut(mask, lengths) for name, mask in present.items()}
+        names = _cut(ids, lengths) if ids.dtype == np.int64 else np.split(ids, np.cumsum(lengths)[:-1])
+        classes = None if labels is None else _cut(labels, lengths)
+        depths = None if factors is None else _cut(factors, lengths)
+        for number in range(len(lengths)):
+            missing = {name: mask[number] for name, mask in masks.items()}
+            yield Batch(
+                data={
+                    name: scale(data[name][number], missing.get(name), dtype) for name, scale in self._scales.items()
+                },
+                masks=missing or None,
+                labels=None if classes is None else classes[number],
+                ids=names[number],
+                size_factors=None if depths is None else depths[number].to(dtype),
+            )
+
+    def open_ahead(self, positions: Int64[np.ndarray, " row"]) -> None:
+        """Begin to fetch, verify and map the shards of rows that will be read; without effect if not all fit here."""
+        if self._keeps_all and len(self._shards) < len(self._infos):
+            for number in self._numbers(self._rows.locate(positions)):
+                self._shard(number)
+
+    def ids(self) -> Array:
+        """Return the names of all rows, int64 or strings."""
+        return np.concatenate([self._ids(rows, shards) for rows, shards in self._by_shard()])
+
+    def labels(self) -> Tensor | None:
+        """Return the labels of all rows, -1 where there is none; None if the dataset has no labels."""
+        found = [labels for rows, _ in self._by_shard() if (labels := self._labels(rows)) is not None]
+        return torch.from_numpy(np.concatenate(found)) if found else None
+
+    def shards(self) -> Iterator[MappedShard]:
+        """Yield the shards in order, fetched and mapped in their turn, without a check of their sums or values."""
+        for info in self._infos:
+            yield self._map(self._place.fetch(info), info)
+
+    def verify(self, full: bool = False) -> None:
+        """Check the checksum and the observed values of every shard.
+
+        Args:
+            full: do so even if the unchanged file was checked before, and look for ids that occur twice and for rows
+                with nothing observed.
+
+        Raises:
+            DatasetError: if a check fails; it names the shard, the column and the first row.
+        """
+        for info in self._infos:
+            file = self._place.fetch(info)
+            verify_shard(file, info, self.manifest, remember=not full)
+            if full:
+                _check_rows_have_something(self._map(file, info))
+        if full:
+            self.check_ids()
+
+    def check_ids(self) -> None:
+        """Check that no two rows have the same id.
+
+        Raises:
+            DatasetError: naming one that occurs more than once.
+        """
+        names, counts = np.unique(self.ids(), return_counts=True)
+        if (counts > 1).any():
+            raise DatasetError(
+                f"{self.where}, split {self.name!r}: an id occurs once in a split; got {names[counts > 1][0]} "
+                f"{counts[counts > 1][0]} times, and {int((counts > 1).sum())} such ids. Make them unique in the "
+                f"source, and prepare the dataset again."
+            )
+
+    def _check_positions(self, positions: Array) -> None:
+        if len(positions) and not 0 <= positions.min() <= positions.max() < len(self):
+            raise DatasetError(
+                f"{self.where}, split {self.name!r}: positions lie in 0..{len(self) - 1}; got {positions.min()} to "
+                f"{positions.max()}."
+            )
+
+    @contextmanager
+    def _located(self, positions: Array) -> "Iterator[tuple[Located, dict[int, MappedShard]]]":
+        """Yield where rows lie and their shards, which stay mapped meanwhile; for one thread at a time."""
+        with self._reading:
+            rows = self._rows.locate(positions)
+            numbers = self._numbers(rows)
+            self._keep_only(numbers)
+            opening = {number: self._shard(number) for number in numbers}
+            yield rows, {number: shard.result() for number, shard in opening.items()}
+
+    def _by_shard(self) -> "Iterator[tuple[Located, dict[int, MappedShard]]]":
+        """Yield the same of all rows in order, a shard at a time."""
+        for start, stop in pairwise(self._starts.tolist()):
+            with self._located(np.arange(start, stop)) as found:
+                yield found
+
+    def _numbers(self, rows: Located) -> list[int]:
+        return np.flatnonzero(np.bincount(rows.file)).tolist()
+
+    def _ids(self, rows: Located, shards: Mapping[int, MappedShard]) -> Array:
+        if self.manifest.id_type == "int64":
+            return self._rows.values("id", rows)
+        places = {number: np.flatnonzero(rows.file == number) for number in shards}
+        within = rows.position - self._starts[rows.file]
+        names = {number: shard.ids(within[places[number]]) for number, shard in shards.items()}
+        # the widest type: strings of different shards differ in length
+        result = np.empty(len(within), dtype=np.result_type(np.dtype("U1"), *names.values()))
+        for number, found in names.items():
+            result[places[number]] = found
+        return result
+
+    def _labels(self, rows: Located) -> Array | None:
+        if not self.manifest.has_label:
+            return None
+        return np.where(self._rows.present("label", rows), self._rows.values("label", rows), -1)
+
+    def _size_factors(self, rows: Located) -> Array | None:
+        if self.manifest.size_factor is None:
+            return None
+        return np.where(self._rows.present("size_factor", rows), self._rows.values("size_factor", rows), np.nan)
+
+    def _shard(self, number: int) -> "Future[MappedShard]":
+        with self._lock:
+            known = self._shards.get(number)
+            if known is None or (known.done() and known.exception() is not None):
+                if self._opener is None:
+                    self._opener = ThreadPoolExecutor(_OPENERS, thread_name_prefix="dmvae-open")
+                self._shards[number] = self._opener.submit(self._open, number)
+            return self._shards[number]
+
+    def _keep_only(self, numbers: Container[int]) -> None:
+        """Unmap the other shards where not all fit on this node, so that they can make room."""
+        if not self._keeps_all:
+            with self._lock:
+                self._shards = {number: shard for number, shard in self._shards.items() if number in numbers}
+
+    def _open(self, number: int) -> MappedShard:
+        info = self._infos[number]
+        file = self._place.fetch(info)
+        if self._verify_on_use:
+            verify_shard(file, info, self.manifest)
+        shard = self._map(file, info)
+        with self._lock:
+            shard.enter(self._rows, number)
+        return shard
+
+    def _map(self, file: ShardFile, info: ShardInfo) -> MappedShard:
+        shard = file.map()
+        if shard.columns != self.manifest.columns:
+            raise DatasetError(
+                f"{shard.where}: the manifest says {self.manifest.columns}; got {shard.columns}. Copy it again, or "
+                f"prepare again."
+            )
+        if (shard.rows, shard.record_batch_rows) != (info.rows, info.record_batch_rows):
+            raise DatasetError(
+                f"{shard.where}: the manifest says {info.rows} rows in record batches of {info.record_batch_rows}; got "
+                f"{shard.rows} in record batches of {shard.record_batch_rows}. Copy it again."
+            )
+        return shard
+
+
+def _check_rows_have_something(shard: MappedShard) -> None:
+    for rows in row_blocks(shard):
+        nothing = ~np.logical_or.reduce([shard.present(name, rows) for name in shard.columns.modalities])
+        if nothing.any():
+            first = rows[nothing]
+            raise DatasetError(
+                f"a row has at least one modality; got none in {shard.where}, row {first[0]} "
+                f"(id {shard.ids(first[:1])[0]}). Leave it out in the source, and prepare the dataset again."
+            )
+
+
+def _cut(values: Array, lengths: list[int]) -> Sequence[Tensor]:
+    return torch.from_numpy(values).split_with_sizes(lengths)
+
+
+class _Scale:
+    """From stored values to those that training reads."""
+
+    def __init__(self, info: ModalityInfo) -> None:
+        self._scale = Scale(info)
+        self._floats = info.likelihood != "categorical"
+
+    def __call__(self, values: Tensor, present: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Return the values, zero in the rows that are not present, where the stored ones are zero too.
+
+        The argument may be changed, or returned.
+        """
+        if not self._floats:
+            return values
+        scaled = self._scale.read(values, dtype)
+        if present is None or not self._scale.moves_zero:
+            return scaled
+        return scaled.index_fill_(0, torch.from_numpy(np.flatnonzero(~present.numpy())), 0)

@@ -1,0 +1,1 @@
+"""Where a dataset lies, and how its shards reach a node."""

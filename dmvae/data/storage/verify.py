@@ -1,0 +1,157 @@
+"""Whether a shard holds what its manifest says: its checksum, and values that a model can be trained on."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dmvae.config.model import COUNT_DISTS
+from dmvae.data.errors import DatasetError
+from dmvae.data.format.manifest import Manifest, ShardInfo
+from dmvae.data.format.shard import MappedShard, ShardFile, sha256_of
+from dmvae.data.storage.shard_cache import cache_folder
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+def row_blocks(shard: MappedShard) -> Iterator[Array]:
+    """Yield the positions of all rows, a record batch at a time."""
+    for start in range(0, shard.rows, shard.record_batch_rows):
+        yield np.arange(start, min(start + shard.record_batch_rows, shard.rows))
+
+
+def check_values(shard: MappedShard, classes: Mapping[str, int | None], likelihood: Mapping[str, str]) -> None:
+    """Refuse a value that no model can take.
+
+    Args:
+        shard: the file.
+        classes: number of classes per categorical modality; None where it is not known yet.
+        likelihood: hints by modality, which tell counts.
+
+    Raises:
+        DatasetError: for NaN or infinity in an observed row, a class out of range, a count that is none, a negative
+            label or a size factor that is not positive, or absent from a row with counts; it names the file, the
+            column and the first such row.
+    """
+    counts = [name for name in shard.columns.modalities if likelihood.get(name) in COUNT_DISTS]
+    for rows in row_blocks(shard):
+        for name, column in shard.columns.modalities.items():
+            if column.dtype != "uint8":
+                _check_modality(shard, name, rows, classes.get(name), name in counts)
+        if shard.columns.size_factor:
+            _check_size_factors(shard, rows, counts)
+        if shard.columns.has_label:
+            negative = shard.present("label", rows) & (shard.gather("label", rows) < 0)
+            if negative.any():
+                raise DatasetError(
+                    f"a label is null or at least 0; got {shard.gather('label', rows)[negative][0]} in "
+                    f"{_first(shard, 'label', rows[negative])}. Make it null."
+                )
+
+
+def _check_modality(shard: MappedShard, name: str, rows: Array, classes: int | None, counts: bool) -> None:
+    values = shard.gather(name, rows).reshape(len(rows), -1)
+    if counts:
+        wrong = ~(np.isfinite(values) & (values >= 0) & (values == np.floor(values)))
+        law = "a count is a whole number of 0 or more"
+    elif values.dtype == np.int64:
+        wrong = (values < 0) | (values >= (np.iinfo(np.int64).max if classes is None else classes))
+        law = f"a categorical value lies in 0..{'' if classes is None else classes - 1}"
+    else:
+        wrong, law = ~np.isfinite(values), "an observed value is finite"
+    found = shard.present(name, rows) & wrong.any(axis=1)
+    if found.any():
+        value = values[found][0][wrong[found][0]][0]
+        raise DatasetError(
+            f"{law}; got {value} in {_first(shard, name, rows[found])}. Correct it, or make that row's {name!r} null, "
+            f"in the source, and prepare the dataset again."
+        )
+
+
+def _check_size_factors(shard: MappedShard, rows: Array, counts: list[str]) -> None:
+    factors, present = shard.gather("size_factor", rows), shard.present("size_factor", rows)
+    wrong = present & ~(np.isfinite(factors) & (factors > 0))
+    if wrong.any():
+        raise DatasetError(
+            f"a size factor is positive and finite; got {factors[wrong][0]} in "
+            f"{_first(shard, 'size_factor', rows[wrong])}. Correct it in the source, and prepare the dataset again."
+        )
+    for name in counts:
+        absent = shard.present(name, rows) & ~present
+        if absent.any():
+            raise DatasetError(
+                f"a row that has counts has a size factor where there is a column of them; got null beside {name!r} in "
+                f"{_first(shard, 'size_factor', rows[absent])}. Give the row one, or leave the column out."
+            )
+
+
+def _first(shard: MappedShard, column: str, rows: Array) -> str:
+    return f"{shard.where}, column {column!r}, row {rows[0]} (id {shard.ids(rows[:1])[0]})"
+
+
+def verify_shard(file: ShardFile, info: ShardInfo, manifest: Manifest, remember: bool = True) -> None:
+    """Check a shard's checksum and values against the manifest, once per (path, size, time of change).
+
+    Args:
+        file: the shard.
+        info: what the manifest says of it.
+        manifest: the dataset's.
+        remember: trust an earlier check of the unchanged file, also that it had the checksum when it was copied here,
+            and record this one in the user's cache folder.
+
+    Raises:
+        DatasetError: if the file was altered, or holds a value that no model can take.
+    """
+    path = file.path
+    status = path.stat()
+    entry = [status.st_size, status.st_mtime_ns, info.sha256, manifest.fingerprint]
+    if remember and _remembered().get(str(path.resolve())) == entry:
+        return
+    found = info.sha256 if remember and file.is_summed else sha256_of(path)
+    if found != info.sha256:
+        raise DatasetError(
+            f"{file.where}: a shard has the SHA-256 of the manifest, {info.sha256[:12]}...; got {found[:12]}.... It "
+            f"was damaged or altered: copy it again, or prepare the dataset again."
+        )
+    shard = file.map()
+    modalities = manifest.modalities.items()
+    check_values(shard, {name: m.classes for name, m in modalities}, {name: m.likelihood for name, m in modalities})
+    for name, count in info.observed.items():
+        seen = sum(int(shard.present(name, rows).sum()) for rows in row_blocks(shard))
+        if seen != count:
+            raise DatasetError(
+                f"{file.where}: the manifest counts the rows that have a modality; got {seen} for {name!r} and says "
+                f"{count}. Compute the manifest anew from the shards."
+            )
+    if remember:
+        _remember(str(path.resolve()), entry)
+
+
+def _cache_file() -> Path:
+    return cache_folder() / "verified.json"
+
+
+def _remembered() -> dict[str, list[Any]]:
+    try:
+        content = json.loads(_cache_file().read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _remember(path: str, entry: list[Any]) -> None:
+    """Add an entry; if a concurrent writer or a read-only folder loses it, the shard is checked once more."""
+    cache = _cache_file()
+    part = cache.with_name(f".{cache.name}.{os.getpid()}")
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        known = {other: value for other, value in _remembered().items() if Path(other).exists()}
+        part.write_text(json.dumps(known | {path: entry}), encoding="utf-8")
+        part.replace(cache)
+    except OSError:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)

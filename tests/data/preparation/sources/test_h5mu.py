@@ -1,0 +1,150 @@
+import warnings
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import scipy.sparse
+
+from dmvae.config.data import H5muModality, H5muSource, PrepareConfig
+from dmvae.data.errors import DatasetError
+from dmvae.data.preparation import stream
+from dmvae.data.preparation.prepare import prepare
+from dmvae.data.preparation.sources.h5mu import read_h5mu
+from dmvae.data.reading.dataset import open_dataset
+from tests.data.preparation.test_rows import collect
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of mudata and anndata, about pandas
+    import anndata
+    import mudata
+    import pandas as pd
+
+CELLS = [f"cell {number}" for number in range(9)]
+RNA, ADT = CELLS[:6], [CELLS[8], CELLS[3], CELLS[1], CELLS[6]]
+COUNTS = np.random.default_rng(0).poisson(1, (6, 5))
+PROTEINS = np.random.default_rng(1).normal(size=(4, 3)).astype(np.float32)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    """Cells with RNA, with surface proteins, with both, in another order."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pd.set_option("future.infer_string", False)  # so that names are stored as older releases do
+        rna = anndata.AnnData(scipy.sparse.csr_matrix(np.log1p(COUNTS)), obs=pd.DataFrame(index=RNA))
+        rna.layers["counts"] = scipy.sparse.csr_matrix(COUNTS)
+        rna.layers["by_gene"] = scipy.sparse.csc_matrix(COUNTS)
+        rna.var["kind"] = ["gene"] * 5
+        rna.var["highly_variable"] = [True, False, True, False, True]
+        adt = anndata.AnnData(PROTEINS, obs=pd.DataFrame(index=ADT))
+        both = mudata.MuData({"rna": rna, "prot:adt": adt})
+        both.obs["type"] = pd.Categorical(["T", "B", None, "B", "T", "T", "B", "B"], categories=["T", "B"])
+        both.obs["donor"] = pd.Categorical(["x", "x", "y", "y", "z", "z", "x", "y"])
+        both.obs["batch"] = pd.Categorical([4, 7, 4, 4, 7, 7, 4, 4])
+        both.obs["depth"] = np.arange(1.0, 9)
+        both.write(tmp_path / "cells.h5mu")
+        pd.reset_option("future.infer_string")
+    return str(tmp_path / "cells.h5mu")
+
+
+WANTED: dict[str, Any] = {"rna": H5muModality(layer="counts"), "adt": H5muModality(key="prot:adt")}
+
+
+@pytest.mark.parametrize("layer", ["counts", "by_gene"])
+@pytest.mark.parametrize("chunk_bytes", [1 << 20, 70])
+def test_observations_that_a_modality_does_not_have_are_missing_there(
+    path: str, monkeypatch: pytest.MonkeyPatch, layer: str, chunk_bytes: int
+) -> None:
+    monkeypatch.setattr(stream, "CHUNK_BYTES", chunk_bytes)
+    wanted = WANTED | {"rna": H5muModality(layer=layer)}
+    source = H5muSource(path=path, modalities=wanted, label="type", group="donor", size_factor="depth")
+    found = read_h5mu(source)
+    assert found.notes == ("labels: 0 is T, 1 is B",)
+    rows = collect(found)
+    assert set(rows.ids.tolist()) == {*RNA, *ADT}
+    assert rows.data["rna"].dtype == np.float32
+    for row, cell in enumerate(rows.ids.tolist()):
+        assert rows.present["rna"][row] == (cell in RNA)
+        assert rows.present["adt"][row] == (cell in ADT)
+        if cell in RNA:
+            assert np.array_equal(rows.data["rna"][row], COUNTS[RNA.index(cell)])
+        if cell in ADT:
+            assert np.array_equal(rows.data["adt"][row], PROTEINS[ADT.index(cell)])
+    assert rows.labels is not None
+    assert rows.labels.tolist() == [0, 1, -1, 1, 0, 0, 1, 1]
+    assert rows.groups is not None
+    assert rows.groups.tolist() == list("xxyyzzxy")
+    assert rows.size_factors is not None
+    assert rows.size_factors.tolist() == list(range(1, 9))
+
+
+def test_a_mudata_becomes_a_dataset_with_nulls_in_the_right_rows(path: str, tmp_path: Path) -> None:
+    config = PrepareConfig(
+        dataset=str(tmp_path / "data"),
+        source=H5muSource(path=path, modalities=WANTED, group="donor"),
+        splits={"train": 0.7, "val": 0.3},
+        likelihood={"rna": "poisson"},
+    )
+    dataset = open_dataset(prepare(config, progress=lambda _: None))
+    seen = {}
+    for name in ("train", "val"):
+        split = dataset.split(name)
+        batch = split.read(np.arange(len(split)))
+        for row, cell in enumerate(split.ids().tolist()):
+            masks = batch.masks or {}
+            seen[cell] = {key for key in ("rna", "adt") if key not in masks or masks[key][row]}
+            if "rna" in seen[cell]:
+                assert np.array_equal(batch.data["rna"][row].numpy(), COUNTS[RNA.index(cell)])
+    assert seen == {cell: {key for key, own in (("rna", RNA), ("adt", ADT)) if cell in own} for cell in {*RNA, *ADT}}
+
+
+def test_chosen_features_of_x_are_read(path: str) -> None:
+    rows = collect(read_h5mu(H5muSource(path=path, modalities={"rna": H5muModality(features="highly_variable")})))
+    assert np.array_equal(rows.data["rna"][:6], np.log1p(COUNTS)[:, ::2])
+
+
+def test_categories_that_are_integers_are_labels(path: str) -> None:
+    labels = collect(read_h5mu(H5muSource(path=path, modalities=WANTED, label="batch"))).labels
+    assert labels is not None
+    assert labels.tolist() == [4, 7, 4, 4, 7, 7, 4, 4]
+
+
+@pytest.mark.parametrize("layer", ["counts", "by_gene"])
+def test_elements_that_are_stored_twice_add_up(path: str, layer: str) -> None:
+    with h5py.File(path, "r+") as file:
+        stored = file[f"mod/rna/layers/{layer}"]
+        twice = {name: np.repeat(stored[name][()], 2) for name in ("data", "indices")}
+        twice["indptr"] = 2 * stored["indptr"][()]
+        for name, values in twice.items():
+            del stored[name]
+            stored[name] = values
+    rows = collect(read_h5mu(H5muSource(path=path, modalities={"rna": H5muModality(layer=layer)})))
+    assert np.array_equal(rows.data["rna"][:6], 2 * COUNTS)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({}, "cells.h5mu: a modality's name is a letter.*got 'prot:adt'"),
+        ({"modalities": {"atac": {}}}, r"one of the file's; got 'atac'. There are \['prot:adt', 'rna'\]"),
+        ({"modalities": {"rna": {"layer": "raw"}}}, r"a layer is one of \['by_gene', 'counts'\]; got 'raw'"),
+        ({"modalities": {"rna": {"features": "best"}}}, "a column of var; got 'best'"),
+        ({"modalities": {"rna": {"features": "kind"}}}, "a column of truth values; got .* in 'kind'"),
+        ({"modalities": {"rna": {"dtype": "int64"}}}, "rna', row 0: a type holds the values .*got 0.69.* for int64"),
+        ({"modalities": WANTED, "label": "kind"}, "'kind' is a column; there are"),
+        ({"path": "nowhere.h5mu"}, "a source is a file that exists"),
+        ({"path": __file__}, "a source is a MuData; got"),
+    ],
+)
+def test_what_is_not_there_is_named(path: str, source: dict[str, Any], message: str) -> None:
+    with pytest.raises(DatasetError, match=message):
+        collect(read_h5mu(H5muSource.model_validate({"path": path, **source})))
+
+
+def test_an_anndata_is_no_mudata(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "one.h5ad", "w") as file:
+        file.create_group("obs")
+    with pytest.raises(DatasetError, match=r"Of an AnnData, write mudata\.MuData"):
+        read_h5mu(H5muSource(path=str(tmp_path / "one.h5ad")))

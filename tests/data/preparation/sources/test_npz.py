@@ -1,0 +1,230 @@
+"""Every source: converted from a file as people have it, read back equal; what is wrong with it named, nothing left."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv as pacsv
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from dmvae.config.data import PrepareConfig
+from dmvae.data.errors import DatasetError
+from dmvae.data.preparation import external_shuffle as shuffle
+from dmvae.data.preparation import stream
+from dmvae.data.preparation.prepare import prepare
+from dmvae.data.preparation.rows import Rows
+from dmvae.data.reading.dataset import open_dataset
+
+NUM = 60
+
+
+def truth() -> Rows:
+    """Rows of two views, either of which may be missing, some labels too."""
+    draw = np.random.default_rng(0)
+    kind = draw.integers(0, 4, NUM)  # 0: both, 1 and 2: one, 3: both
+    return Rows(
+        ids=np.array([f"p{row:03d}" for row in range(NUM)]),
+        data={name: draw.normal(size=(NUM, size)).astype(np.float32) for name, size in (("a", 3), ("b", 2))},
+        present={"a": kind != 1, "b": kind != 2},
+        labels=draw.integers(-1, 3, NUM),
+    )
+
+
+def npz(folder: Path, rows: Rows) -> dict[str, Any]:
+    views = {name: np.where(rows.present[name][:, None], values, np.nan) for name, values in rows.data.items()}
+    np.savez_compressed(folder / "rows.npz", id=rows.ids, label=rows.labels, **views)
+    return {"kind": "npz", "path": f"{folder}/rows.npz"}
+
+
+def tensors(folder: Path, rows: Rows) -> dict[str, Any]:
+    """Torch tensors, as the README shows."""
+    x, y, has_y = (torch.from_numpy(part) for part in (rows.data["a"], rows.data["b"], rows.present["b"]))
+    rest = {"mask.a": rows.present["a"], "label": rows.labels, "id": rows.ids}
+    np.savez(folder / "rows.npz", **{"a": x.numpy(), "b": y.numpy(), "mask.b": has_y.numpy()}, **rest)
+    return {"kind": "npz", "path": f"{folder}/rows.npz"}
+
+
+def parquet(folder: Path, rows: Rows) -> dict[str, Any]:
+    views = [row.tolist() if here else None for row, here in zip(rows.data["a"], rows.present["a"], strict=True)]
+    lists = pa.array(views, pa.list_(pa.float32()))
+    columns = {f"b_{i}": pa.array(rows.data["b"][:, i], mask=~rows.present["b"]) for i in range(2)}
+    labels = pa.array(rows.labels, mask=rows.labels < 0)
+    pq.write_table(pa.table({"patient": rows.ids, "class": labels, "a": lists, **columns}), folder / "rows.parquet")
+    groups = {"a": {"columns": "a"}, "b": {"columns": "b_*"}}
+    return {
+        "kind": "parquet",
+        "path": f"{folder}/rows.parquet",
+        "id": "patient",
+        "label": "class",
+        "modalities": groups,
+    }
+
+
+def csv(folder: Path, rows: Rows) -> dict[str, Any]:
+    """A table a view, in another order, without the rows that lack it."""
+    order = np.random.default_rng(1).permutation(NUM)
+    for name, values in rows.data.items():
+        here = order[rows.present[name][order]]
+        columns = {f"{name}{i}": values[here, i] for i in range(values.shape[1])}
+        pacsv.write_csv(pa.table({"id": rows.ids[here], **columns}), folder / f"{name}.csv")
+    pacsv.write_csv(
+        pa.table({"id": rows.ids, "label": pa.array(rows.labels, mask=rows.labels < 0)}), folder / "rows.csv"
+    )
+    tables = {name: {"path": f"{folder}/{name}.csv", "dtype": "float32"} for name in rows.data}
+    return {"kind": "csv", "rows": f"{folder}/rows.csv", "modalities": tables}
+
+
+def h5mu(folder: Path, rows: Rows) -> dict[str, Any]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of mudata and anndata, about pandas
+        import anndata
+        import mudata
+        import pandas as pd
+
+        pd.set_option("future.infer_string", False)
+        views = {
+            name: anndata.AnnData(values[rows.present[name]], obs=pd.DataFrame(index=rows.ids[rows.present[name]]))
+            for name, values in rows.data.items()
+        }
+        both = mudata.MuData(views)
+        of = dict(zip(rows.ids.tolist(), rows.labels.tolist(), strict=True))
+        both.obs["label"] = pd.array([None if of[key] < 0 else of[key] for key in both.obs_names], dtype="Int64")
+        both.write(folder / "rows.h5mu")
+        pd.reset_option("future.infer_string")
+    return {"kind": "h5mu", "path": f"{folder}/rows.h5mu"}
+
+
+@pytest.mark.parametrize("small", [False, True])
+@pytest.mark.parametrize("write", [npz, tensors, parquet, csv, h5mu])
+def test_a_source_is_read_back_equal_missing_values_included(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path, Rows], dict[str, Any]], small: bool
+) -> None:
+    if small:  # many chunks, and files to shuffle them
+        monkeypatch.setattr(stream, "CHUNK_BYTES", 150)
+        monkeypatch.setattr(shuffle, "HELD_BYTES", 1000)
+    rows = truth()
+    config = {"dataset": f"{tmp_path}/data", "source": write(tmp_path, rows), "splits": {"train": 1}}
+    dataset = open_dataset(prepare(PrepareConfig.model_validate(config), progress=lambda _: None))
+    split = dataset.split("train")
+    batch = split.read(np.arange(NUM))
+    place = np.argsort(split.ids())
+    assert split.ids()[place].tolist() == rows.ids.tolist()
+    assert batch.labels is not None
+    assert batch.labels[place].tolist() == rows.labels.tolist()
+    assert batch.masks is not None
+    for name, values in rows.data.items():
+        here = rows.present[name]
+        assert batch.masks[name][place].tolist() == here.tolist()
+        assert np.array_equal(batch.data[name].numpy()[place][here], values[here])
+    assert not list((tmp_path / "data").glob(".*"))
+
+
+def test_images_are_read_back_equal(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 4, 6, 3), dtype=np.uint8)
+    for row in range(4):  # the last one is absent
+        Image.fromarray(pixels[row]).save(tmp_path / f"{row}.png")
+    lines = [f"{row},{row}.png,{row % 2 or ''},{'train' if row else 'val'}" for row in range(5)]
+    (tmp_path / "rows.csv").write_text("id,file,label,split\n" + "\n".join(lines))
+    scans = {"scan": {"column": "file", "size": [4, 6]}, "grey": {"column": "file", "size": [4, 6], "channels": 1}}
+    source = {"kind": "images", "table": f"{tmp_path}/rows.csv", "folder": str(tmp_path), "modalities": scans}
+    config = PrepareConfig.model_validate({"dataset": f"{tmp_path}/data", "source": source})
+    told: list[str] = []
+    dataset = open_dataset(prepare(config, told.append))
+    assert "left out 1 rows that have no modality at all" in told
+    for name, ids in (("train", {1, 2, 3}), ("val", {0})):
+        split = dataset.split(name)
+        batch = split.read(np.arange(len(split)))
+        assert set(split.ids().tolist()) == ids
+        assert np.array_equal(
+            np.rint(batch.data["scan"].numpy() * 255), pixels[split.ids()].transpose(0, 3, 1, 2).astype(float)
+        )
+
+
+def bad_parquet(folder: Path, **columns: Any) -> dict[str, Any]:
+    pq.write_table(pa.table(columns), folder / "bad.parquet", row_group_size=2)
+    return {"kind": "parquet", "path": f"{folder}/bad.parquet"}
+
+
+def bad_csv(folder: Path, text: str, rows: str | None = None) -> dict[str, Any]:
+    (folder / "bad.csv").write_text(text)
+    if rows:
+        (folder / "rows.csv").write_text(rows)
+    table = {"a": {"path": f"{folder}/bad.csv"}}
+    return {"kind": "csv", "modalities": table, "rows": f"{folder}/rows.csv" if rows else None}
+
+
+def bad_image(folder: Path) -> dict[str, Any]:
+    Image.new("L", (2, 2)).save(folder / "good.png")
+    (folder / "cut.png").write_bytes((folder / "good.png").read_bytes()[:40])
+    (folder / "rows.csv").write_text("id,file\n1,good.png\n2,cut.png\n")
+    image = {"scan": {"column": "file", "size": [2, 2]}}
+    return {"kind": "images", "table": f"{folder}/rows.csv", "folder": str(folder), "modalities": image}
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (lambda f: bad_parquet(f, id=[4, 5, 4], x=[1.0, 2, 3]), r"parquet, row 2: an id occurs once; got 4 in .*row 0"),
+        (lambda f: bad_csv(f, "id,x\nu,1\nv,2\nu,3\n"), r"bad.csv, line 4: an id occurs once; got 'u' in line 2 too"),
+        (lambda f: bad_parquet(f, x=[[1.0], [2.0], [3.0, 4.0]]), r"bad.parquet, .*row 2: all rows have the same shape"),
+        (lambda f: bad_parquet(f, x=[[1.0], [2.0, 1.0]]), r"bad.parquet.*row 1: all rows have the same shape"),
+        (lambda f: bad_csv(f, "id,x\nu,1\nv,2,3\n"), r"bad.csv: .*Row #3: Expected 2 columns, got 3"),
+        (lambda f: bad_csv(f, "id,x\nu,1\nv,2\n", "id\nU\nV\n"), r"bad.csv, line 2: ids are .*rows.csv; got 'u'"),
+        (bad_image, r"rows.csv, line 3: .*cut.png is an image; got"),
+        (lambda f: bad_parquet(f, x=[1.0, 2, 3], label=["0", "1", "cat"]), r"bad.parquet, row 2: labels are .*'cat'"),
+        (lambda f: bad_parquet(f, x=[1.0, 2, 3], label=[0, 1.0, 0.5]), r"bad.parquet, row \d: labels are integers"),
+        (lambda f: bad_csv(f, "id,x\nu,1\nv,2\n", "id,label\nu,0\nv,a\n"), r"rows.csv, line 3: labels are .*'a'"),
+        (lambda f: bad_parquet(f, x=[1.0], joint=[1.0]), r"bad.parquet: a modality's name .*joint.*source.modalities"),
+        (lambda f: bad_csv(f, "id,x\nu,1\nv,two\n"), r"bad.csv, modality 'a': .*Row #3: .*'two'"),
+        (lambda f: bad_parquet(f, x=[[1.0], [2], [3], [np.inf]]), r"bad.parquet, row 3: an observed value is finite"),
+        (lambda f: bad_parquet(f, x=[[1.0, 1], [np.nan, 1]]), r"1 rows in which .*the first in .*bad.parquet, row 1 "),
+        (lambda f: bad_parquet(f, x=[1.0, 2.0], split=["train", "../up"]), r"bad.parquet, row 1, split: a name is"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_named_by_file_and_row_and_leaves_no_half_dataset(
+    tmp_path: Path, source: Callable[[Path], dict[str, Any]], message: str
+) -> None:
+    tree = source(tmp_path)
+    before = set(tmp_path.iterdir())
+    with pytest.raises(DatasetError, match=message) as caught:
+        prepare(PrepareConfig.model_validate({"dataset": f"{tmp_path}/data", "source": tree}), progress=lambda _: None)
+    assert "\n" not in str(caught.value)
+    assert set(tmp_path.iterdir()) == before
+
+
+KILLED = """
+import sys
+from dmvae.config.data import NpzSource, PrepareConfig
+from dmvae.data.preparation import external_shuffle as shuffle
+from dmvae.data.preparation import stream
+from dmvae.data.preparation.prepare import prepare
+
+stream.CHUNK_BYTES, shuffle.HELD_BYTES = 1000, 100_000
+prepare(PrepareConfig(dataset=sys.argv[2], source=NpzSource(path=sys.argv[1])))
+"""
+
+
+def test_a_killed_run_leaves_nothing_that_looks_like_a_dataset(tmp_path: Path) -> None:
+    np.savez(tmp_path / "rows.npz", x=np.zeros((50_000, 8)))
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "rows.npz"), str(tmp_path / "data")]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ) as process:
+        while not list(tmp_path.glob(".data.*/.scratch/rows/*")) and process.poll() is None:
+            time.sleep(0.01)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    assert not (tmp_path / "data").exists()
+    assert not list(tmp_path.rglob("dataset.json"))
+    source = {"kind": "npz", "path": f"{tmp_path}/rows.npz"}
+    prepare(PrepareConfig.model_validate({"dataset": f"{tmp_path}/data", "source": source}), progress=lambda _: None)
+    assert len(open_dataset(tmp_path / "data").split("train")) == 40_000

@@ -1,0 +1,159 @@
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from dmvae.data.errors import DatasetError
+from dmvae.data.format.manifest import load_manifest, save_manifest
+from dmvae.data.preparation.build_manifest import survey
+from dmvae.data.preparation.rows import Rows
+from dmvae.data.preparation.writer import write_dataset
+from dmvae.data.reading.dataset import Dataset, open_dataset
+from dmvae.data.reading.split import Split
+from dmvae.data.storage import verify
+from tests.data.preparation.test_rows import make_rows
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def numbers(num: int = 6, **changes: Any) -> Rows:
+    """Rows with one modality of floats, `x` = row + 0.25, and one of classes, `y`; ids count from 100."""
+    rows = {
+        "ids": np.arange(100, 100 + num),
+        "data": {"x": np.arange(num, dtype=np.float64)[:, None] + 0.25, "y": np.full((num, 1), 3)},
+        "present": {"x": np.ones(num, dtype=bool), "y": np.ones(num, dtype=bool)},
+    }
+    return Rows(**(rows | changes))
+
+
+def lists_of_ones(num: int) -> pa.Array:
+    return pa.ExtensionArray.from_storage(
+        pa.fixed_shape_tensor(pa.int64(), [1]), pa.FixedSizeListArray.from_arrays(pa.array([1] * num), 1)
+    )
+
+
+def altered(folder: Path, old: Any, new: Any, *, admit: bool) -> Dataset:
+    """Write `numbers`, replace a value in the file and, if `admit`, its checksum in the manifest."""
+    write_dataset(folder, {"train": numbers()}, classes={"y": 4})
+    shard = folder / "train/part-00000.arrow"
+    content = shard.read_bytes()
+    assert content.count(old.tobytes()) == 1
+    shard.write_bytes(content.replace(old.tobytes(), new.tobytes()))
+    if admit:
+        manifest = load_manifest(folder)
+        info = manifest.splits["train"].shards[0].model_copy(update={"sha256": verify.sha256_of(shard)})
+        split = manifest.splits["train"].model_copy(update={"shards": (info,)})
+        save_manifest(manifest.model_copy(update={"splits": {"train": split}}), folder)
+    return open_dataset(folder)
+
+
+def test_an_altered_shard_is_refused_before_its_first_row_is_read(tmp_path: Path) -> None:
+    split = altered(tmp_path / "data", np.float64(2.25), np.float64(9), admit=False).split("train")
+    with pytest.raises(DatasetError, match=r"part-00000.arrow: a shard has the SHA-256 of the manifest"):
+        split.read(np.array([0]))
+
+
+def test_a_value_that_is_not_finite_is_named_by_file_column_row_and_id(tmp_path: Path) -> None:
+    for number, wrong in enumerate((np.nan, np.inf)):
+        split = altered(tmp_path / f"data{number}", np.float64(2.25), np.float64(wrong), admit=True).split("train")
+        with pytest.raises(
+            DatasetError, match=r"finite; got (nan|inf) in .*part-00000.arrow, column 'x', row 2 \(id 102"
+        ):
+            split.verify()
+
+
+def test_a_class_out_of_range_is_refused(tmp_path: Path) -> None:
+    rows = numbers(data={"x": np.ones((6, 1)), "y": np.array([[0], [1], [4], [2], [3], [0]])})
+    with pytest.raises(DatasetError, match=r"lies in 0\.\.3; got 4 in .*column 'y', row 2 \(id 102\)"):
+        write_dataset(tmp_path / "data", {"train": rows}, classes={"y": 4})
+    rows.data["y"][2] = -1
+    with pytest.raises(DatasetError, match="got -1 in"):
+        write_dataset(tmp_path / "data", {"train": rows})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_garbage_under_a_null_is_no_error(tmp_path: Path) -> None:
+    tensors = pa.fixed_shape_tensor(pa.float64(), [1])
+    absent = pa.array([False, True, True, False])
+    lists = pa.FixedSizeListArray.from_arrays(pa.array([1.0, np.nan, np.inf, 4.0]), 1, mask=absent)
+    table = pa.table({"id": [1, 2, 3, 4], "x": pa.ExtensionArray.from_storage(tensors, lists), "y": lists_of_ones(4)})
+    (tmp_path / "train").mkdir()
+    with pa.OSFile(str(tmp_path / "train/a.arrow"), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
+    save_manifest(survey(tmp_path), tmp_path)
+    split = open_dataset(tmp_path).split("train")
+    split.verify(full=True)
+    assert split.read(np.arange(4)).data["x"][:, 0].tolist() == [1, 0, 0, 4]
+
+
+def test_a_shard_is_verified_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_dataset(tmp_path / "data", {"train": make_rows()})
+    checked: list[Path] = []
+    real = verify.sha256_of
+    monkeypatch.setattr(verify, "sha256_of", lambda path: (checked.append(path), real(path))[1])
+
+    def use() -> Split:
+        split = open_dataset(tmp_path / "data").split("train")
+        split.read(np.array([0]))
+        return split
+
+    use()
+    use().verify()
+    assert len(checked) == 1
+    use().verify(full=True)
+    assert len(checked) == 2
+    shard = tmp_path / "data/train/part-00000.arrow"
+    shard.touch()
+    use()
+    assert len(checked) == 3
+
+
+def test_verification_works_where_nothing_can_be_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    write_dataset(tmp_path / "data", {"train": make_rows()})
+    open_dataset(tmp_path / "data").split("train").verify()
+
+
+def test_a_damaged_memory_of_checks_is_ignored(tmp_path: Path) -> None:
+    (tmp_path / "cache/dmvae").mkdir(parents=True)
+    (tmp_path / "cache/dmvae/verified.json").write_text("[")
+    write_dataset(tmp_path / "data", {"train": make_rows()})
+    open_dataset(tmp_path / "data").split("train").verify()
+
+
+def test_ids_that_occur_twice_are_found(tmp_path: Path) -> None:
+    rows = numbers(ids=np.array([1, 2, 3, 2, 4, 5]))
+    split = open_dataset(write_dataset(tmp_path / "data", {"train": rows})).split("train")
+    split.verify()
+    with pytest.raises(DatasetError, match="an id occurs once in a split; got 2 2 times, and 1 such ids"):
+        split.verify(full=True)
+
+
+def test_rows_with_nothing_observed_are_found(tmp_path: Path) -> None:
+    absent = np.array([True, True, True, True, False, True])
+    rows = numbers(present={"x": absent, "y": absent})
+    dataset = open_dataset(write_dataset(tmp_path / "data", {"train": rows}))
+    with pytest.raises(DatasetError, match=r"at least one modality; got none in .*row 4 \(id 104\)"):
+        dataset.verify()
+
+
+def test_ids_in_two_splits_are_a_remark(tmp_path: Path) -> None:
+    rows = numbers()
+    splits = {"train": rows, "val": rows.take(slice(4, 6)), "test": rows.take(slice(0, 0))}
+    assert open_dataset(write_dataset(tmp_path / "data", splits)).verify() == ("2 ids are in both train and val",)
+
+
+def test_a_count_that_the_shard_does_not_bear_out_is_refused(tmp_path: Path) -> None:
+    folder = write_dataset(tmp_path / "data", {"train": numbers()})
+    manifest = load_manifest(folder)
+    info = manifest.splits["train"].shards[0].model_copy(update={"observed": {"x": 5, "y": 6}})
+    split = manifest.splits["train"].model_copy(update={"shards": (info,)})
+    save_manifest(manifest.model_copy(update={"splits": {"train": split}}), folder)
+    with pytest.raises(DatasetError, match="counts the rows"):
+        open_dataset(folder).split("train").verify()
