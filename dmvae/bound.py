@@ -5,9 +5,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dmvae.data.batch import Batch
-from dmvae.gaussian import DiagGaussian
+from dmvae.distributions.gaussian import DiagGaussian
+from dmvae.distributions.noise import chain, row_keys, standard_normal
 from dmvae.model import DMVAE
-from dmvae.noise import chain, row_keys, standard_normal
 
 _BOUND = 3  # names the noise
 

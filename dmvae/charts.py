@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from dmvae.data.batch import Batch
-from dmvae.density import LatentDensity
+from dmvae.distributions.gaussian_mixture import LatentDensity
 from dmvae.latents import Latents
 from dmvae.metrics import has
 from dmvae.missing import without

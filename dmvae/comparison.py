@@ -12,7 +12,7 @@ from dmvae.baselines import ProbabilisticPCA
 from dmvae.data.batch import Batch
 from dmvae.data.reading.loader import read_rows
 from dmvae.data.reading.split import Split
-from dmvae.density import LatentDensity
+from dmvae.distributions.gaussian_mixture import LatentDensity
 from dmvae.imputation import INTERVALS, held_out_errors, join, rival_errors, rivals
 from dmvae.latents import collect, fit_probes, probe_labels, probe_share
 from dmvae.metrics import (

@@ -6,10 +6,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from dmvae import likelihood
 from dmvae.config.model import DMVAEConfig
 from dmvae.data.batch import Batch, MultimodalRows
-from dmvae.gaussian import DiagGaussian, at_least_float32, product_of_experts
+from dmvae.distributions import likelihoods as likelihood
+from dmvae.distributions.gaussian import DiagGaussian, at_least_float32, product_of_experts
 from dmvae.objective import Observed
 from dmvae.stacking import encode_each
 

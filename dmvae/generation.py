@@ -8,8 +8,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dmvae.config.model import DMVAEConfig
-from dmvae.density import LatentDensity
-from dmvae.gaussian import DiagGaussian
+from dmvae.distributions.gaussian import DiagGaussian
+from dmvae.distributions.gaussian_mixture import LatentDensity
 from dmvae.objective import Decode
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from dmvae.baselines import ProbabilisticPCA
 from dmvae.data.batch import Batch
-from dmvae.density import LatentDensity
-from dmvae.likelihood import Laplace, Normal
+from dmvae.distributions.gaussian_mixture import LatentDensity
+from dmvae.distributions.likelihoods import Laplace, Normal
 from dmvae.metrics import batches, generator_of, has
 from dmvae.missing import without
 from dmvae.model import DMVAE

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from dmvae.gaussian import DiagGaussian, log_prior
-from dmvae.likelihood import Likelihood, log_prob_each
+from dmvae.distributions.gaussian import DiagGaussian, log_prior
+from dmvae.distributions.likelihoods import Likelihood, log_prob_each
 from dmvae.stacking import decode_each, decoder_layout, families
 
 Decode = Callable[[Tensor], Tensor]

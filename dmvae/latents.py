@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from dmvae.data.batch import Batch
-from dmvae.density import GaussianMixture, LatentDensity
+from dmvae.distributions.gaussian_mixture import GaussianMixture, LatentDensity
 from dmvae.metrics import Classifier, Proportion, batches, generator_of, has
 from dmvae.model import DMVAE
 

@@ -14,10 +14,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dmvae.data.batch import Batch
-from dmvae.density import LatentDensity
-from dmvae.likelihood import Categorical
+from dmvae.distributions.gaussian_mixture import LatentDensity
+from dmvae.distributions.likelihoods import Categorical
+from dmvae.distributions.noise import chain, row_keys
 from dmvae.model import DMVAE, Modalities
-from dmvae.noise import chain, row_keys
 
 ACTIVE_VARIANCE = 0.01
 """A unit whose posterior mean varies more than this over rows is active (Burda et al. 2016)."""

@@ -11,8 +11,8 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from dmvae.data.batch import Batch
+from dmvae.distributions.noise import chain, row_keys, standard_normal
 from dmvae.metrics import has
-from dmvae.noise import chain, row_keys, standard_normal
 
 Mechanism = Literal["random", "label"]
 

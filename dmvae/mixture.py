@@ -19,9 +19,9 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from dmvae.distributions.noise import chain
 from dmvae.importance import pieces, strata
 from dmvae.joint import Rows
-from dmvae.noise import chain
 from dmvae.refinement import (
     SPREAD,
     WIDE_SPREAD,

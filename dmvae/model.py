@@ -10,15 +10,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dmvae import likelihood, networks
+from dmvae import networks
 from dmvae.config.model import DMVAEConfig
 from dmvae.data.batch import Batch, MultimodalRows
-from dmvae.density import LatentDensity
+from dmvae.distributions import likelihoods as likelihood
+from dmvae.distributions.gaussian import DiagGaussian
+from dmvae.distributions.gaussian_mixture import LatentDensity
 from dmvae.encoding import combine, conform, observe, present, size_factors
 from dmvae.folder import MODEL_CONFIG as MODEL_CONFIG
 from dmvae.folder import MODEL_WEIGHTS as MODEL_WEIGHTS
 from dmvae.folder import check_weights, read_folder, write_folder
-from dmvae.gaussian import DiagGaussian
 from dmvae.generation import ModelOutput as ModelOutput
 from dmvae.generation import decode_latents, draw_latents, draw_seed, sample_latents
 from dmvae.nll import NLLEstimate, joint_nll

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from dmvae.config.model import DMVAEConfig
 from dmvae.data.batch import Batch
-from dmvae.gaussian import DiagGaussian, product_of_experts
+from dmvae.distributions.gaussian import DiagGaussian, product_of_experts
+from dmvae.distributions.likelihoods import Likelihood
+from dmvae.distributions.noise import chain, row_keys
 from dmvae.importance import MIN_TRUSTED_DRAWS, WeightSummary, pieces
 from dmvae.joint import Rows, Term, has_forward_mode
-from dmvae.likelihood import Likelihood
 from dmvae.mixture import STARTS_AT_ONCE, MixtureProposal, fit_mixture
-from dmvae.noise import chain, row_keys
 from dmvae.objective import Decode, Observed
 from dmvae.refinement import (
     EncoderProposal,

@@ -14,8 +14,8 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from dmvae.config.model import DMVAEConfig
-from dmvae.gaussian import DiagGaussian, product_of_experts
-from dmvae.likelihood import Likelihood, log_prob_each, stack
+from dmvae.distributions.gaussian import DiagGaussian, product_of_experts
+from dmvae.distributions.likelihoods import Likelihood, log_prob_each, stack
 from dmvae.stacking import decode_each, decoder_layout, families
 
 Decode = Callable[[Tensor], Tensor]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dmvae.data.batch import Batch
 from dmvae.data.scaling import Scale
-from dmvae.density import LatentDensity
+from dmvae.distributions.gaussian_mixture import LatentDensity
 from dmvae.metrics import has
 from dmvae.missing import without
 from dmvae.model import DMVAE

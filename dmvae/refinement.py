@@ -25,10 +25,10 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from dmvae.gaussian import DiagGaussian
+from dmvae.distributions.gaussian import DiagGaussian
+from dmvae.distributions.noise import chain, standard_normal
 from dmvae.importance import strata
 from dmvae.joint import Rows
-from dmvae.noise import chain, standard_normal
 
 SPREAD = 1.15
 """Factor on the fitted covariance: importance sampling wants a proposal somewhat wider than its target."""

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dmvae.gaussian import at_least_float32
+from dmvae.distributions.gaussian import at_least_float32
 from dmvae.networks import EncoderOutput, MLPDecoder, MLPEncoder
 
 _SMALL = 2**17

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from dmvae.cadence import CheckpointClock
 from dmvae.config.training import OptimConfig, TrainConfig
 from dmvae.data.batch import Batch
+from dmvae.distributions.noise import chain
 from dmvae.metrics import ACTIVE_VARIANCE
 from dmvae.model import DMVAE, DMVAEOutput
-from dmvae.noise import chain
 from dmvae.objective import TermSums, term_names
 from dmvae.validation import autocast, draw_noise, validate
 

@@ -9,7 +9,8 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
-from dmvae import DMVAE, Batch, DMVAEConfig, likelihood, nll
+from dmvae import DMVAE, Batch, DMVAEConfig, nll
+from dmvae.distributions import likelihoods as likelihood
 from dmvae.importance import WeightSummary, pareto_shape
 from dmvae.joint import Rows, Term
 from dmvae.mixture import MixtureProposal, fit_mixture

@@ -2,7 +2,6 @@
 
 import torch
 
-from dmvae import likelihood
 from dmvae.comparison import check_labels
 from dmvae.config.evaluation import EvaluationConfig
 from dmvae.config.model import COUNT_DISTS, DMVAEConfig
@@ -10,6 +9,7 @@ from dmvae.config.training import TrainConfig
 from dmvae.data.reading.dataset import Dataset
 from dmvae.data.reading.loader import read_rows
 from dmvae.data.reading.split import Split
+from dmvae.distributions import likelihoods as likelihood
 from dmvae.model import DMVAE
 
 

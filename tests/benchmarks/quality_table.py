@@ -22,7 +22,7 @@ from dmvae.config.training import TrainConfig
 from dmvae.data.batch import Batch
 from dmvae.data.preparation.prepare import prepare
 from dmvae.data.reading.dataset import open_dataset
-from dmvae.density import LatentDensity
+from dmvae.distributions.gaussian_mixture import LatentDensity
 from dmvae.imputation import held_out_errors, rival_errors, rivals
 from dmvae.latents import collect, fit_density, probe_labels
 from dmvae.metrics import (

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dmvae import DMVAE, Batch
-from dmvae.density import GaussianMixture, LatentDensity
+from dmvae.distributions.gaussian_mixture import GaussianMixture, LatentDensity
 from dmvae.latents import collect, fit_density, probe_labels
 from tests.linear_gaussian import linear_model, sample_rows
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dmvae import DMVAE, Batch, DMVAEConfig, likelihood
-from dmvae.likelihood import Bernoulli, Categorical, Laplace, Likelihood, Normal
+from dmvae import DMVAE, Batch, DMVAEConfig
+from dmvae.distributions import likelihoods as likelihood
+from dmvae.distributions.likelihoods import Bernoulli, Categorical, Laplace, Likelihood, Normal
 
 SHAPE = (2, 3)
 

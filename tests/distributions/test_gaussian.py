@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributions import Independent, Normal, kl_divergence
 
-from dmvae.gaussian import DiagGaussian, log_prior, product_of_experts
+from dmvae.distributions.gaussian import DiagGaussian, log_prior, product_of_experts
 
 
 def random_gaussian(*shape: int, seed: int = 0) -> DiagGaussian:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dmvae.noise import chain, row_keys, standard_normal
+from dmvae.distributions.noise import chain, row_keys, standard_normal
 
 
 def test_the_noise_is_standard_normal() -> None:

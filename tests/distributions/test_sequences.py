@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dmvae import DMVAE, Batch, DMVAEConfig
 from dmvae.bound import negative_bound
-from dmvae.likelihood import Categorical
+from dmvae.distributions.likelihoods import Categorical
 from dmvae.metrics import predicted_class_share
 
 LENGTH, CLASSES, PAD = 7, 5, 2

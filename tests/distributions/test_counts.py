@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dmvae import DMVAE, Batch, DMVAEConfig
 from dmvae.bound import negative_bound
-from dmvae.likelihood import Counts, NegativeBinomial, Poisson
+from dmvae.distributions.likelihoods import Counts, NegativeBinomial, Poisson
 
 KINDS = ("poisson", "negative_binomial")
 

@@ -1,0 +1,1 @@
+"""Gaussians, likelihoods and noise."""
