@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dmvae.distributions.gaussian import DiagGaussian, log_prior
 from dmvae.distributions.likelihoods import Likelihood, log_prob_each
-from dmvae.stacking import decode_each, decoder_layout, families
+from dmvae.nn.batched import decode_each, decoder_layout, families
 
 Decode = Callable[[Tensor], Tensor]
 _CACHED_NUMBERS = 2**19

@@ -10,7 +10,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dmvae import networks
 from dmvae.config.model import DMVAEConfig
 from dmvae.data.batch import Batch, MultimodalRows
 from dmvae.distributions import likelihoods as likelihood
@@ -23,8 +22,9 @@ from dmvae.folder import check_weights, read_folder, write_folder
 from dmvae.generation import ModelOutput as ModelOutput
 from dmvae.generation import decode_latents, draw_latents, draw_seed, sample_latents
 from dmvae.nll import NLLEstimate, joint_nll
+from dmvae.nn import networks
+from dmvae.nn.batched import Decoder
 from dmvae.objective import Decode, Noise, Observed, TermSums, negative_bounds
-from dmvae.stacking import Decoder
 
 Modalities = str | Iterable[str]
 """`"all"`, one modality's name, or several names."""

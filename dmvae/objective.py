@@ -16,7 +16,7 @@ from torch import Tensor
 from dmvae.config.model import DMVAEConfig
 from dmvae.distributions.gaussian import DiagGaussian, product_of_experts
 from dmvae.distributions.likelihoods import Likelihood, log_prob_each, stack
-from dmvae.stacking import decode_each, decoder_layout, families
+from dmvae.nn.batched import decode_each, decoder_layout, families
 
 Decode = Callable[[Tensor], Tensor]
 """[z_shared, z_private] `(rows, dims)` to a likelihood's parameters `(rows, *output_shape)`."""

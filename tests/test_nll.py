@@ -14,8 +14,8 @@ from dmvae.distributions import likelihoods as likelihood
 from dmvae.importance import WeightSummary, pareto_shape
 from dmvae.joint import Rows, Term
 from dmvae.mixture import MixtureProposal, fit_mixture
-from dmvae.networks import DecoderOutput
 from dmvae.nll import NLLEstimate
+from dmvae.nn.networks import DecoderOutput
 from dmvae.refinement import EncoderProposal, RefinedProposal, encoder_means, gauss_newton
 from tests.linear_gaussian import exact_log_prob, linear_model, sample_rows
 

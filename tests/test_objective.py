@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dmvae import DMVAE, Batch, DMVAEConfig
 from dmvae.config.model import ArchitectureConfig
 from dmvae.model import DMVAEOutput
-from dmvae.networks import Dimensions, EncoderOutput, MLPDecoder, MLPEncoder
+from dmvae.nn.networks import Dimensions, EncoderOutput, MLPDecoder, MLPEncoder
 from dmvae.objective import Noise
 from tests.linear_gaussian import exact_log_prob, linear_model, sample_rows
 

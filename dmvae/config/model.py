@@ -32,7 +32,7 @@ class ArchitectureConfig(Section):
 
     name: str = "mlp"
     """`mlp`, `conv` (images of 32x32 or 28x28), `sequence` (of classes), or a name registered with
-    `dmvae.networks.register`."""
+    `dmvae.nn.networks.register`."""
     hidden_dims: Shape | None = None
     """Widths of hidden layers, encoder order; default (256,), of `sequence` (64, 64); empty: one linear map. `conv`
     takes none."""

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dmvae.distributions.gaussian import at_least_float32
-from dmvae.networks import EncoderOutput, MLPDecoder, MLPEncoder
+from dmvae.nn.networks import EncoderOutput, MLPDecoder, MLPEncoder
 
 _SMALL = 2**17
 """Perceptrons with more weights than this gain nothing from running together."""

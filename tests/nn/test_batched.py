@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dmvae import DMVAE, Batch, DMVAEConfig
-from dmvae.stacking import families, layout
+from dmvae.nn.batched import families, layout
 
 NAMES = ("a", "b", "c")
 

@@ -2,9 +2,10 @@ import pytest
 import torch
 from torch import nn
 
-from dmvae import DMVAE, Batch, DMVAEConfig, networks
+from dmvae import DMVAE, Batch, DMVAEConfig
 from dmvae.config.model import ArchitectureConfig
-from dmvae.networks import Dimensions, MLPDecoder, MLPEncoder
+from dmvae.nn import networks
+from dmvae.nn.networks import Dimensions, MLPDecoder, MLPEncoder
 
 
 def dimensions(shape: tuple[int, ...], classes: int | None = None) -> Dimensions:
