@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dmvae.config.model import DMVAEConfig as DMVAEConfig
     from dmvae.data.batch import Batch as Batch
-    from dmvae.model import DMVAE as DMVAE
+    from dmvae.model.dmvae import DMVAE as DMVAE
     from dmvae.platform.registry import load as load
 
 _HOMES = {
     "Batch": "dmvae.data.batch",
-    "DMVAE": "dmvae.model",
+    "DMVAE": "dmvae.model.dmvae",
     "DMVAEConfig": "dmvae.config.model",
     "load": "dmvae.platform.registry",
 }

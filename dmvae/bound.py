@@ -7,7 +7,7 @@ from torch import Tensor
 from dmvae.data.batch import Batch
 from dmvae.distributions.gaussian import DiagGaussian
 from dmvae.distributions.noise import chain, row_keys, standard_normal
-from dmvae.model import DMVAE
+from dmvae.model.dmvae import DMVAE
 
 _BOUND = 3  # names the noise
 

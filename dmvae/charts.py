@@ -13,8 +13,8 @@ from dmvae.distributions.gaussian_mixture import LatentDensity
 from dmvae.latents import Latents
 from dmvae.metrics import has
 from dmvae.missing import without
-from dmvae.model import DMVAE
-from dmvae.nll import KHAT_LIMIT, NLLEstimate
+from dmvae.model.dmvae import DMVAE
+from dmvae.model.nll.estimate import KHAT_LIMIT, NLLEstimate
 from dmvae.report import Figure, Picture, is_image
 
 

@@ -14,8 +14,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from dmvae.model import MODEL_CONFIG, MODEL_WEIGHTS
-from dmvae.objective import TermSums
+from dmvae.model.dmvae import MODEL_CONFIG, MODEL_WEIGHTS
+from dmvae.model.loss import TermSums
 from dmvae.training import Position, TrainState
 
 RUN_CONFIG = "run.json"

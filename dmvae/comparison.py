@@ -25,7 +25,7 @@ from dmvae.metrics import (
     predicted_class_share,
 )
 from dmvae.missing import Mechanism, Removal, without
-from dmvae.model import DMVAE
+from dmvae.model.dmvae import DMVAE
 
 MAX_FIT_ROWS = 8192
 """Training rows that rivals, classifiers, probes and densities are fitted to, at most; the first ones, which

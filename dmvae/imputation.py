@@ -15,7 +15,7 @@ from dmvae.distributions.gaussian_mixture import LatentDensity
 from dmvae.distributions.likelihoods import Laplace, Normal
 from dmvae.metrics import batches, generator_of, has
 from dmvae.missing import without
-from dmvae.model import DMVAE
+from dmvae.model.dmvae import DMVAE
 
 INTERVALS = (0.5, 0.9)
 Imputer = Callable[[Batch, str], Tensor]

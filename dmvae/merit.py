@@ -18,7 +18,7 @@ from dmvae.data.reading.dataset import Dataset
 from dmvae.data.reading.split import Split
 from dmvae.imputation import held_out_errors
 from dmvae.metrics import Classifier, conditional_coherence, fit_classifier, has
-from dmvae.model import DMVAE
+from dmvae.model.dmvae import DMVAE
 
 _PARTS = 8  # blocks of rows that the standard error of a ratio is taken from
 _IMPUTATION_DRAWS = 20

@@ -17,7 +17,7 @@ from dmvae.data.batch import Batch
 from dmvae.distributions.gaussian_mixture import LatentDensity
 from dmvae.distributions.likelihoods import Categorical
 from dmvae.distributions.noise import chain, row_keys
-from dmvae.model import DMVAE, Modalities
+from dmvae.model.dmvae import DMVAE, Modalities
 
 ACTIVE_VARIANCE = 0.01
 """A unit whose posterior mean varies more than this over rows is active (Burda et al. 2016)."""

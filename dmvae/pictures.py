@@ -10,7 +10,7 @@ from dmvae.data.scaling import Scale
 from dmvae.distributions.gaussian_mixture import LatentDensity
 from dmvae.metrics import has
 from dmvae.missing import without
-from dmvae.model import DMVAE
+from dmvae.model.dmvae import DMVAE
 from dmvae.report import Figure, Picture, is_image
 
 Scales = Mapping[str, Scale]

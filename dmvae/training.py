@@ -19,8 +19,8 @@ from dmvae.config.training import OptimConfig, TrainConfig
 from dmvae.data.batch import Batch
 from dmvae.distributions.noise import chain
 from dmvae.metrics import ACTIVE_VARIANCE
-from dmvae.model import DMVAE, DMVAEOutput
-from dmvae.objective import TermSums, term_names
+from dmvae.model.dmvae import DMVAE, DMVAEOutput
+from dmvae.model.loss import TermSums, term_names
 from dmvae.validation import autocast, draw_noise, validate
 
 _TRAIN = 1  # second part of a noise key; validation has another

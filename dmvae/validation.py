@@ -11,8 +11,8 @@ from torch import Tensor
 from dmvae.config.training import TrainConfig
 from dmvae.data.batch import Batch
 from dmvae.distributions.noise import chain, row_keys, standard_normal
-from dmvae.model import DMVAE
-from dmvae.objective import Noise, TermSums, negative_bounds, term_names
+from dmvae.model.dmvae import DMVAE
+from dmvae.model.loss import Noise, TermSums, negative_bounds, term_names
 
 _VALIDATE = 2  # second part of a noise key; training has another
 

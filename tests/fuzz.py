@@ -25,7 +25,7 @@ from dmvae.data.preparation.prepare import prepare
 from dmvae.data.preparation.writer import write_dataset
 from dmvae.data.reading.dataset import open_dataset
 from dmvae.data.storage.verify import sha256_of
-from dmvae.model import DMVAE
+from dmvae.model.dmvae import DMVAE
 from dmvae.platform.trainer import check_data, resolve
 from dmvae.platform.worker import WorkerData
 from dmvae.training import NonFiniteLossError, TrainState, Workers, build_optimizer, train

@@ -17,7 +17,7 @@ from dmvae.config.data import PrepareConfig
 from dmvae.config.training import TrainConfig
 from dmvae.data.preparation.prepare import prepare
 from dmvae.data.reading.dataset import open_dataset
-from dmvae.model import DMVAE
+from dmvae.model.dmvae import DMVAE
 from dmvae.platform.evaluation import judge
 from dmvae.platform.tracking import open_run
 from dmvae.platform.trainer import dataset_record, resolve, run_record

@@ -12,7 +12,7 @@ from dmvae import checkpoint
 from dmvae.checkpoint import CheckpointError
 from dmvae.config.model import DMVAEConfig
 from dmvae.config.training import OptimConfig
-from dmvae.model import DMVAE
+from dmvae.model.dmvae import DMVAE
 from dmvae.training import Position, TrainState, build_optimizer
 
 

@@ -7,7 +7,7 @@ from dmvae.data.preparation.rows import Rows
 from dmvae.data.preparation.writer import write_dataset
 from dmvae.data.reading.dataset import open_dataset
 from dmvae.data.scaling import Scale
-from dmvae.model import DMVAE
+from dmvae.model.dmvae import DMVAE
 from dmvae.pictures import reconstructions
 
 

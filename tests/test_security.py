@@ -16,7 +16,7 @@ from dmvae import checkpoint
 from dmvae.config.data import PrepareConfig
 from dmvae.data.errors import DatasetError
 from dmvae.data.preparation.prepare import prepare
-from dmvae.model import DMVAE
+from dmvae.model.dmvae import DMVAE
 from tests.test_checkpoint import make_state
 
 ROOT = Path(__file__).parents[1]

@@ -12,7 +12,7 @@ from dmvae import checkpoint
 from dmvae.config.training import OptimConfig, TrainConfig
 from dmvae.data.batch import Batch
 from dmvae.data.reading.dataset import open_dataset
-from dmvae.model import DMVAE
+from dmvae.model.dmvae import DMVAE
 from dmvae.platform.trainer import resolve
 from dmvae.platform.worker import WorkerData
 from dmvae.training import (

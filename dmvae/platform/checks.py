@@ -10,7 +10,7 @@ from dmvae.data.reading.dataset import Dataset
 from dmvae.data.reading.loader import read_rows
 from dmvae.data.reading.split import Split
 from dmvae.distributions import likelihoods as likelihood
-from dmvae.model import DMVAE
+from dmvae.model.dmvae import DMVAE
 
 
 def check_data(config: TrainConfig, dataset: Dataset) -> None:

@@ -19,13 +19,13 @@ import torch
 from dmvae.config.registry import EmbedConfig
 from dmvae.data.batch import Batch
 from dmvae.data.reading.dataset import Dataset, open_dataset
-from dmvae.folder import MODEL_WEIGHTS
 from dmvae.metrics import has
-from dmvae.model import DMVAE
+from dmvae.model.dmvae import DMVAE
+from dmvae.model.predictor import UNITS, Served, Unit
+from dmvae.model.serialization import MODEL_WEIGHTS
 from dmvae.platform.checks import check_fit
 from dmvae.platform.cluster import local_cluster, resources
 from dmvae.platform.registry import download
-from dmvae.served import UNITS, Served, Unit
 
 _BLOCK_ROWS = 1024
 _KEY = b"dmvae.made_by"

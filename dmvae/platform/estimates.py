@@ -17,8 +17,8 @@ from dmvae.data.batch import Batch
 from dmvae.data.reading.dataset import open_dataset
 from dmvae.metrics import has
 from dmvae.missing import Removal, without
-from dmvae.model import DMVAE
-from dmvae.nll import NLLEstimate
+from dmvae.model.dmvae import DMVAE
+from dmvae.model.nll.estimate import NLLEstimate
 from dmvae.platform.cluster import limits, resources
 from dmvae.platform.rows import BLOCK_ROWS, Columns, RowStore
 from dmvae.platform.storage import local

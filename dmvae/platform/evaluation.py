@@ -16,7 +16,7 @@ from dmvae.data.reading.dataset import Dataset, open_dataset
 from dmvae.data.storage.location import is_uri
 from dmvae.distributions import noise
 from dmvae.latents import fit_density
-from dmvae.model import DMVAE, MODEL_CONFIG, MODEL_WEIGHTS
+from dmvae.model.dmvae import DMVAE, MODEL_CONFIG, MODEL_WEIGHTS
 from dmvae.platform.checks import check_fit, check_measures, check_support
 from dmvae.platform.cluster import local_cluster
 from dmvae.platform.estimates import Task, evaluate_nll

@@ -15,10 +15,10 @@ import pyarrow.parquet as pq
 
 from dmvae.config.registry import PromoteConfig
 from dmvae.data.reading.dataset import open_dataset
+from dmvae.model.predictor import UNITS
 from dmvae.platform.courier import answers, connect
 from dmvae.platform.registry import CARD, CHAMPION, PREVIOUS, RegistryError, download
 from dmvae.platform.tracking import tracking_uri
-from dmvae.served import UNITS
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

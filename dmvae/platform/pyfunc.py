@@ -9,7 +9,7 @@ from typing import Any
 from mlflow.models import ModelConfig, set_model
 from mlflow.pyfunc.model import PythonModel
 
-from dmvae.served import Request, Served, row_type
+from dmvae.model.predictor import Request, Served, row_type
 
 Row = row_type(ModelConfig().get("shapes"))  # type: ignore[no-untyped-call]
 

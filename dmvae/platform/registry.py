@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 from dmvae.config.tracking import TrackingConfig
 from dmvae.data.reading.dataset import Dataset, open_dataset
-from dmvae.folder import MODEL_CONFIG, MODEL_WEIGHTS
+from dmvae.model.predictor import UNITS, Served
+from dmvae.model.serialization import MODEL_CONFIG, MODEL_WEIGHTS
 from dmvae.platform.courier import RefusedError, answers, connect
 from dmvae.platform.lane import UnreachableError
 from dmvae.platform.spool import scrub
 from dmvae.platform.storage import local
 from dmvae.platform.tracking import tracking_uri
-from dmvae.served import UNITS, Served
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -197,7 +197,7 @@ def save(content: Path, target: Path) -> None:
 
 def _example(served: Served) -> dict[str, Any]:
     """Return a row that has its first modality alone: a plausible one, drawn from the model."""
-    from dmvae.served import Request
+    from dmvae.model.predictor import Request
 
     (drawn,) = served.answer([{}], Request(operation="sample"))
     first = next(iter(served.units))
@@ -217,9 +217,7 @@ def _clipped(values: Any, high: float | None, digits: int) -> Any:
 
 def _copy_core(target: Path) -> None:
     """Copy the modules that answering takes, and no other."""
-    program = (
-        "import sys, dmvae.served; print(*(m.__file__ for n, m in sys.modules.items() if n.split('.')[0] == 'dmvae'))"
-    )
+    program = "import sys, dmvae.model.predictor; print(*(m.__file__ for n, m in sys.modules.items() if n.split('.')[0] == 'dmvae'))"
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)  # noqa: S603
     for file in map(Path, found.stdout.split()):
         copy = target / file.relative_to(_ROOT)
@@ -263,7 +261,7 @@ def load(source: str) -> Any:
         FileNotFoundError: if the folder is no model's.
         RegistryError: if MLflow has no such model, or its files are gone.
     """
-    from dmvae.model import DMVAE
+    from dmvae.model.dmvae import DMVAE
 
     if not source.startswith("models:/"):
         with local(source) as folder:

@@ -11,7 +11,7 @@ from dmvae.config.report import ReportConfig
 from dmvae.data.reading.dataset import open_dataset
 from dmvae.data.scaling import Scale
 from dmvae.latents import collect, fit_density
-from dmvae.model import DMVAE, MODEL_CONFIG
+from dmvae.model.dmvae import DMVAE, MODEL_CONFIG
 from dmvae.platform.checks import check_fit
 from dmvae.platform.spool import RUN_FILE, TrackedRun
 

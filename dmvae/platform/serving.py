@@ -15,11 +15,11 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse
 
 from dmvae.config.registry import ServeConfig
+from dmvae.model.predictor import Request, Served
 from dmvae.platform.cluster import local_cluster, resources
 from dmvae.platform.courier import answers, connect
 from dmvae.platform.registry import RegistryError, download, find
 from dmvae.platform.tracking import tracking_uri
-from dmvae.served import Request, Served
 
 APPLICATION = "dmvae"
 _BATCH_REQUESTS, _WAIT_SECONDS = 16, 0.005

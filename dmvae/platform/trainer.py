@@ -27,7 +27,7 @@ from dmvae.config.training import TrainConfig
 from dmvae.data.format.manifest import Manifest
 from dmvae.data.reading.dataset import Dataset, open_dataset
 from dmvae.data.storage import location as place
-from dmvae.model import DMVAE
+from dmvae.model.dmvae import DMVAE
 from dmvae.platform import depot, shelf
 from dmvae.platform.checks import check_data
 from dmvae.platform.cluster import limits, local_cluster, messages, resources

@@ -19,7 +19,7 @@ from dmvae.config.search import SearchConfig, lay_over
 from dmvae.config.training import TrainConfig
 from dmvae.data.reading.dataset import open_dataset
 from dmvae.merit import Judge, Merit
-from dmvae.model import DMVAE
+from dmvae.model.dmvae import DMVAE
 from dmvae.platform import shelf
 from dmvae.platform.spool import TrackedRun
 from dmvae.platform.study import PARAMS, RESULT, TrialResult, write_result

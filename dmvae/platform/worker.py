@@ -28,7 +28,7 @@ from dmvae.data.reading.dataset import open_dataset
 from dmvae.data.reading.loader import read_epoch, read_rows
 from dmvae.data.reading.sampler import EpochOrder
 from dmvae.data.reading.split import Split
-from dmvae.model import DMVAE
+from dmvae.model.dmvae import DMVAE
 from dmvae.platform import depot, shelf
 from dmvae.platform.shelf import SCORE
 from dmvae.platform.spool import MetricSpool, TrackedRun

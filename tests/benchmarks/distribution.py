@@ -25,7 +25,7 @@ from dmvae.config.training import TrainConfig
 from dmvae.data.batch import Batch
 from dmvae.data.preparation.prepare import prepare
 from dmvae.data.reading.dataset import open_dataset
-from dmvae.model import DMVAE, DMVAEConfig
+from dmvae.model.dmvae import DMVAE, DMVAEConfig
 from dmvae.platform import shelf
 from dmvae.platform.cluster import local_cluster, messages
 from dmvae.platform.tracking import open_run

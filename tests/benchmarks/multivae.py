@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 
 from dmvae.data.batch import Batch
-from dmvae.model import DMVAE
+from dmvae.model.dmvae import DMVAE
 
 PACKAGES = ("multivae==1.0.3", "pythae==0.1.2")
 _UNUSED = (

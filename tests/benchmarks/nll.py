@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 
 from dmvae.config.model import DMVAEConfig
-from dmvae.model import DMVAE
+from dmvae.model.dmvae import DMVAE
 from tests.benchmarks.multivae import inputs, reference
 from tests.benchmarks.ratio import Result, compare
 from tests.benchmarks.steps import make_batch, mnist_svhn, small_mlps

@@ -18,7 +18,7 @@ import torch
 
 from dmvae import DMVAE, Batch
 from dmvae.data.reading.dataset import open_dataset
-from dmvae.nll import NLLEstimate
+from dmvae.model.nll.estimate import NLLEstimate
 from tests.annealed import annealed_log_prob
 from tests.benchmarks.quality_table import train_model
 

@@ -19,7 +19,7 @@ from dmvae.cli import read_toml
 from dmvae.config.search import SearchConfig, lay_over
 from dmvae.data.reading.dataset import open_dataset
 from dmvae.merit import Judge
-from dmvae.model import DMVAE
+from dmvae.model.dmvae import DMVAE
 from dmvae.platform.study import draw
 from dmvae.platform.trainer import resolve
 from dmvae.platform.worker import WorkerData, build_state

@@ -33,7 +33,7 @@ from dmvae.metrics import (
     fit_classifier,
     joint_coherence,
 )
-from dmvae.model import DMVAE
+from dmvae.model.dmvae import DMVAE
 from dmvae.platform.trainer import resolve
 from dmvae.platform.worker import WorkerData
 from dmvae.training import TrainState, Workers, build_optimizer, train

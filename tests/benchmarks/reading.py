@@ -34,7 +34,7 @@ from dmvae.data.reading.dataset import open_dataset
 from dmvae.data.reading.loader import read_epoch
 from dmvae.data.reading.sampler import EpochOrder
 from dmvae.data.reading.split import Split
-from dmvae.model import DMVAE
+from dmvae.model.dmvae import DMVAE
 from dmvae.training import Position, Share, TrainState, Workers, build_optimizer, train_epoch
 from tests.benchmarks.ratio import Result, compare, machine, markdown
 

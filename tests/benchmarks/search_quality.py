@@ -16,7 +16,7 @@ from dmvae.cli import read_toml
 from dmvae.config.search import SearchConfig
 from dmvae.data.reading.dataset import open_dataset
 from dmvae.merit import Judge
-from dmvae.model import DMVAE
+from dmvae.model.dmvae import DMVAE
 from dmvae.platform.search import search
 
 SIDES = ("search", "random", "shipped")

@@ -30,7 +30,7 @@ from dmvae.data.batch import Batch
 from dmvae.data.preparation.prepare import prepare
 from dmvae.data.reading.dataset import open_dataset
 from dmvae.metrics import fit_classifier
-from dmvae.model import DMVAE
+from dmvae.model.dmvae import DMVAE
 from dmvae.platform.registry import register
 from dmvae.platform.search import SearchSummary, search
 from dmvae.platform.serving import start

@@ -17,7 +17,7 @@ import dmvae
 from dmvae.cli import run_verb
 from dmvae.config.registry import PromoteConfig, RegisterConfig
 from dmvae.data.reading.dataset import open_dataset
-from dmvae.model import DMVAE
+from dmvae.model.dmvae import DMVAE
 from dmvae.platform.promotion import promote
 from dmvae.platform.registry import RegistryError, register
 from dmvae.platform.trainer import train_run

@@ -16,9 +16,9 @@ from ray import serve
 
 from dmvae.config.registry import ServeConfig
 from dmvae.config.tracking import TrackingConfig
+from dmvae.model.predictor import Request, Served
 from dmvae.platform.registry import download, register
 from dmvae.platform.serving import start
-from dmvae.served import Request, Served
 from tests.runs import finish_here, make_config, make_dataset
 from tests.test_tracking import free_port
 

@@ -11,7 +11,7 @@ from mlflow import MlflowClient
 from safetensors.torch import load_file
 
 from dmvae.config.training import TrainConfig
-from dmvae.model import DMVAE
+from dmvae.model.dmvae import DMVAE
 from dmvae.platform.estimates import Task, evaluate_nll
 from dmvae.platform.trainer import RunError, TrainSummary, train_run
 from tests.cluster.kills import KillAt, logged, start_driver, wait_for

@@ -10,8 +10,8 @@ import torch
 
 from dmvae.config.model import DMVAEConfig
 from dmvae.data.batch import Batch
-from dmvae.model import DMVAE
-from dmvae.served import OPERATIONS, UNITS, Request, Served, Unit
+from dmvae.model.dmvae import DMVAE
+from dmvae.model.predictor import OPERATIONS, UNITS, Request, Served, Unit
 
 UNIT = {
     "image": Unit(shape=(1, 2, 2), dtype="uint8", scaling="unit"),

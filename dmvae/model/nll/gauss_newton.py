@@ -11,7 +11,7 @@ p(x_A). The refined proposal is a Gaussian at the row's posterior mode, its cova
 Given z_s the private latents are independent in the model and hence under H, so this is a fit to the full covariance.
 The last component bounds the weights by ten times those of draws from the encoders alone (a defensive mixture).
 
-`dmvae.mixture` is for rows whose posterior this does not fit.
+`dmvae.model.nll.mixture_proposal` is for rows whose posterior this does not fit.
 
 Source: Hesterberg 1995 for the mixture.
 """
@@ -27,8 +27,8 @@ from torch import Tensor
 
 from dmvae.distributions.gaussian import DiagGaussian
 from dmvae.distributions.noise import chain, standard_normal
-from dmvae.importance import strata
-from dmvae.joint import Rows
+from dmvae.model.nll.importance import strata
+from dmvae.model.nll.log_joint import Rows
 
 SPREAD = 1.15
 """Factor on the fitted covariance: importance sampling wants a proposal somewhat wider than its target."""

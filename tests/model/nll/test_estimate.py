@@ -9,14 +9,15 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
-from dmvae import DMVAE, Batch, DMVAEConfig, nll
+from dmvae import DMVAE, Batch, DMVAEConfig
 from dmvae.distributions import likelihoods as likelihood
-from dmvae.importance import WeightSummary, pareto_shape
-from dmvae.joint import Rows, Term
-from dmvae.mixture import MixtureProposal, fit_mixture
-from dmvae.nll import NLLEstimate
+from dmvae.model.nll import estimate as nll
+from dmvae.model.nll.estimate import NLLEstimate
+from dmvae.model.nll.gauss_newton import EncoderProposal, RefinedProposal, encoder_means, gauss_newton
+from dmvae.model.nll.importance import WeightSummary, pareto_shape
+from dmvae.model.nll.log_joint import Rows, Term
+from dmvae.model.nll.mixture_proposal import MixtureProposal, fit_mixture
 from dmvae.nn.networks import DecoderOutput
-from dmvae.refinement import EncoderProposal, RefinedProposal, encoder_means, gauss_newton
 from tests.linear_gaussian import exact_log_prob, linear_model, sample_rows
 
 SHAPES = {"a": (3,), "b": (4,), "c": (2, 3)}

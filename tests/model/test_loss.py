@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from dmvae import DMVAE, Batch, DMVAEConfig
 from dmvae.config.model import ArchitectureConfig
-from dmvae.model import DMVAEOutput
+from dmvae.model.dmvae import DMVAEOutput
+from dmvae.model.loss import Noise
 from dmvae.nn.networks import Dimensions, EncoderOutput, MLPDecoder, MLPEncoder
-from dmvae.objective import Noise
 from tests.linear_gaussian import exact_log_prob, linear_model, sample_rows
 
 SHAPES = {"a": (3,), "b": (4,), "c": (2, 3)}

@@ -15,16 +15,16 @@ from dmvae.data.batch import Batch, MultimodalRows
 from dmvae.distributions import likelihoods as likelihood
 from dmvae.distributions.gaussian import DiagGaussian
 from dmvae.distributions.gaussian_mixture import LatentDensity
-from dmvae.encoding import combine, conform, observe, present, size_factors
-from dmvae.folder import MODEL_CONFIG as MODEL_CONFIG
-from dmvae.folder import MODEL_WEIGHTS as MODEL_WEIGHTS
-from dmvae.folder import check_weights, read_folder, write_folder
-from dmvae.generation import ModelOutput as ModelOutput
-from dmvae.generation import decode_latents, draw_latents, draw_seed, sample_latents
-from dmvae.nll import NLLEstimate, joint_nll
+from dmvae.model.encoding import combine, conform, observe, present, size_factors
+from dmvae.model.generation import ModelOutput as ModelOutput
+from dmvae.model.generation import decode_latents, draw_latents, draw_seed, sample_latents
+from dmvae.model.loss import Decode, Noise, Observed, TermSums, negative_bounds
+from dmvae.model.nll.estimate import NLLEstimate, joint_nll
+from dmvae.model.serialization import MODEL_CONFIG as MODEL_CONFIG
+from dmvae.model.serialization import MODEL_WEIGHTS as MODEL_WEIGHTS
+from dmvae.model.serialization import check_weights, read_folder, write_folder
 from dmvae.nn import networks
 from dmvae.nn.batched import Decoder
-from dmvae.objective import Decode, Noise, Observed, TermSums, negative_bounds
 
 Modalities = str | Iterable[str]
 """`"all"`, one modality's name, or several names."""

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from dmvae import objective
-from dmvae.model import DMVAE
+from dmvae.model import loss as objective
+from dmvae.model.dmvae import DMVAE
 from tests.benchmarks.steps import make_batch, small_mlps
 
 

@@ -10,8 +10,8 @@ from dmvae.config.model import DMVAEConfig
 from dmvae.data.batch import Batch, MultimodalRows
 from dmvae.distributions import likelihoods as likelihood
 from dmvae.distributions.gaussian import DiagGaussian, at_least_float32, product_of_experts
+from dmvae.model.loss import Observed
 from dmvae.nn.batched import encode_each
-from dmvae.objective import Observed
 
 
 def conform(

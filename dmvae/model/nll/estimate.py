@@ -19,11 +19,8 @@ from dmvae.data.batch import Batch
 from dmvae.distributions.gaussian import DiagGaussian, product_of_experts
 from dmvae.distributions.likelihoods import Likelihood
 from dmvae.distributions.noise import chain, row_keys
-from dmvae.importance import MIN_TRUSTED_DRAWS, WeightSummary, pieces
-from dmvae.joint import Rows, Term, has_forward_mode
-from dmvae.mixture import STARTS_AT_ONCE, MixtureProposal, fit_mixture
-from dmvae.objective import Decode, Observed
-from dmvae.refinement import (
+from dmvae.model.loss import Decode, Observed
+from dmvae.model.nll.gauss_newton import (
     EncoderProposal,
     Proposal,
     RefinedProposal,
@@ -31,6 +28,9 @@ from dmvae.refinement import (
     gauss_newton,
     setup_cost,
 )
+from dmvae.model.nll.importance import MIN_TRUSTED_DRAWS, WeightSummary, pieces
+from dmvae.model.nll.log_joint import Rows, Term, has_forward_mode
+from dmvae.model.nll.mixture_proposal import STARTS_AT_ONCE, MixtureProposal, fit_mixture
 
 KHAT_LIMIT = 0.7
 """Above this Pareto shape a mean of weights has no usable error (Vehtari et al. 2024)."""
@@ -127,8 +127,8 @@ def joint_nll(
     """Estimate -log p(x_A) of every row by importance sampling, A being what the row has of `modalities`.
 
     `proposal="encoder"` draws from q(z_s | x_A) prod_i q(z_i | x_i). `"refined"` fits a Gaussian to each row's
-    posterior first (`dmvae.refinement`); a row whose weights then have k-hat above 0.3 or a standard error above 0.5 is
-    estimated afresh with 8 K, from fits to several modes (`dmvae.mixture`). Where K is too small for a fit (it would
+    posterior first (`dmvae.model.nll.gauss_newton`); a row whose weights then have k-hat above 0.3 or a standard error above 0.5 is
+    estimated afresh with 8 K, from fits to several modes (`dmvae.model.nll.mixture_proposal`). Where K is too small for a fit (it would
     take more than half) the draws are from the encoders, and the result's `proposal` says so.
 
     A row's estimate depends on (seed, its id) alone: not on its batch, the chunk or the process; without ids a

@@ -8,14 +8,14 @@ import torch
 
 from dmvae import Batch, DMVAEConfig
 from dmvae.data.reading.dataset import open_dataset
-from dmvae.model import DMVAE
-from dmvae.objective import Noise, choose_subsets
+from dmvae.model.dmvae import DMVAE
+from dmvae.model.loss import Noise, choose_subsets
 from dmvae.platform.trainer import resolve
 from dmvae.platform.worker import WorkerData
 from dmvae.training import TrainState, Workers, build_optimizer, train
 from tests.linear_gaussian import exact_log_prob, linear_model, sample_rows
+from tests.model.test_loss import SHAPES, draw, every_pattern, rows_of, small_model
 from tests.runs import make_config, make_dataset
-from tests.test_objective import SHAPES, draw, every_pattern, rows_of, small_model
 
 
 def subsets_model(num_subsets: int = 2) -> DMVAE:

@@ -20,9 +20,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from dmvae.distributions.noise import chain
-from dmvae.importance import pieces, strata
-from dmvae.joint import Rows
-from dmvae.refinement import (
+from dmvae.model.nll.gauss_newton import (
     SPREAD,
     WIDE_SPREAD,
     EncoderProposal,
@@ -32,6 +30,8 @@ from dmvae.refinement import (
     normals,
     setup_cost,
 )
+from dmvae.model.nll.importance import pieces, strata
+from dmvae.model.nll.log_joint import Rows
 
 STARTS_AT_ONCE = 4
 """So many times its rows are linearised together."""

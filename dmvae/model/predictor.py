@@ -19,7 +19,7 @@ from torch import Tensor
 from dmvae.config.model import COUNT_DISTS
 from dmvae.data.batch import Batch
 from dmvae.data.scaling import Scale
-from dmvae.model import DMVAE
+from dmvae.model.dmvae import DMVAE
 
 UNITS = "units.json"
 Operation = Literal["encode", "reconstruct", "impute", "nll", "sample"]

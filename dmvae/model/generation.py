@@ -10,7 +10,7 @@ from torch import Tensor
 from dmvae.config.model import DMVAEConfig
 from dmvae.distributions.gaussian import DiagGaussian
 from dmvae.distributions.gaussian_mixture import LatentDensity
-from dmvae.objective import Decode
+from dmvae.model.loss import Decode
 
 
 class ModelOutput(dict[str, Any]):

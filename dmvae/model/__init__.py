@@ -1,0 +1,1 @@
+"""The DMVAE: objective, latents, generation, and its folder on disk."""

@@ -1,0 +1,1 @@
+"""Estimates of the negative log-likelihood, with their errors."""
