@@ -28,7 +28,7 @@ from dmvae.data.storage.verify import sha256_of
 from dmvae.model.dmvae import DMVAE
 from dmvae.platform.trainer import check_data, resolve
 from dmvae.platform.worker import WorkerData
-from dmvae.training import NonFiniteLossError, TrainState, Workers, build_optimizer, train
+from dmvae.training.loop import NonFiniteLossError, TrainState, Workers, build_optimizer, train
 from tests.data.preparation.test_rows import make_rows
 
 SPLITS = ("train", "val", "test")

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from mlflow import MlflowClient
 
-from dmvae import checkpoint
 from dmvae.config.data import PrepareConfig
 from dmvae.config.training import TrainConfig
 from dmvae.data.preparation.prepare import prepare
@@ -22,7 +21,8 @@ from dmvae.platform.evaluation import judge
 from dmvae.platform.tracking import open_run
 from dmvae.platform.trainer import dataset_record, resolve, run_record
 from dmvae.platform.worker import WorkerData
-from dmvae.training import Logged, TrainState, Workers, build_optimizer, train
+from dmvae.training import checkpoint
+from dmvae.training.loop import Logged, TrainState, Workers, build_optimizer, train
 
 
 def make_dataset(folder: Path, rows: int = 240, seed: int = 0, left_in_train: bool = True) -> Path:

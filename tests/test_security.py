@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from dmvae import checkpoint
 from dmvae.config.data import PrepareConfig
 from dmvae.data.errors import DatasetError
 from dmvae.data.preparation.prepare import prepare
 from dmvae.model.dmvae import DMVAE
-from tests.test_checkpoint import make_state
+from dmvae.training import checkpoint
+from tests.training.test_checkpoint import make_state
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted(file for folder in ("dmvae", "jobs") for file in (ROOT / folder).rglob("*.py"))

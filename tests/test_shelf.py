@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from dmvae import checkpoint
 from dmvae.platform import depot, shelf
 from dmvae.platform.storage import Remote
-from tests.test_checkpoint import make_state
+from dmvae.training import checkpoint
+from tests.training.test_checkpoint import make_state
 
 
 class _KilledError(Exception):

@@ -14,7 +14,7 @@ from dmvae.config.training import TrainConfig
 from dmvae.data.batch import Batch
 from dmvae.model.dmvae import DMVAE, DMVAEConfig
 from dmvae.platform.worker import WorkerData, _distribute, build_state
-from dmvae.training import Share, TrainState, Workers, build_optimizer, train_epoch
+from dmvae.training.loop import Share, TrainState, Workers, build_optimizer, train_epoch
 from tests.runs import make_config, make_dataset
 
 CASES = ("a last batch of one row", "nothing observed by one", "nothing observed by any", "one modality nowhere")

@@ -19,12 +19,12 @@ from typing import Any
 
 from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
 
-from dmvae import checkpoint
 from dmvae.platform import shelf
 from dmvae.platform.lane import write_atomically
 from dmvae.platform.spool import RUN_FILE, set_aside
 from dmvae.platform.storage import Remote
-from dmvae.training import TrainState
+from dmvae.training import checkpoint
+from dmvae.training.loop import TrainState
 
 _BEST = "best_"
 

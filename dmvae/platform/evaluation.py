@@ -9,7 +9,6 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from dmvae.checkpoint import RUN_CONFIG
 from dmvae.comparison import Quality
 from dmvae.config.evaluation import Device, EvaluateConfig, EvaluationConfig
 from dmvae.data.reading.dataset import Dataset, open_dataset
@@ -23,6 +22,7 @@ from dmvae.platform.estimates import Task, evaluate_nll
 from dmvae.platform.lane import write_atomically
 from dmvae.platform.rows import RowStore
 from dmvae.platform.storage import local
+from dmvae.training.checkpoint import RUN_CONFIG
 
 
 @dataclass(frozen=True)

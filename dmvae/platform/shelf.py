@@ -14,9 +14,9 @@ from typing import Any
 import ray
 from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
 
-from dmvae import checkpoint
 from dmvae.platform.lane import write_atomically
-from dmvae.training import TrainState
+from dmvae.training import checkpoint
+from dmvae.training.loop import TrainState
 
 BEST = "best"
 SCORE = "score"

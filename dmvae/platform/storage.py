@@ -14,10 +14,10 @@ from typing import Any
 import pyarrow as pa
 from pyarrow.fs import FileSelector, FileSystem, FileType, FSSpecHandler, PyFileSystem, S3FileSystem, copy_files
 
-from dmvae import checkpoint
 from dmvae.config.section import has_password
 from dmvae.data.storage.location import is_uri
 from dmvae.data.storage.shard_cache import cache_folder
+from dmvae.training import checkpoint
 
 
 class StorageError(OSError):

@@ -20,7 +20,6 @@ from ray.train import (
 from ray.train.torch import TorchTrainer
 from torch import nn
 
-from dmvae import checkpoint
 from dmvae.config.model import COUNT_DISTS
 from dmvae.config.section import Section
 from dmvae.config.training import TrainConfig
@@ -38,6 +37,7 @@ from dmvae.platform.spool import TrackedRun, scrub
 from dmvae.platform.storage import Remote, home_of
 from dmvae.platform.tracking import DatasetRecord, open_run, tracking_uri
 from dmvae.platform.worker import WorkerTask, work
+from dmvae.training import checkpoint
 
 _RESULT = "result.json"
 _CHECKPOINTS = "checkpoints"

@@ -14,7 +14,6 @@ from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.util.queue import Queue
 
-from dmvae import checkpoint
 from dmvae.config.search import SearchConfig, lay_over
 from dmvae.config.training import TrainConfig
 from dmvae.data.reading.dataset import open_dataset
@@ -26,7 +25,8 @@ from dmvae.platform.study import PARAMS, RESULT, TrialResult, write_result
 from dmvae.platform.tracking import open_run
 from dmvae.platform.trainer import RunError, fit, keep_checkpoints, resolve, run_record
 from dmvae.platform.worker import WorkerData, WorkerTask, build_state
-from dmvae.training import (
+from dmvae.training import checkpoint
+from dmvae.training.loop import (
     EpochEnded,
     Logged,
     NonFiniteLossError,

@@ -21,7 +21,6 @@ from ray.util.queue import Queue
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from dmvae import checkpoint
 from dmvae.config.training import TrainConfig
 from dmvae.data.batch import Batch
 from dmvae.data.reading.dataset import open_dataset
@@ -33,7 +32,8 @@ from dmvae.platform import depot, shelf
 from dmvae.platform.shelf import SCORE
 from dmvae.platform.spool import MetricSpool, TrackedRun
 from dmvae.platform.storage import Remote
-from dmvae.training import (
+from dmvae.training import checkpoint
+from dmvae.training.loop import (
     CheckpointDue,
     EpochEnded,
     Logged,

@@ -31,7 +31,7 @@ from dmvae.platform.cluster import local_cluster, messages
 from dmvae.platform.tracking import open_run
 from dmvae.platform.trainer import absolute, fit, resolve, run_record
 from dmvae.platform.worker import WorkerData, WorkerTask, build_state
-from dmvae.training import CheckpointDue, EpochEnded, Logged, Share, Workers, build_optimizer, train
+from dmvae.training.loop import CheckpointDue, EpochEnded, Logged, Share, Workers, build_optimizer, train
 from tests.benchmarks.ratio import Result
 from tests.benchmarks.steps import mnist_svhn
 

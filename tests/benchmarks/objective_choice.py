@@ -23,7 +23,7 @@ from dmvae.model.dmvae import DMVAE
 from dmvae.platform.study import draw
 from dmvae.platform.trainer import resolve
 from dmvae.platform.worker import WorkerData, build_state
-from dmvae.training import EpochEnded, Workers, train
+from dmvae.training.loop import EpochEnded, Workers, train
 
 FIGURES = ("imputation", "conditional_nll", "joint_nll", "coherence")
 

@@ -36,7 +36,7 @@ from dmvae.metrics import (
 from dmvae.model.dmvae import DMVAE
 from dmvae.platform.trainer import resolve
 from dmvae.platform.worker import WorkerData
-from dmvae.training import TrainState, Workers, build_optimizer, train
+from dmvae.training.loop import TrainState, Workers, build_optimizer, train
 
 LEARNED = {"scale": "learned"}
 MODELS: dict[str, dict[str, Any]] = {

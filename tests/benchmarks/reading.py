@@ -35,7 +35,7 @@ from dmvae.data.reading.loader import read_epoch
 from dmvae.data.reading.sampler import EpochOrder
 from dmvae.data.reading.split import Split
 from dmvae.model.dmvae import DMVAE
-from dmvae.training import Position, Share, TrainState, Workers, build_optimizer, train_epoch
+from dmvae.training.loop import Position, Share, TrainState, Workers, build_optimizer, train_epoch
 from tests.benchmarks.ratio import Result, compare, machine, markdown
 
 ROWS, BATCH = 1_000_000, 256

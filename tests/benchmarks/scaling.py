@@ -32,7 +32,7 @@ from dmvae.data.reading.loader import read_epoch
 from dmvae.data.reading.sampler import EpochOrder
 from dmvae.model.dmvae import DMVAE
 from dmvae.platform.worker import _distribute
-from dmvae.training import Position, Share, TrainState, Workers, build_optimizer, train_epoch
+from dmvae.training.loop import Position, Share, TrainState, Workers, build_optimizer, train_epoch
 from tests.benchmarks.steps import make_batch, mnist_svhn
 from tests.test_tracking import free_port
 

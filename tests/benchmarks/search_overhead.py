@@ -30,7 +30,7 @@ from dmvae.platform.trainer import resolve
 from dmvae.platform.trial import RungJudge
 from dmvae.merit import Merit
 from dmvae.platform.worker import WorkerData, build_state
-from dmvae.training import Workers, train
+from dmvae.training.loop import Workers, train
 config = SearchConfig.model_validate_json(Path(sys.argv[1]).read_text())
 dataset = open_dataset(config.base.data.dataset)
 for file in sys.argv[2:]:

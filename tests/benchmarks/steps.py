@@ -8,7 +8,7 @@ from dmvae.config.model import DMVAEConfig
 from dmvae.config.training import TrainConfig
 from dmvae.data.batch import Batch
 from dmvae.model.dmvae import DMVAE
-from dmvae.training import Position, Share, TrainState, Workers, build_optimizer, train_epoch
+from dmvae.training.loop import Position, Share, TrainState, Workers, build_optimizer, train_epoch
 from tests.benchmarks.multivae import inputs, reference
 from tests.benchmarks.ratio import Result, compare
 

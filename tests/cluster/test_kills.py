@@ -18,9 +18,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dmvae import checkpoint
 from dmvae.config.training import TrainConfig
 from dmvae.platform.trainer import RunError, train_run
+from dmvae.training import checkpoint
 from tests.cluster.kills import (
     KillAt,
     first_worker,

@@ -12,7 +12,7 @@ from dmvae.model.dmvae import DMVAE
 from dmvae.model.loss import Noise, choose_subsets
 from dmvae.platform.trainer import resolve
 from dmvae.platform.worker import WorkerData
-from dmvae.training import TrainState, Workers, build_optimizer, train
+from dmvae.training.loop import TrainState, Workers, build_optimizer, train
 from tests.linear_gaussian import exact_log_prob, linear_model, sample_rows
 from tests.model.test_loss import SHAPES, draw, every_pattern, rows_of, small_model
 from tests.runs import make_config, make_dataset

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from dmvae.model.dmvae import MODEL_CONFIG, MODEL_WEIGHTS
 from dmvae.model.loss import TermSums
-from dmvae.training import Position, TrainState
+from dmvae.training.loop import Position, TrainState
 
 RUN_CONFIG = "run.json"
 _OPTIMIZER = "optimizer.safetensors"

@@ -14,14 +14,14 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from dmvae.cadence import CheckpointClock
 from dmvae.config.training import OptimConfig, TrainConfig
 from dmvae.data.batch import Batch
 from dmvae.distributions.noise import chain
 from dmvae.metrics import ACTIVE_VARIANCE
 from dmvae.model.dmvae import DMVAE, DMVAEOutput
 from dmvae.model.loss import TermSums, term_names
-from dmvae.validation import autocast, draw_noise, validate
+from dmvae.training.checkpoint_schedule import CheckpointClock
+from dmvae.training.validation import autocast, draw_noise, validate
 
 _TRAIN = 1  # second part of a noise key; validation has another
 

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from dmvae import checkpoint
 from dmvae.config.training import OptimConfig, TrainConfig
 from dmvae.data.batch import Batch
 from dmvae.data.reading.dataset import open_dataset
 from dmvae.model.dmvae import DMVAE
 from dmvae.platform.trainer import resolve
 from dmvae.platform.worker import WorkerData
-from dmvae.training import (
+from dmvae.training import checkpoint
+from dmvae.training.loop import (
     CheckpointDue,
     EpochEnded,
     Logged,

@@ -2,8 +2,8 @@
 
 import pytest
 
-from dmvae.cadence import CheckpointClock
 from dmvae.config.training import TrainingConfig
+from dmvae.training.checkpoint_schedule import CheckpointClock
 
 
 class Time:

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from dmvae import checkpoint
-from dmvae.checkpoint import CheckpointError
 from dmvae.config.model import DMVAEConfig
 from dmvae.config.training import OptimConfig
 from dmvae.model.dmvae import DMVAE
-from dmvae.training import Position, TrainState, build_optimizer
+from dmvae.training import checkpoint
+from dmvae.training.checkpoint import CheckpointError
+from dmvae.training.loop import Position, TrainState, build_optimizer
 
 
 def make_state(latent_dim: int = 3) -> TrainState:
@@ -86,8 +86,8 @@ def test_a_checkpoint_that_the_disk_does_not_take_leaves_nothing(tmp_path: Path)
     program = (
         "import resource, signal\n"
         "from pathlib import Path\n"
-        "from dmvae import checkpoint\n"
-        "from tests.test_checkpoint import make_state\n"
+        "from dmvae.training import checkpoint\n"
+        "from tests.training.test_checkpoint import make_state\n"
         "state = make_state()\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\n"
