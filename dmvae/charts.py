@@ -10,9 +10,9 @@ import torch
 
 from dmvae.data.batch import Batch
 from dmvae.distributions.gaussian_mixture import LatentDensity
-from dmvae.latents import Latents
-from dmvae.metrics import has
-from dmvae.missing import without
+from dmvae.evaluation.latents import Latents
+from dmvae.evaluation.masking import without
+from dmvae.evaluation.metrics import has
 from dmvae.model.dmvae import DMVAE
 from dmvae.model.nll.estimate import KHAT_LIMIT, NLLEstimate
 from dmvae.report import Figure, Picture, is_image

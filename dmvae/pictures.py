@@ -8,8 +8,8 @@ from torch import Tensor
 from dmvae.data.batch import Batch
 from dmvae.data.scaling import Scale
 from dmvae.distributions.gaussian_mixture import LatentDensity
-from dmvae.metrics import has
-from dmvae.missing import without
+from dmvae.evaluation.masking import without
+from dmvae.evaluation.metrics import has
 from dmvae.model.dmvae import DMVAE
 from dmvae.report import Figure, Picture, is_image
 

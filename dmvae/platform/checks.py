@@ -2,7 +2,6 @@
 
 import torch
 
-from dmvae.comparison import check_labels
 from dmvae.config.evaluation import EvaluationConfig
 from dmvae.config.model import COUNT_DISTS, DMVAEConfig
 from dmvae.config.training import TrainConfig
@@ -10,6 +9,7 @@ from dmvae.data.reading.dataset import Dataset
 from dmvae.data.reading.loader import read_rows
 from dmvae.data.reading.split import Split
 from dmvae.distributions import likelihoods as likelihood
+from dmvae.evaluation.suite import check_labels
 from dmvae.model.dmvae import DMVAE
 
 

@@ -19,7 +19,7 @@ import torch
 from dmvae.config.registry import EmbedConfig
 from dmvae.data.batch import Batch
 from dmvae.data.reading.dataset import Dataset, open_dataset
-from dmvae.metrics import has
+from dmvae.evaluation.metrics import has
 from dmvae.model.dmvae import DMVAE
 from dmvae.model.predictor import UNITS, Served, Unit
 from dmvae.model.serialization import MODEL_WEIGHTS

@@ -9,12 +9,12 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from dmvae.comparison import Quality
 from dmvae.config.evaluation import Device, EvaluateConfig, EvaluationConfig
 from dmvae.data.reading.dataset import Dataset, open_dataset
 from dmvae.data.storage.location import is_uri
 from dmvae.distributions import noise
-from dmvae.latents import fit_density
+from dmvae.evaluation.latents import fit_density
+from dmvae.evaluation.suite import Quality
 from dmvae.model.dmvae import DMVAE, MODEL_CONFIG, MODEL_WEIGHTS
 from dmvae.platform.checks import check_fit, check_measures, check_support
 from dmvae.platform.cluster import local_cluster

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-from dmvae.comparison import Quality, first_rows
 from dmvae.config.report import ReportConfig
 from dmvae.data.reading.dataset import open_dataset
 from dmvae.data.scaling import Scale
-from dmvae.latents import collect, fit_density
+from dmvae.evaluation.latents import collect, fit_density
+from dmvae.evaluation.suite import Quality, first_rows
 from dmvae.model.dmvae import DMVAE, MODEL_CONFIG
 from dmvae.platform.checks import check_fit
 from dmvae.platform.spool import RUN_FILE, TrackedRun

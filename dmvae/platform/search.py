@@ -21,10 +21,10 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule, TrialScheduler
 from ray.tune.search.optuna import OptunaSearch
 
-from dmvae import merit
 from dmvae.config.search import Domain, SearchConfig, lay_over
 from dmvae.config.training import TrainConfig
 from dmvae.data.reading.dataset import Dataset, open_dataset
+from dmvae.evaluation import search_objectives as merit
 from dmvae.platform import study
 from dmvae.platform.cluster import limits, local_cluster, messages, resources
 from dmvae.platform.lane import write_atomically

@@ -17,7 +17,7 @@ from ray.util.queue import Queue
 from dmvae.config.search import SearchConfig, lay_over
 from dmvae.config.training import TrainConfig
 from dmvae.data.reading.dataset import open_dataset
-from dmvae.merit import Judge, Merit
+from dmvae.evaluation.search_objectives import Judge, Merit
 from dmvae.model.dmvae import DMVAE
 from dmvae.platform import shelf
 from dmvae.platform.spool import TrackedRun

@@ -18,7 +18,7 @@ from scipy.stats import spearmanr
 from dmvae.cli import read_toml
 from dmvae.config.search import SearchConfig, lay_over
 from dmvae.data.reading.dataset import open_dataset
-from dmvae.merit import Judge
+from dmvae.evaluation.search_objectives import Judge
 from dmvae.model.dmvae import DMVAE
 from dmvae.platform.study import draw
 from dmvae.platform.trainer import resolve

@@ -16,16 +16,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from dmvae.comparison import first_rows
 from dmvae.config.data import PrepareConfig
 from dmvae.config.training import TrainConfig
 from dmvae.data.batch import Batch
 from dmvae.data.preparation.prepare import prepare
 from dmvae.data.reading.dataset import open_dataset
 from dmvae.distributions.gaussian_mixture import LatentDensity
-from dmvae.imputation import held_out_errors, rival_errors, rivals
-from dmvae.latents import collect, fit_density, probe_labels
-from dmvae.metrics import (
+from dmvae.evaluation.imputation import held_out_errors, rival_errors, rivals
+from dmvae.evaluation.latents import collect, fit_density, probe_labels
+from dmvae.evaluation.metrics import (
     Classifier,
     Proportion,
     classifier_accuracy,
@@ -33,6 +32,7 @@ from dmvae.metrics import (
     fit_classifier,
     joint_coherence,
 )
+from dmvae.evaluation.suite import first_rows
 from dmvae.model.dmvae import DMVAE
 from dmvae.platform.trainer import resolve
 from dmvae.platform.worker import WorkerData

@@ -28,7 +28,7 @@ from dmvae.config.search import SearchConfig, lay_over
 from dmvae.data.reading.dataset import open_dataset
 from dmvae.platform.trainer import resolve
 from dmvae.platform.trial import RungJudge
-from dmvae.merit import Merit
+from dmvae.evaluation.search_objectives import Merit
 from dmvae.platform.worker import WorkerData, build_state
 from dmvae.training.loop import Workers, train
 config = SearchConfig.model_validate_json(Path(sys.argv[1]).read_text())

@@ -15,7 +15,7 @@ import numpy as np
 from dmvae.cli import read_toml
 from dmvae.config.search import SearchConfig
 from dmvae.data.reading.dataset import open_dataset
-from dmvae.merit import Judge
+from dmvae.evaluation.search_objectives import Judge
 from dmvae.model.dmvae import DMVAE
 from dmvae.platform.search import search
 

@@ -21,7 +21,6 @@ from mlflow import MlflowClient
 from ray import serve
 
 from dmvae.cli import read_toml
-from dmvae.comparison import first_rows
 from dmvae.config.data import PrepareConfig
 from dmvae.config.registry import ServeConfig
 from dmvae.config.search import SearchConfig
@@ -29,7 +28,8 @@ from dmvae.config.tracking import TrackingConfig
 from dmvae.data.batch import Batch
 from dmvae.data.preparation.prepare import prepare
 from dmvae.data.reading.dataset import open_dataset
-from dmvae.metrics import fit_classifier
+from dmvae.evaluation.metrics import fit_classifier
+from dmvae.evaluation.suite import first_rows
 from dmvae.model.dmvae import DMVAE
 from dmvae.platform.registry import register
 from dmvae.platform.search import SearchSummary, search

@@ -8,7 +8,7 @@ import torch
 
 from dmvae import DMVAE, DMVAEConfig
 from dmvae.config.evaluation import EvaluationConfig
-from dmvae.missing import Removal
+from dmvae.evaluation.masking import Removal
 from dmvae.platform.estimates import Evaluator, Task, evaluate_nll
 from dmvae.platform.rows import BLOCK_ROWS
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from dmvae import DMVAE, Batch, DMVAEConfig
-from dmvae.bound import negative_bound
 from dmvae.distributions.likelihoods import Counts, NegativeBinomial, Poisson
+from dmvae.evaluation.elbo import negative_bound
 
 KINDS = ("poisson", "negative_binomial")
 

@@ -7,7 +7,7 @@ import torch
 
 from dmvae import DMVAE, Batch
 from dmvae.distributions.gaussian_mixture import GaussianMixture, LatentDensity
-from dmvae.latents import collect, fit_density, probe_labels
+from dmvae.evaluation.latents import collect, fit_density, probe_labels
 from tests.linear_gaussian import linear_model, sample_rows
 
 SHAPES = {"a": (4,), "b": (3,)}

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from dmvae import DMVAE, Batch, DMVAEConfig
-from dmvae.bound import negative_bound
 from dmvae.distributions.likelihoods import Categorical
-from dmvae.metrics import predicted_class_share
+from dmvae.evaluation.elbo import negative_bound
+from dmvae.evaluation.metrics import predicted_class_share
 
 LENGTH, CLASSES, PAD = 7, 5, 2
 

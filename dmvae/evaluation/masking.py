@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dmvae.data.batch import Batch
 from dmvae.distributions.noise import chain, row_keys, standard_normal
-from dmvae.metrics import has
+from dmvae.evaluation.metrics import has
 
 Mechanism = Literal["random", "label"]
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from dmvae import DMVAE, Batch
-from dmvae.baselines import ProbabilisticPCA
-from dmvae.bound import negative_bound
-from dmvae.imputation import Ridge, held_out_errors, rival_errors, rivals
-from dmvae.missing import remove, without
+from dmvae.evaluation.baselines import ProbabilisticPCA
+from dmvae.evaluation.elbo import negative_bound
+from dmvae.evaluation.imputation import Ridge, held_out_errors, rival_errors, rivals
+from dmvae.evaluation.masking import remove, without
 from tests.linear_gaussian import exact_log_prob, linear_model, sample_rows
 
 SHAPES = {"a": (4,), "b": (2, 2), "c": (3,)}

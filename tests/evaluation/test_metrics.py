@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dmvae import DMVAE, Batch
-from dmvae.metrics import (
+from dmvae.evaluation.metrics import (
     ACTIVE_VARIANCE,
     Proportion,
     classifier_accuracy,

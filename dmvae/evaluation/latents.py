@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dmvae.data.batch import Batch
 from dmvae.distributions.gaussian_mixture import GaussianMixture, LatentDensity
-from dmvae.metrics import Classifier, Proportion, batches, generator_of, has
+from dmvae.evaluation.metrics import Classifier, Proportion, batches, generator_of, has
 from dmvae.model.dmvae import DMVAE
 
 

@@ -11,13 +11,13 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from dmvae.comparison import check_labels, first_rows
 from dmvae.config.search import Objective
 from dmvae.data.batch import Batch
 from dmvae.data.reading.dataset import Dataset
 from dmvae.data.reading.split import Split
-from dmvae.imputation import held_out_errors
-from dmvae.metrics import Classifier, conditional_coherence, fit_classifier, has
+from dmvae.evaluation.imputation import held_out_errors
+from dmvae.evaluation.metrics import Classifier, conditional_coherence, fit_classifier, has
+from dmvae.evaluation.suite import check_labels, first_rows
 from dmvae.model.dmvae import DMVAE
 
 _PARTS = 8  # blocks of rows that the standard error of a ratio is taken from

@@ -8,14 +8,15 @@ from itertools import chain, combinations
 
 import numpy as np
 
-from dmvae.baselines import ProbabilisticPCA
 from dmvae.data.batch import Batch
 from dmvae.data.reading.loader import read_rows
 from dmvae.data.reading.split import Split
 from dmvae.distributions.gaussian_mixture import LatentDensity
-from dmvae.imputation import INTERVALS, held_out_errors, join, rival_errors, rivals
-from dmvae.latents import collect, fit_probes, probe_labels, probe_share
-from dmvae.metrics import (
+from dmvae.evaluation.baselines import ProbabilisticPCA
+from dmvae.evaluation.imputation import INTERVALS, held_out_errors, join, rival_errors, rivals
+from dmvae.evaluation.latents import collect, fit_probes, probe_labels, probe_share
+from dmvae.evaluation.masking import Mechanism, Removal, without
+from dmvae.evaluation.metrics import (
     Classifier,
     Proportion,
     classifier_accuracy,
@@ -24,7 +25,6 @@ from dmvae.metrics import (
     joint_coherence,
     predicted_class_share,
 )
-from dmvae.missing import Mechanism, Removal, without
 from dmvae.model.dmvae import DMVAE
 
 MAX_FIT_ROWS = 8192

@@ -8,7 +8,7 @@ from scipy import stats
 from torch import Tensor
 
 from dmvae import Batch
-from dmvae.baselines import ProbabilisticPCA
+from dmvae.evaluation.baselines import ProbabilisticPCA
 
 
 def sample(rows: int = 400, latent_dim: int = 2, scale: float = 0.3, offset: float = 0.0) -> dict[str, Tensor]:
