@@ -265,7 +265,7 @@ def _prepare(config: Any) -> None:
 
 
 def _inspect(config: Any) -> None:
-    from dmvae.inspection import inspect
+    from dmvae.report.dataset_overview import inspect
 
     try:
         found = inspect(config, progress=_say)

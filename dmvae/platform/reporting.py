@@ -29,8 +29,9 @@ def report(config: ReportConfig, progress: Callable[[str], None]) -> Path:
     Raises:
         ValueError: if model and dataset do not fit, or the split does not exist.
     """
-    from dmvae import charts, pictures
-    from dmvae.report import Picture, write_report
+    from dmvae.report import charts
+    from dmvae.report import images as pictures
+    from dmvae.report.html_report import Picture, write_report
 
     given = Path(config.model)
     model_dir = given if (given / MODEL_CONFIG).is_file() or not (given / "best").is_dir() else given / "best"

@@ -15,7 +15,7 @@ from dmvae.evaluation.masking import without
 from dmvae.evaluation.metrics import has
 from dmvae.model.dmvae import DMVAE
 from dmvae.model.nll.estimate import KHAT_LIMIT, NLLEstimate
-from dmvae.report import Figure, Picture, is_image
+from dmvae.report.html_report import Figure, Picture, is_image
 
 
 def training_curves(metrics_file: Path) -> Picture:

@@ -216,7 +216,7 @@ def _toml(run: TrainConfig, fits: dict[str, Fit], dataset: str) -> str:
 
 
 def _write(folder: Path, census: Census, run: str | None, progress: Callable[[str], None]) -> None:
-    from dmvae.charts import missing_patterns
+    from dmvae.report.charts import missing_patterns
 
     file, picture_file = folder / "train.toml", folder / "missingness.png"
     manifest, train = census.dataset.manifest, census.splits[census.train]

@@ -8,7 +8,7 @@ from dmvae.data.preparation.writer import write_dataset
 from dmvae.data.reading.dataset import open_dataset
 from dmvae.data.scaling import Scale
 from dmvae.model.dmvae import DMVAE
-from dmvae.pictures import reconstructions
+from dmvae.report.images import reconstructions
 
 
 def test_pictures_are_in_the_units_of_the_data(tmp_path: Path) -> None:

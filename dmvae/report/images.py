@@ -11,7 +11,7 @@ from dmvae.distributions.gaussian_mixture import LatentDensity
 from dmvae.evaluation.masking import without
 from dmvae.evaluation.metrics import has
 from dmvae.model.dmvae import DMVAE
-from dmvae.report import Figure, Picture, is_image
+from dmvae.report.html_report import Figure, Picture, is_image
 
 Scales = Mapping[str, Scale]
 
