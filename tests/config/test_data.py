@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from dmvae.config.data import DataConfig, DigitsSource, NpzSource, PrepareConfig
 
-CONFIGS = Path(__file__).parents[1] / "jobs/configs"
+CONFIGS = Path(__file__).parents[2] / "jobs/configs"
 
 
 def test_the_demo_is_described_by_its_file() -> None:
