@@ -289,7 +289,7 @@ def _inspect(config: Any) -> None:
 
 
 def _train(config: Any) -> None:
-    from dmvae.platform.lane import TrackingError
+    from dmvae.platform.tracking.delivery_log import TrackingError
     from dmvae.platform.trainer import RunError, train_run
 
     try:
@@ -310,8 +310,8 @@ def _train(config: Any) -> None:
 
 
 def _search(config: Any) -> None:
-    from dmvae.platform.lane import TrackingError
     from dmvae.platform.search import search
+    from dmvae.platform.tracking.delivery_log import TrackingError
     from dmvae.platform.trainer import RunError
 
     try:
@@ -357,8 +357,8 @@ def _report(config: Any) -> None:
 
 def _register_best(run_dir: Path, tracking: Any) -> None:
     """Register a finished run's best model, if the configuration names a registered model."""
-    from dmvae.platform.lane import UnreachableError
     from dmvae.platform.registry import RegistryError, register
+    from dmvae.platform.tracking.delivery_log import UnreachableError
 
     if tracking.register_as is None:
         return
@@ -419,7 +419,7 @@ def _serve(config: Any) -> None:
 
 
 def _sync(config: Any) -> None:
-    from dmvae.platform.tracking import sync
+    from dmvae.platform.tracking.runs import sync
 
     results = sync(Path(config.folder))
     for result in results:

@@ -18,7 +18,7 @@ from dmvae.data.preparation.prepare import prepare
 from dmvae.data.reading.dataset import open_dataset
 from dmvae.model.dmvae import DMVAE
 from dmvae.platform.evaluation import judge
-from dmvae.platform.tracking import open_run
+from dmvae.platform.tracking.runs import open_run
 from dmvae.platform.trainer import dataset_record, resolve, run_record
 from dmvae.platform.worker import WorkerData
 from dmvae.training import checkpoint

@@ -111,7 +111,7 @@ def test_secrets_of_the_environment_stay_out_of_everything_a_run_writes(tmp_path
         "import sys\n"
         "from pathlib import Path\n"
         "from dmvae.config.tracking import TrackingConfig\n"
-        "from dmvae.platform.tracking import DatasetRecord, open_run\n"
+        "from dmvae.platform.tracking.runs import DatasetRecord, open_run\n"
         f"folder = Path({str(tmp_path)!r})\n"
         "data = DatasetRecord('d', 'e' * 64, 'https://me:hunter2@store/d?token=hunter2')\n"
         "with open_run(TrackingConfig(), 'run', folder / 'tracking', {'a': 'http://u:hunter2@h/x'}, {}, data) as run:\n"

@@ -20,9 +20,9 @@ from typing import Any
 from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
 
 from dmvae.platform import shelf
-from dmvae.platform.lane import write_atomically
-from dmvae.platform.spool import RUN_FILE, set_aside
 from dmvae.platform.storage import Remote
+from dmvae.platform.tracking.delivery_log import write_atomically
+from dmvae.platform.tracking.outbox import RUN_FILE, set_aside
 from dmvae.training import checkpoint
 from dmvae.training.loop import TrainState
 

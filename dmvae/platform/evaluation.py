@@ -19,9 +19,9 @@ from dmvae.model.dmvae import DMVAE, MODEL_CONFIG, MODEL_WEIGHTS
 from dmvae.platform.checks import check_fit, check_measures, check_support
 from dmvae.platform.cluster import local_cluster
 from dmvae.platform.estimates import Task, evaluate_nll
-from dmvae.platform.lane import write_atomically
 from dmvae.platform.rows import RowStore
 from dmvae.platform.storage import local
+from dmvae.platform.tracking.delivery_log import write_atomically
 from dmvae.training.checkpoint import RUN_CONFIG
 
 

@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 from dmvae.config.registry import PromoteConfig
 from dmvae.data.reading.dataset import open_dataset
 from dmvae.model.predictor import UNITS
-from dmvae.platform.courier import answers, connect
 from dmvae.platform.registry import CARD, CHAMPION, PREVIOUS, RegistryError, download
-from dmvae.platform.tracking import tracking_uri
+from dmvae.platform.tracking.mlflow_delivery import answers, connect
+from dmvae.platform.tracking.runs import tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

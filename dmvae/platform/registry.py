@@ -19,11 +19,11 @@ from dmvae.config.tracking import TrackingConfig
 from dmvae.data.reading.dataset import Dataset, open_dataset
 from dmvae.model.predictor import UNITS, Served
 from dmvae.model.serialization import MODEL_CONFIG, MODEL_WEIGHTS
-from dmvae.platform.courier import RefusedError, answers, connect
-from dmvae.platform.lane import UnreachableError
-from dmvae.platform.spool import scrub
 from dmvae.platform.storage import local
-from dmvae.platform.tracking import tracking_uri
+from dmvae.platform.tracking.delivery_log import UnreachableError
+from dmvae.platform.tracking.mlflow_delivery import RefusedError, answers, connect
+from dmvae.platform.tracking.outbox import scrub
+from dmvae.platform.tracking.runs import tracking_uri
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -13,7 +13,7 @@ from dmvae.evaluation.latents import collect, fit_density
 from dmvae.evaluation.suite import Quality, first_rows
 from dmvae.model.dmvae import DMVAE, MODEL_CONFIG
 from dmvae.platform.checks import check_fit
-from dmvae.platform.spool import RUN_FILE, TrackedRun
+from dmvae.platform.tracking.outbox import RUN_FILE, TrackedRun
 
 _MISSING_RATES = (0.0, 0.25, 0.5, 0.75)
 _NLL_ROWS = 128

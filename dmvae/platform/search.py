@@ -27,10 +27,10 @@ from dmvae.data.reading.dataset import Dataset, open_dataset
 from dmvae.evaluation import search_objectives as merit
 from dmvae.platform import study
 from dmvae.platform.cluster import limits, local_cluster, messages, resources
-from dmvae.platform.lane import write_atomically
-from dmvae.platform.spool import TrackedRun
 from dmvae.platform.study import Trial, TrialResult
-from dmvae.platform.tracking import open_run, sync, tracking_uri
+from dmvae.platform.tracking.delivery_log import write_atomically
+from dmvae.platform.tracking.outbox import TrackedRun
+from dmvae.platform.tracking.runs import open_run, sync, tracking_uri
 from dmvae.platform.trainer import (
     RunError,
     TrainSummary,

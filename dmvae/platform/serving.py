@@ -17,9 +17,9 @@ from starlette.responses import JSONResponse
 from dmvae.config.registry import ServeConfig
 from dmvae.model.predictor import Request, Served
 from dmvae.platform.cluster import local_cluster, resources
-from dmvae.platform.courier import answers, connect
 from dmvae.platform.registry import RegistryError, download, find
-from dmvae.platform.tracking import tracking_uri
+from dmvae.platform.tracking.mlflow_delivery import answers, connect
+from dmvae.platform.tracking.runs import tracking_uri
 
 APPLICATION = "dmvae"
 _BATCH_REQUESTS, _WAIT_SECONDS = 16, 0.005

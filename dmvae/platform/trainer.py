@@ -31,11 +31,11 @@ from dmvae.platform import depot, shelf
 from dmvae.platform.checks import check_data
 from dmvae.platform.cluster import limits, local_cluster, messages, resources
 from dmvae.platform.evaluation import Extras, judge
-from dmvae.platform.lane import write_atomically
 from dmvae.platform.shelf import SCORE
-from dmvae.platform.spool import TrackedRun, scrub
 from dmvae.platform.storage import Remote, home_of
-from dmvae.platform.tracking import DatasetRecord, open_run, tracking_uri
+from dmvae.platform.tracking.delivery_log import write_atomically
+from dmvae.platform.tracking.outbox import TrackedRun, scrub
+from dmvae.platform.tracking.runs import DatasetRecord, open_run, tracking_uri
 from dmvae.platform.worker import WorkerTask, work
 from dmvae.training import checkpoint
 

@@ -30,8 +30,8 @@ from dmvae.data.reading.split import Split
 from dmvae.model.dmvae import DMVAE
 from dmvae.platform import depot, shelf
 from dmvae.platform.shelf import SCORE
-from dmvae.platform.spool import MetricSpool, TrackedRun
 from dmvae.platform.storage import Remote
+from dmvae.platform.tracking.outbox import MetricSpool, TrackedRun
 from dmvae.training import checkpoint
 from dmvae.training.loop import (
     CheckpointDue,

@@ -28,7 +28,7 @@ from dmvae.data.reading.dataset import open_dataset
 from dmvae.model.dmvae import DMVAE, DMVAEConfig
 from dmvae.platform import shelf
 from dmvae.platform.cluster import local_cluster, messages
-from dmvae.platform.tracking import open_run
+from dmvae.platform.tracking.runs import open_run
 from dmvae.platform.trainer import absolute, fit, resolve, run_record
 from dmvae.platform.worker import WorkerData, WorkerTask, build_state
 from dmvae.training.loop import CheckpointDue, EpochEnded, Logged, Share, Workers, build_optimizer, train

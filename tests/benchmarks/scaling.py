@@ -34,7 +34,7 @@ from dmvae.model.dmvae import DMVAE
 from dmvae.platform.worker import _distribute
 from dmvae.training.loop import Position, Share, TrainState, Workers, build_optimizer, train_epoch
 from tests.benchmarks.steps import make_batch, mnist_svhn
-from tests.test_tracking import free_port
+from tests.platform.tracking.test_tracking import free_port
 
 WORKERS, BATCHES, STEPS, ROUNDS = (1, 2, 3), (24, 96), 5, 2
 ROWS = 20_000

@@ -35,7 +35,7 @@ from dmvae.platform.registry import register
 from dmvae.platform.search import SearchSummary, search
 from dmvae.platform.serving import start
 from tests.cluster.kills import wait_for
-from tests.test_tracking import free_port
+from tests.platform.tracking.test_tracking import free_port
 
 CONFIGS = Path(__file__).parents[2] / "jobs" / "configs"
 ROWS = 300

@@ -12,8 +12,8 @@ from ray.util.state import list_nodes
 
 from tests.cluster.kills import logged, start_driver, wait_for
 from tests.cluster.test_elastic import assert_same_curves
+from tests.platform.tracking.test_tracking import free_port
 from tests.runs import make_config, make_dataset, train_here
-from tests.test_tracking import free_port
 
 STEPS = 27
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(1200)]

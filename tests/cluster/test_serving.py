@@ -19,8 +19,8 @@ from dmvae.config.tracking import TrackingConfig
 from dmvae.model.predictor import Request, Served
 from dmvae.platform.registry import download, register
 from dmvae.platform.serving import start
+from tests.platform.tracking.test_tracking import free_port
 from tests.runs import finish_here, make_config, make_dataset
-from tests.test_tracking import free_port
 
 
 @pytest.fixture(scope="module")

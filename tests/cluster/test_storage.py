@@ -18,8 +18,8 @@ from dmvae.platform.storage import Remote
 from dmvae.platform.trainer import train_run
 from tests.cluster.kills import logged, start_driver, wait_for
 from tests.objects import object_store
+from tests.platform.tracking.test_tracking import free_port, server
 from tests.runs import make_config, train_here
-from tests.test_tracking import free_port, server
 
 BASE = {"name": "run", "data": {"dataset": "data"}}
 

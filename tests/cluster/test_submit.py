@@ -16,9 +16,9 @@ from mlflow import MlflowClient
 from pydantic import BaseModel
 
 from tests.cluster.kills import logged, metrics_of, wait_for
+from tests.platform.tracking.test_tracking import free_port
 from tests.runs import make_config, make_dataset
 from tests.searches import make_search
-from tests.test_tracking import free_port
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.timeout(900)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from dmvae.platform.lane import Entry, Lane, hold, write_atomically
+from dmvae.platform.tracking.delivery_log import Entry, Lane, hold, write_atomically
 
 Ending = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -167,12 +167,14 @@ class MetricSpool:
         return all(delivered)
 
     def _send_metrics(self, entries: list[Entry]) -> list[Entry]:
-        from dmvae.platform import courier  # MLflow's import takes two seconds, which nobody waits for here
+        from dmvae.platform.tracking import (
+            mlflow_delivery as courier,  # MLflow's import takes two seconds, which nobody waits for here
+        )
 
         return courier.carry_metrics(self._run, entries)
 
     def _send_artifacts(self, entries: list[Entry]) -> list[Entry]:
-        from dmvae.platform import courier
+        from dmvae.platform.tracking import mlflow_delivery as courier
 
         return courier.carry_artifacts(self._run, entries)
 

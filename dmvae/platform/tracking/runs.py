@@ -25,16 +25,16 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
 from mlflow.exceptions import MlflowException
 
 from dmvae.config.tracking import TrackingConfig
-from dmvae.platform.courier import RefusedError, answers, connect, is_gone, sqlite_path
-from dmvae.platform.lane import TrackingError, UnreachableError, hold
-from dmvae.platform.spool import RUN_FILE, Ending, TrackedRun, brisk_requests, record_run, scrub
+from dmvae.platform.tracking.delivery_log import TrackingError, UnreachableError, hold
+from dmvae.platform.tracking.mlflow_delivery import RefusedError, answers, connect, is_gone, sqlite_path
+from dmvae.platform.tracking.outbox import RUN_FILE, Ending, TrackedRun, brisk_requests, record_run, scrub
 
 T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 _PATIENCE_SECONDS = 12.0
 _MIGRATION_SECONDS = 120.0  # a new database file takes 3 s, and several times that on a busy machine
-_ROOT = Path(__file__).parents[2]
+_ROOT = Path(__file__).parents[3]
 _PARAM_LENGTH, _TAG_LENGTH, _DIGEST_LENGTH = 6000, 5000, 36
 
 

@@ -19,10 +19,10 @@ from pydantic import ValidationError
 
 from dmvae.config.tracking import TrackingConfig
 from dmvae.platform.depot import fetch_record
-from dmvae.platform.lane import TrackingError
-from dmvae.platform.spool import MetricSpool, TrackedRun, scrub
 from dmvae.platform.storage import Remote
-from dmvae.platform.tracking import DatasetRecord, flatten, open_run, sync, tracking_uri
+from dmvae.platform.tracking.delivery_log import TrackingError
+from dmvae.platform.tracking.outbox import MetricSpool, TrackedRun, scrub
+from dmvae.platform.tracking.runs import DatasetRecord, flatten, open_run, sync, tracking_uri
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:The ``noload`` loader strategy is deprecated:DeprecationWarning")
 
@@ -255,7 +255,7 @@ def test_the_environment_is_as_it_was_after_a_spool_is_closed(database: Tracking
 
 
 def test_a_worker_does_not_import_mlflow() -> None:
-    code = "import sys, dmvae.platform.spool; sys.exit('mlflow' in sys.modules)"
+    code = "import sys, dmvae.platform.tracking.outbox; sys.exit('mlflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -298,7 +298,7 @@ TRAINER = """
 import sys
 from pathlib import Path
 from dmvae.config.tracking import TrackingConfig
-from dmvae.platform.tracking import open_run
+from dmvae.platform.tracking.runs import open_run
 
 config = TrackingConfig(experiment="tests", uri=sys.argv[1])
 with open_run(config, "killed", Path(sys.argv[2]), {}) as run, run.spool() as spool:

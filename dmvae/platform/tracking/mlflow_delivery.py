@@ -11,8 +11,8 @@ from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
-from dmvae.platform.lane import Entry, UnreachableError
-from dmvae.platform.spool import TrackedRun, scrub
+from dmvae.platform.tracking.delivery_log import Entry, UnreachableError
+from dmvae.platform.tracking.outbox import TrackedRun, scrub
 
 REASON_TAG = "dmvae.reason"
 

@@ -16,11 +16,11 @@ import pytest
 from mlflow import MlflowClient
 
 from dmvae.config.training import TrainConfig
-from dmvae.platform.tracking import sync
+from dmvae.platform.tracking.runs import sync
 from dmvae.platform.trainer import train_run
 from tests.cluster.kills import first_worker, logged, metrics_of, start_driver, wait_for
+from tests.platform.tracking.test_tracking import free_port, server
 from tests.runs import make_config, make_dataset
-from tests.test_tracking import free_port, server
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def test_a_trainer_killed_while_the_server_is_away_loses_nothing_and_is_not_runn
     wait_for(lambda: not Path(f"/proc/{writer}").exists(), 60)
     command = [sys.executable, "-m", "jobs.sync", str(tmp_path / "runs")]
     with server(tmp_path, port):
-        done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
+        done = subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         assert stored(run_dir, f"http://127.0.0.1:{port}", "train/loss") == metrics_of(run_dir, "train/loss")
         assert status(run_dir, f"http://127.0.0.1:{port}") == "KILLED"

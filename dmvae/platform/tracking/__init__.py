@@ -1,0 +1,1 @@
+"""Runs in MLflow, through an outbox that survives outages."""
