@@ -290,7 +290,7 @@ def _inspect(config: Any) -> None:
 
 def _train(config: Any) -> None:
     from dmvae.platform.tracking.delivery_log import TrackingError
-    from dmvae.platform.trainer import RunError, train_run
+    from dmvae.platform.train.trainer import RunError, train_run
 
     try:
         summary = train_run(config, progress=_say)
@@ -312,7 +312,7 @@ def _train(config: Any) -> None:
 def _search(config: Any) -> None:
     from dmvae.platform.search import search
     from dmvae.platform.tracking.delivery_log import TrackingError
-    from dmvae.platform.trainer import RunError
+    from dmvae.platform.train.trainer import RunError
 
     try:
         found = search(config, progress=_say)

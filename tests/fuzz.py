@@ -26,8 +26,8 @@ from dmvae.data.preparation.writer import write_dataset
 from dmvae.data.reading.dataset import open_dataset
 from dmvae.data.storage.verify import sha256_of
 from dmvae.model.dmvae import DMVAE
-from dmvae.platform.trainer import check_data, resolve
-from dmvae.platform.worker import WorkerData
+from dmvae.platform.train.trainer import check_data, resolve
+from dmvae.platform.train.worker import WorkerData
 from dmvae.training.loop import NonFiniteLossError, TrainState, Workers, build_optimizer, train
 from tests.data.preparation.test_rows import make_rows
 

@@ -19,8 +19,8 @@ from dmvae.data.reading.dataset import open_dataset
 from dmvae.model.dmvae import DMVAE
 from dmvae.platform.evaluation import judge
 from dmvae.platform.tracking.runs import open_run
-from dmvae.platform.trainer import dataset_record, resolve, run_record
-from dmvae.platform.worker import WorkerData
+from dmvae.platform.train.trainer import dataset_record, resolve, run_record
+from dmvae.platform.train.worker import WorkerData
 from dmvae.training import checkpoint
 from dmvae.training.loop import Logged, TrainState, Workers, build_optimizer, train
 

@@ -31,7 +31,7 @@ from dmvae.platform.study import Trial, TrialResult
 from dmvae.platform.tracking.delivery_log import write_atomically
 from dmvae.platform.tracking.outbox import TrackedRun
 from dmvae.platform.tracking.runs import open_run, sync, tracking_uri
-from dmvae.platform.trainer import (
+from dmvae.platform.train.trainer import (
     RunError,
     TrainSummary,
     absolute,

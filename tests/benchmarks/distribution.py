@@ -26,11 +26,11 @@ from dmvae.data.batch import Batch
 from dmvae.data.preparation.prepare import prepare
 from dmvae.data.reading.dataset import open_dataset
 from dmvae.model.dmvae import DMVAE, DMVAEConfig
-from dmvae.platform import shelf
 from dmvae.platform.cluster import local_cluster, messages
 from dmvae.platform.tracking.runs import open_run
-from dmvae.platform.trainer import absolute, fit, resolve, run_record
-from dmvae.platform.worker import WorkerData, WorkerTask, build_state
+from dmvae.platform.train import local_checkpoints as shelf
+from dmvae.platform.train.trainer import absolute, fit, resolve, run_record
+from dmvae.platform.train.worker import WorkerData, WorkerTask, build_state
 from dmvae.training.loop import CheckpointDue, EpochEnded, Logged, Share, Workers, build_optimizer, train
 from tests.benchmarks.ratio import Result
 from tests.benchmarks.steps import mnist_svhn

@@ -34,8 +34,8 @@ from dmvae.evaluation.metrics import (
 )
 from dmvae.evaluation.suite import first_rows
 from dmvae.model.dmvae import DMVAE
-from dmvae.platform.trainer import resolve
-from dmvae.platform.worker import WorkerData
+from dmvae.platform.train.trainer import resolve
+from dmvae.platform.train.worker import WorkerData
 from dmvae.training.loop import TrainState, Workers, build_optimizer, train
 
 LEARNED = {"scale": "learned"}

@@ -31,7 +31,7 @@ from dmvae.data.reading.dataset import open_dataset
 from dmvae.data.reading.loader import read_epoch
 from dmvae.data.reading.sampler import EpochOrder
 from dmvae.model.dmvae import DMVAE
-from dmvae.platform.worker import _distribute
+from dmvae.platform.train.worker import _distribute
 from dmvae.training.loop import Position, Share, TrainState, Workers, build_optimizer, train_epoch
 from tests.benchmarks.steps import make_batch, mnist_svhn
 from tests.platform.tracking.test_tracking import free_port

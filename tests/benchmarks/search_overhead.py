@@ -26,10 +26,10 @@ import torch
 torch.set_num_threads(1)
 from dmvae.config.search import SearchConfig, lay_over
 from dmvae.data.reading.dataset import open_dataset
-from dmvae.platform.trainer import resolve
+from dmvae.platform.train.trainer import resolve
 from dmvae.platform.trial import RungJudge
 from dmvae.evaluation.search_objectives import Merit
-from dmvae.platform.worker import WorkerData, build_state
+from dmvae.platform.train.worker import WorkerData, build_state
 from dmvae.training.loop import Workers, train
 config = SearchConfig.model_validate_json(Path(sys.argv[1]).read_text())
 dataset = open_dataset(config.base.data.dataset)

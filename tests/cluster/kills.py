@@ -71,7 +71,7 @@ def start_driver(
     program = (
         "from pathlib import Path\n"
         "from dmvae.config.training import TrainConfig\n"
-        "from dmvae.platform.trainer import train_run\n"
+        "from dmvae.platform.train.trainer import train_run\n"
         "say = lambda text: print(text, flush=True)\n"
         f"train_run(TrainConfig.model_validate_json(Path({str(file)!r}).read_text()), say)\n"
     )

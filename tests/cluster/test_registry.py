@@ -20,7 +20,7 @@ from dmvae.data.reading.dataset import open_dataset
 from dmvae.model.dmvae import DMVAE
 from dmvae.platform.promotion import promote
 from dmvae.platform.registry import RegistryError, register
-from dmvae.platform.trainer import train_run
+from dmvae.platform.train.trainer import train_run
 from tests.runs import finish_here, make_config, make_dataset
 
 ROOT = Path(__file__).parents[2]

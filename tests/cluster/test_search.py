@@ -16,7 +16,7 @@ from mlflow import MlflowClient
 from dmvae.config.training import TrainConfig
 from dmvae.platform.search import search
 from dmvae.platform.study import trials_of
-from dmvae.platform.trainer import RunError
+from dmvae.platform.train.trainer import RunError
 from tests.cluster.kills import wait_for
 from tests.runs import make_dataset
 from tests.searches import make_search

@@ -10,8 +10,8 @@ from dmvae import Batch, DMVAEConfig
 from dmvae.data.reading.dataset import open_dataset
 from dmvae.model.dmvae import DMVAE
 from dmvae.model.loss import Noise, choose_subsets
-from dmvae.platform.trainer import resolve
-from dmvae.platform.worker import WorkerData
+from dmvae.platform.train.trainer import resolve
+from dmvae.platform.train.worker import WorkerData
 from dmvae.training.loop import TrainState, Workers, build_optimizer, train
 from tests.linear_gaussian import exact_log_prob, linear_model, sample_rows
 from tests.model.test_loss import SHAPES, draw, every_pattern, rows_of, small_model

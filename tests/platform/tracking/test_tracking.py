@@ -18,11 +18,11 @@ from mlflow.entities import Run
 from pydantic import ValidationError
 
 from dmvae.config.tracking import TrackingConfig
-from dmvae.platform.depot import fetch_record
 from dmvae.platform.storage import Remote
 from dmvae.platform.tracking.delivery_log import TrackingError
 from dmvae.platform.tracking.outbox import MetricSpool, TrackedRun, scrub
 from dmvae.platform.tracking.runs import DatasetRecord, flatten, open_run, sync, tracking_uri
+from dmvae.platform.train.remote_checkpoints import fetch_record
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:The ``noload`` loader strategy is deprecated:DeprecationWarning")
 

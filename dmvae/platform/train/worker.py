@@ -28,10 +28,11 @@ from dmvae.data.reading.loader import read_epoch, read_rows
 from dmvae.data.reading.sampler import EpochOrder
 from dmvae.data.reading.split import Split
 from dmvae.model.dmvae import DMVAE
-from dmvae.platform import depot, shelf
-from dmvae.platform.shelf import SCORE
 from dmvae.platform.storage import Remote
 from dmvae.platform.tracking.outbox import MetricSpool, TrackedRun
+from dmvae.platform.train import local_checkpoints as shelf
+from dmvae.platform.train import remote_checkpoints as depot
+from dmvae.platform.train.local_checkpoints import SCORE
 from dmvae.training import checkpoint
 from dmvae.training.loop import (
     CheckpointDue,

@@ -27,16 +27,17 @@ from dmvae.data.format.manifest import Manifest
 from dmvae.data.reading.dataset import Dataset, open_dataset
 from dmvae.data.storage import location as place
 from dmvae.model.dmvae import DMVAE
-from dmvae.platform import depot, shelf
 from dmvae.platform.checks import check_data
 from dmvae.platform.cluster import limits, local_cluster, messages, resources
 from dmvae.platform.evaluation import Extras, judge
-from dmvae.platform.shelf import SCORE
 from dmvae.platform.storage import Remote, home_of
 from dmvae.platform.tracking.delivery_log import write_atomically
 from dmvae.platform.tracking.outbox import TrackedRun, scrub
 from dmvae.platform.tracking.runs import DatasetRecord, open_run, tracking_uri
-from dmvae.platform.worker import WorkerTask, work
+from dmvae.platform.train import local_checkpoints as shelf
+from dmvae.platform.train import remote_checkpoints as depot
+from dmvae.platform.train.local_checkpoints import SCORE
+from dmvae.platform.train.worker import WorkerTask, work
 from dmvae.training import checkpoint
 
 _RESULT = "result.json"

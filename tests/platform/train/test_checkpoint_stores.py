@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from dmvae.platform import depot, shelf
 from dmvae.platform.storage import Remote
+from dmvae.platform.train import local_checkpoints as shelf
+from dmvae.platform.train import remote_checkpoints as depot
 from dmvae.training import checkpoint
 from tests.training.test_checkpoint import make_state
 

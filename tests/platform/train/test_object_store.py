@@ -15,7 +15,7 @@ from dmvae.config.search import SearchConfig
 from dmvae.config.training import TrainConfig
 from dmvae.platform.evaluation import evaluate
 from dmvae.platform.storage import Remote
-from dmvae.platform.trainer import train_run
+from dmvae.platform.train.trainer import train_run
 from tests.cluster.kills import logged, start_driver, wait_for
 from tests.objects import object_store
 from tests.platform.tracking.test_tracking import free_port, server

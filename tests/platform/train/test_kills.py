@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from dmvae.config.training import TrainConfig
-from dmvae.platform.trainer import RunError, train_run
+from dmvae.platform.train.trainer import RunError, train_run
 from dmvae.training import checkpoint
 from tests.cluster.kills import (
     KillAt,

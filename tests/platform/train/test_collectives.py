@@ -13,7 +13,7 @@ from torch import multiprocessing
 from dmvae.config.training import TrainConfig
 from dmvae.data.batch import Batch
 from dmvae.model.dmvae import DMVAE, DMVAEConfig
-from dmvae.platform.worker import WorkerData, _distribute, build_state
+from dmvae.platform.train.worker import WorkerData, _distribute, build_state
 from dmvae.training.loop import Share, TrainState, Workers, build_optimizer, train_epoch
 from tests.runs import make_config, make_dataset
 

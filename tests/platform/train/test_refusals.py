@@ -15,7 +15,7 @@ from dmvae.config.data import PrepareConfig
 from dmvae.config.training import TrainConfig
 from dmvae.data.preparation.prepare import prepare
 from dmvae.data.reading.dataset import open_dataset
-from dmvae.platform.trainer import RunError, _check_same_run, resolve, run_record, train_run
+from dmvae.platform.train.trainer import RunError, _check_same_run, resolve, run_record, train_run
 from tests.runs import make_config, make_dataset
 
 
