@@ -310,9 +310,9 @@ def _train(config: Any) -> None:
 
 
 def _search(config: Any) -> None:
-    from dmvae.platform.search import search
     from dmvae.platform.tracking.delivery_log import TrackingError
     from dmvae.platform.train.trainer import RunError
+    from dmvae.platform.tune.search import search
 
     try:
         found = search(config, progress=_say)

@@ -20,9 +20,9 @@ from dmvae.config.search import SearchConfig, lay_over
 from dmvae.data.reading.dataset import open_dataset
 from dmvae.evaluation.search_objectives import Judge
 from dmvae.model.dmvae import DMVAE
-from dmvae.platform.study import draw
 from dmvae.platform.train.trainer import resolve
 from dmvae.platform.train.worker import WorkerData, build_state
+from dmvae.platform.tune.study import draw
 from dmvae.training.loop import EpochEnded, Workers, train
 
 FIGURES = ("imputation", "conditional_nll", "joint_nll", "coherence")

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from dmvae.cli import read_toml
 from dmvae.config.search import SearchConfig
-from dmvae.platform.search import search
-from dmvae.platform.study import trials_of
+from dmvae.platform.tune.search import search
+from dmvae.platform.tune.study import trials_of
 from tests.benchmarks.ratio import Result
 
 TRIALS, EPOCHS = 12, 45
@@ -27,7 +27,7 @@ torch.set_num_threads(1)
 from dmvae.config.search import SearchConfig, lay_over
 from dmvae.data.reading.dataset import open_dataset
 from dmvae.platform.train.trainer import resolve
-from dmvae.platform.trial import RungJudge
+from dmvae.platform.tune.trial import RungJudge
 from dmvae.evaluation.search_objectives import Merit
 from dmvae.platform.train.worker import WorkerData, build_state
 from dmvae.training.loop import Workers, train

@@ -17,7 +17,7 @@ from dmvae.config.search import SearchConfig
 from dmvae.data.reading.dataset import open_dataset
 from dmvae.evaluation.search_objectives import Judge
 from dmvae.model.dmvae import DMVAE
-from dmvae.platform.search import search
+from dmvae.platform.tune.search import search
 
 SIDES = ("search", "random", "shipped")
 

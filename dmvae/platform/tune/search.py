@@ -25,9 +25,7 @@ from dmvae.config.search import Domain, SearchConfig, lay_over
 from dmvae.config.training import TrainConfig
 from dmvae.data.reading.dataset import Dataset, open_dataset
 from dmvae.evaluation import search_objectives as merit
-from dmvae.platform import study
 from dmvae.platform.cluster import limits, local_cluster, messages, resources
-from dmvae.platform.study import Trial, TrialResult
 from dmvae.platform.tracking.delivery_log import write_atomically
 from dmvae.platform.tracking.outbox import TrackedRun
 from dmvae.platform.tracking.runs import open_run, sync, tracking_uri
@@ -41,7 +39,9 @@ from dmvae.platform.train.trainer import (
     resolve,
     train_run,
 )
-from dmvae.platform.trial import EPOCH, TRIAL, TrialTask, run_trial, value_names
+from dmvae.platform.tune import study
+from dmvae.platform.tune.study import Trial, TrialResult
+from dmvae.platform.tune.trial import EPOCH, TRIAL, TrialTask, run_trial, value_names
 
 _STUDY = "study.json"
 _BEST_TOML = "best.toml"
@@ -449,7 +449,7 @@ def _record_study(
     exported = study.export(config, trials, study_dir / "optuna.db")
     files = [study_dir / _BEST_TOML, study_dir / "trials.json", study_dir / "optuna.db"]
     try:
-        from dmvae.platform.study_plots import draw_plots
+        from dmvae.platform.tune.study_plots import draw_plots
 
         files.append(draw_plots(config, exported, study_dir / "plots"))
     except ImportError as error:

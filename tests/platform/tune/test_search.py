@@ -14,9 +14,9 @@ import pytest
 from mlflow import MlflowClient
 
 from dmvae.config.training import TrainConfig
-from dmvae.platform.search import search
-from dmvae.platform.study import trials_of
 from dmvae.platform.train.trainer import RunError
+from dmvae.platform.tune.search import search
+from dmvae.platform.tune.study import trials_of
 from tests.cluster.kills import wait_for
 from tests.runs import make_dataset
 from tests.searches import make_search
@@ -79,7 +79,7 @@ def start(config_file: Path, folder: Path) -> subprocess.Popen[bytes]:
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     with (folder / "driver.log").open("ab") as log:
         return subprocess.Popen(
-            command, cwd=Path(__file__).parents[2], stdout=log, stderr=log, env=environment, start_new_session=True
+            command, cwd=Path(__file__).parents[3], stdout=log, stderr=log, env=environment, start_new_session=True
         )
 
 

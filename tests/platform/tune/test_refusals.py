@@ -8,8 +8,8 @@ import pytest
 from dmvae.cli import run_verb
 from dmvae.data.reading.dataset import open_dataset
 from dmvae.evaluation import search_objectives as merit
-from dmvae.platform.search import check_space
-from dmvae.platform.study import TrialResult, best_trials, trials_of, write_params, write_result
+from dmvae.platform.tune.search import check_space
+from dmvae.platform.tune.study import TrialResult, best_trials, trials_of, write_params, write_result
 from tests.runs import make_dataset
 from tests.searches import make_search
 
