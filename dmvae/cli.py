@@ -338,7 +338,7 @@ def _search(config: Any) -> None:
 
 
 def _evaluate(config: Any) -> None:
-    from dmvae.platform.evaluation import evaluate
+    from dmvae.platform.evaluate.evaluate import evaluate
 
     result = evaluate(config, progress=_say)
     for name, value in result.items():
@@ -347,7 +347,7 @@ def _evaluate(config: Any) -> None:
 
 def _report(config: Any) -> None:
     try:
-        from dmvae.platform.reporting import report
+        from dmvae.platform.evaluate.report import report
 
         file = report(config, progress=_say)
     except ImportError as error:

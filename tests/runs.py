@@ -17,7 +17,7 @@ from dmvae.config.training import TrainConfig
 from dmvae.data.preparation.prepare import prepare
 from dmvae.data.reading.dataset import open_dataset
 from dmvae.model.dmvae import DMVAE
-from dmvae.platform.evaluation import judge
+from dmvae.platform.evaluate.evaluate import judge
 from dmvae.platform.tracking.runs import open_run
 from dmvae.platform.train.trainer import dataset_record, resolve, run_record
 from dmvae.platform.train.worker import WorkerData

@@ -132,7 +132,7 @@ class Quality:
             `missing/HOW/RATE/rmse/M`, `.../coverage90/M`, `.../rmse_ridge/M` and, with labels, `.../coherence/M` and
             `.../probe/BLOCK`; HOW is `random` or `label` (the larger the label, the more is removed), RATE is in
             percent. A row that has lost everything counts: it is predicted without any knowledge of it. For the NLL
-            see `dmvae.platform.estimates`.
+            see `dmvae.platform.evaluate.nll_table`.
         """
         figures = {}
         ridge = rivals(self.fit_rows, self._latent_dim)["ridge"]

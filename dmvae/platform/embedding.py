@@ -23,8 +23,8 @@ from dmvae.evaluation.metrics import has
 from dmvae.model.dmvae import DMVAE
 from dmvae.model.predictor import UNITS, Served, Unit
 from dmvae.model.serialization import MODEL_WEIGHTS
-from dmvae.platform.checks import check_fit
 from dmvae.platform.cluster import local_cluster, resources
+from dmvae.platform.evaluate.checks import check_fit
 from dmvae.platform.registry import download
 
 _BLOCK_ROWS = 1024

@@ -158,7 +158,7 @@ def _evaluate(
 def judge_here(settings: dict[str, Any]) -> None:
     """Run an evaluation in this process."""
     from dmvae.config.evaluation import EvaluateConfig
-    from dmvae.platform.evaluation import evaluate
+    from dmvae.platform.evaluate.evaluate import evaluate
 
     evaluate(EvaluateConfig.model_validate(settings), progress=lambda line: None)
 

@@ -27,9 +27,9 @@ from dmvae.data.format.manifest import Manifest
 from dmvae.data.reading.dataset import Dataset, open_dataset
 from dmvae.data.storage import location as place
 from dmvae.model.dmvae import DMVAE
-from dmvae.platform.checks import check_data
 from dmvae.platform.cluster import limits, local_cluster, messages, resources
-from dmvae.platform.evaluation import Extras, judge
+from dmvae.platform.evaluate.checks import check_data
+from dmvae.platform.evaluate.evaluate import Extras, judge
 from dmvae.platform.storage import Remote, home_of
 from dmvae.platform.tracking.delivery_log import write_atomically
 from dmvae.platform.tracking.outbox import TrackedRun, scrub

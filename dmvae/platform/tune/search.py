@@ -414,7 +414,7 @@ def _retrain(
         return None
     found = _write_best(config, best, dataset, study_dir)
     if config.retrain.how == "checkpoint":
-        from dmvae.platform.evaluation import judge
+        from dmvae.platform.evaluate.evaluate import judge
 
         evaluation = found.evaluation
         figures = judge(

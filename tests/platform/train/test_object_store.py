@@ -13,7 +13,7 @@ from dmvae.cli import run_verb
 from dmvae.config.evaluation import EvaluateConfig
 from dmvae.config.search import SearchConfig
 from dmvae.config.training import TrainConfig
-from dmvae.platform.evaluation import evaluate
+from dmvae.platform.evaluate.evaluate import evaluate
 from dmvae.platform.storage import Remote
 from dmvae.platform.train.trainer import train_run
 from tests.cluster.kills import logged, start_driver, wait_for

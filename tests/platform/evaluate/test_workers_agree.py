@@ -9,8 +9,8 @@ import torch
 from dmvae import DMVAE, DMVAEConfig
 from dmvae.config.evaluation import EvaluationConfig
 from dmvae.evaluation.masking import Removal
-from dmvae.platform.estimates import Evaluator, Task, evaluate_nll
-from dmvae.platform.rows import BLOCK_ROWS
+from dmvae.platform.evaluate.nll_table import Evaluator, Task, evaluate_nll
+from dmvae.platform.evaluate.row_store import BLOCK_ROWS
 
 
 def test_rows_have_the_same_bits_for_one_two_and_three_workers(dataset: Path, tmp_path: Path) -> None:

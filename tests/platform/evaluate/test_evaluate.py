@@ -17,9 +17,9 @@ from dmvae.config.data import PrepareConfig
 from dmvae.config.evaluation import EvaluateConfig
 from dmvae.data.preparation.prepare import prepare
 from dmvae.data.reading.dataset import open_dataset
-from dmvae.platform import estimates
-from dmvae.platform.evaluation import evaluate
-from dmvae.platform.rows import BLOCK_ROWS, RowStore
+from dmvae.platform.evaluate import nll_table as estimates
+from dmvae.platform.evaluate.evaluate import evaluate
+from dmvae.platform.evaluate.row_store import BLOCK_ROWS, RowStore
 from tests.runs import make_dataset
 
 
@@ -282,7 +282,7 @@ def test_a_report_is_one_page_with_its_pictures(labelled: Path, tmp_path: Path) 
 _PEAKS = """
 import resource, sys
 from dmvae.config.evaluation import EvaluationConfig
-from dmvae.platform.estimates import Task, evaluate_nll
+from dmvae.platform.evaluate.nll_table import Task, evaluate_nll
 small, large, model = sys.argv[1:]
 for dataset, draws in ((small, 300), (small, 6000), (large, 300)):
     evaluate_nll(Task(model, dataset, EvaluationConfig(split="train", num_draws=draws, proposal="encoder")))

@@ -16,10 +16,10 @@ from dmvae.distributions import noise
 from dmvae.evaluation.latents import fit_density
 from dmvae.evaluation.suite import Quality
 from dmvae.model.dmvae import DMVAE, MODEL_CONFIG, MODEL_WEIGHTS
-from dmvae.platform.checks import check_fit, check_measures, check_support
 from dmvae.platform.cluster import local_cluster
-from dmvae.platform.estimates import Task, evaluate_nll
-from dmvae.platform.rows import RowStore
+from dmvae.platform.evaluate.checks import check_fit, check_measures, check_support
+from dmvae.platform.evaluate.nll_table import Task, evaluate_nll
+from dmvae.platform.evaluate.row_store import RowStore
 from dmvae.platform.storage import local
 from dmvae.platform.tracking.delivery_log import write_atomically
 from dmvae.training.checkpoint import RUN_CONFIG

@@ -12,7 +12,7 @@ from dmvae.data.scaling import Scale
 from dmvae.evaluation.latents import collect, fit_density
 from dmvae.evaluation.suite import Quality, first_rows
 from dmvae.model.dmvae import DMVAE, MODEL_CONFIG
-from dmvae.platform.checks import check_fit
+from dmvae.platform.evaluate.checks import check_fit
 from dmvae.platform.tracking.outbox import RUN_FILE, TrackedRun
 
 _MISSING_RATES = (0.0, 0.25, 0.5, 0.75)
