@@ -10,13 +10,13 @@ if TYPE_CHECKING:
     from dmvae.config.model import DMVAEConfig as DMVAEConfig
     from dmvae.data.batch import Batch as Batch
     from dmvae.model.dmvae import DMVAE as DMVAE
-    from dmvae.platform.registry import load as load
+    from dmvae.platform.serve.registry import load as load
 
 _HOMES = {
     "Batch": "dmvae.data.batch",
     "DMVAE": "dmvae.model.dmvae",
     "DMVAEConfig": "dmvae.config.model",
-    "load": "dmvae.platform.registry",
+    "load": "dmvae.platform.serve.registry",
 }
 
 __all__ = ["DMVAE", "Batch", "DMVAEConfig", "load"]

@@ -357,7 +357,7 @@ def _report(config: Any) -> None:
 
 def _register_best(run_dir: Path, tracking: Any) -> None:
     """Register a finished run's best model, if the configuration names a registered model."""
-    from dmvae.platform.registry import RegistryError, register
+    from dmvae.platform.serve.registry import RegistryError, register
     from dmvae.platform.tracking.delivery_log import UnreachableError
 
     if tracking.register_as is None:
@@ -371,7 +371,7 @@ def _register_best(run_dir: Path, tracking: Any) -> None:
 
 
 def _register(config: Any) -> None:
-    from dmvae.platform.registry import RegistryError, register
+    from dmvae.platform.serve.registry import RegistryError, register
 
     try:
         found = register(Path(config.run), config.name, config.tracking)
@@ -382,8 +382,8 @@ def _register(config: Any) -> None:
 
 
 def _promote(config: Any) -> None:
-    from dmvae.platform.promotion import promote
-    from dmvae.platform.registry import RegistryError
+    from dmvae.platform.serve.promotion import promote
+    from dmvae.platform.serve.registry import RegistryError
 
     try:
         decision = promote(config, progress=_say)
@@ -394,8 +394,8 @@ def _promote(config: Any) -> None:
 
 
 def _embed(config: Any) -> None:
-    from dmvae.platform.embedding import embed
-    from dmvae.platform.registry import RegistryError
+    from dmvae.platform.serve.embedding import embed
+    from dmvae.platform.serve.registry import RegistryError
 
     try:
         summary = embed(config, progress=_say)
@@ -407,10 +407,10 @@ def _embed(config: Any) -> None:
 
 def _serve(config: Any) -> None:
     try:
-        from dmvae.platform.serving import run
+        from dmvae.platform.serve.application import run
     except ImportError as error:
         raise CommandError(f"serving needs the extra `serve` (pip install 'dmvae[serve]'): {error}.") from None
-    from dmvae.platform.registry import RegistryError
+    from dmvae.platform.serve.registry import RegistryError
 
     try:
         run(config, progress=_say)

@@ -31,8 +31,8 @@ from dmvae.data.reading.dataset import open_dataset
 from dmvae.evaluation.metrics import fit_classifier
 from dmvae.evaluation.suite import first_rows
 from dmvae.model.dmvae import DMVAE
-from dmvae.platform.registry import register
-from dmvae.platform.serving import start
+from dmvae.platform.serve.application import start
+from dmvae.platform.serve.registry import register
 from dmvae.platform.tune.search import SearchSummary, search
 from tests.cluster.kills import wait_for
 from tests.platform.tracking.test_tracking import free_port

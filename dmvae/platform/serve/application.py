@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse
 from dmvae.config.registry import ServeConfig
 from dmvae.model.predictor import Request, Served
 from dmvae.platform.cluster import local_cluster, resources
-from dmvae.platform.registry import RegistryError, download, find
+from dmvae.platform.serve.registry import RegistryError, download, find
 from dmvae.platform.tracking.mlflow_delivery import answers, connect
 from dmvae.platform.tracking.runs import tracking_uri
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 CARD = "card.json"
 CHAMPION, PREVIOUS = "champion", "previous"
 _PACKAGES = ("torch", "pydantic", "jaxtyping", "safetensors", "numpy", "mlflow")
-_ROOT = Path(__file__).parents[1]
+_ROOT = Path(__file__).parents[2]
 
 
 class RegistryError(RuntimeError):

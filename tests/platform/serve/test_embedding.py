@@ -15,7 +15,7 @@ from dmvae.data.reading.dataset import open_dataset
 from dmvae.data.reading.loader import read_rows
 from dmvae.evaluation.metrics import has
 from dmvae.model.predictor import UNITS, Request, Served, Unit
-from dmvae.platform.embedding import Embedder, _key, _shards, embed
+from dmvae.platform.serve.embedding import Embedder, _key, _shards, embed
 from tests.runs import make_config, make_dataset, train_here
 
 

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from dmvae.config.registry import PromoteConfig
 from dmvae.data.reading.dataset import open_dataset
 from dmvae.model.predictor import UNITS
-from dmvae.platform.registry import CARD, CHAMPION, PREVIOUS, RegistryError, download
+from dmvae.platform.serve.registry import CARD, CHAMPION, PREVIOUS, RegistryError, download
 from dmvae.platform.tracking.mlflow_delivery import answers, connect
 from dmvae.platform.tracking.runs import tracking_uri
 
@@ -142,7 +142,9 @@ def _evaluate(
         "output": str(output),
         "evaluation": config.evaluation.model_dump(mode="json", exclude_none=True),
     }
-    program = "import sys, json; from dmvae.platform.promotion import judge_here; judge_here(json.loads(sys.argv[1]))"
+    program = (
+        "import sys, json; from dmvae.platform.serve.promotion import judge_here; judge_here(json.loads(sys.argv[1]))"
+    )
     done = subprocess.run(  # noqa: S603
         [sys.executable, "-c", program, json.dumps(settings)], capture_output=True, text=True, check=False
     )

@@ -25,7 +25,7 @@ from dmvae.model.predictor import UNITS, Served, Unit
 from dmvae.model.serialization import MODEL_WEIGHTS
 from dmvae.platform.cluster import local_cluster, resources
 from dmvae.platform.evaluate.checks import check_fit
-from dmvae.platform.registry import download
+from dmvae.platform.serve.registry import download
 
 _BLOCK_ROWS = 1024
 _KEY = b"dmvae.made_by"

@@ -17,8 +17,8 @@ from ray import serve
 from dmvae.config.registry import ServeConfig
 from dmvae.config.tracking import TrackingConfig
 from dmvae.model.predictor import Request, Served
-from dmvae.platform.registry import download, register
-from dmvae.platform.serving import start
+from dmvae.platform.serve.application import start
+from dmvae.platform.serve.registry import download, register
 from tests.platform.tracking.test_tracking import free_port
 from tests.runs import finish_here, make_config, make_dataset
 

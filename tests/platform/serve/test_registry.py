@@ -18,12 +18,12 @@ from dmvae.cli import run_verb
 from dmvae.config.registry import PromoteConfig, RegisterConfig
 from dmvae.data.reading.dataset import open_dataset
 from dmvae.model.dmvae import DMVAE
-from dmvae.platform.promotion import promote
-from dmvae.platform.registry import RegistryError, register
+from dmvae.platform.serve.promotion import promote
+from dmvae.platform.serve.registry import RegistryError, register
 from dmvae.platform.train.trainer import train_run
 from tests.runs import finish_here, make_config, make_dataset
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,1 @@
+"""Registered models: promotion, serving and embedding."""
