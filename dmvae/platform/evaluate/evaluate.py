@@ -20,7 +20,7 @@ from dmvae.platform.cluster import local_cluster
 from dmvae.platform.evaluate.checks import check_fit, check_measures, check_support
 from dmvae.platform.evaluate.nll_table import Task, evaluate_nll
 from dmvae.platform.evaluate.row_store import RowStore
-from dmvae.platform.storage import local
+from dmvae.platform.remote_fs import local
 from dmvae.platform.tracking.delivery_log import write_atomically
 from dmvae.training.checkpoint import RUN_CONFIG
 

@@ -21,7 +21,7 @@ from dmvae.model.dmvae import DMVAE
 from dmvae.model.nll.estimate import NLLEstimate
 from dmvae.platform.cluster import limits, resources
 from dmvae.platform.evaluate.row_store import BLOCK_ROWS, Columns, RowStore
-from dmvae.platform.storage import local
+from dmvae.platform.remote_fs import local
 
 _COLUMNS = ("nll", "se", "ess", "khat", "trusted")
 

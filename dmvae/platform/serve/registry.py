@@ -19,7 +19,7 @@ from dmvae.config.tracking import TrackingConfig
 from dmvae.data.reading.dataset import Dataset, open_dataset
 from dmvae.model.predictor import UNITS, Served
 from dmvae.model.serialization import MODEL_CONFIG, MODEL_WEIGHTS
-from dmvae.platform.storage import local
+from dmvae.platform.remote_fs import local
 from dmvae.platform.tracking.delivery_log import UnreachableError
 from dmvae.platform.tracking.mlflow_delivery import RefusedError, answers, connect
 from dmvae.platform.tracking.outbox import scrub

@@ -30,7 +30,7 @@ from dmvae.model.dmvae import DMVAE
 from dmvae.platform.cluster import limits, local_cluster, messages, resources
 from dmvae.platform.evaluate.checks import check_data
 from dmvae.platform.evaluate.evaluate import Extras, judge
-from dmvae.platform.storage import Remote, home_of
+from dmvae.platform.remote_fs import Remote, home_of
 from dmvae.platform.tracking.delivery_log import write_atomically
 from dmvae.platform.tracking.outbox import TrackedRun, scrub
 from dmvae.platform.tracking.runs import DatasetRecord, open_run, tracking_uri

@@ -28,7 +28,7 @@ from dmvae.data.reading.loader import read_epoch, read_rows
 from dmvae.data.reading.sampler import EpochOrder
 from dmvae.data.reading.split import Split
 from dmvae.model.dmvae import DMVAE
-from dmvae.platform.storage import Remote
+from dmvae.platform.remote_fs import Remote
 from dmvae.platform.tracking.outbox import MetricSpool, TrackedRun
 from dmvae.platform.train import local_checkpoints as shelf
 from dmvae.platform.train import remote_checkpoints as depot

@@ -18,7 +18,7 @@ from mlflow import MlflowClient
 from dmvae.config.training import TrainConfig
 from dmvae.platform.tracking.runs import sync
 from dmvae.platform.train.trainer import train_run
-from tests.cluster.kills import first_worker, logged, metrics_of, start_driver, wait_for
+from tests.kills import first_worker, logged, metrics_of, start_driver, wait_for
 from tests.platform.tracking.test_tracking import free_port, server
 from tests.runs import make_config, make_dataset
 

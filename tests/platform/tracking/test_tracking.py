@@ -18,7 +18,7 @@ from mlflow.entities import Run
 from pydantic import ValidationError
 
 from dmvae.config.tracking import TrackingConfig
-from dmvae.platform.storage import Remote
+from dmvae.platform.remote_fs import Remote
 from dmvae.platform.tracking.delivery_log import TrackingError
 from dmvae.platform.tracking.outbox import MetricSpool, TrackedRun, scrub
 from dmvae.platform.tracking.runs import DatasetRecord, flatten, open_run, sync, tracking_uri

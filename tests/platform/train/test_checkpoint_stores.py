@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from dmvae.platform.storage import Remote
+from dmvae.platform.remote_fs import Remote
 from dmvae.platform.train import local_checkpoints as shelf
 from dmvae.platform.train import remote_checkpoints as depot
 from dmvae.training import checkpoint

@@ -8,7 +8,7 @@ import pytest
 
 from dmvae.config.training import TrainConfig
 from dmvae.platform.train.trainer import RunError, train_run
-from tests.cluster.kills import KillAt, metrics_of
+from tests.kills import KillAt, metrics_of
 from tests.runs import make_config, make_dataset, train_here
 
 STEPS = 100

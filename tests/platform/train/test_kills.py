@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from dmvae.config.training import TrainConfig
 from dmvae.platform.train.trainer import RunError, train_run
 from dmvae.training import checkpoint
-from tests.cluster.kills import (
+from tests.kills import (
     KillAt,
     first_worker,
     is_writing,

@@ -10,7 +10,7 @@ import psutil
 import pytest
 from ray.util.state import list_nodes
 
-from tests.cluster.kills import logged, start_driver, wait_for
+from tests.kills import logged, start_driver, wait_for
 from tests.platform.tracking.test_tracking import free_port
 from tests.platform.train.test_elastic import assert_same_curves
 from tests.runs import make_config, make_dataset, train_here

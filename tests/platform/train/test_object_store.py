@@ -14,9 +14,9 @@ from dmvae.config.evaluation import EvaluateConfig
 from dmvae.config.search import SearchConfig
 from dmvae.config.training import TrainConfig
 from dmvae.platform.evaluate.evaluate import evaluate
-from dmvae.platform.storage import Remote
+from dmvae.platform.remote_fs import Remote
 from dmvae.platform.train.trainer import train_run
-from tests.cluster.kills import logged, start_driver, wait_for
+from tests.kills import logged, start_driver, wait_for
 from tests.objects import object_store
 from tests.platform.tracking.test_tracking import free_port, server
 from tests.runs import make_config, train_here

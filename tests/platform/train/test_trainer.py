@@ -14,7 +14,7 @@ from dmvae.config.training import TrainConfig
 from dmvae.model.dmvae import DMVAE
 from dmvae.platform.evaluate.nll_table import Task, evaluate_nll
 from dmvae.platform.train.trainer import RunError, TrainSummary, train_run
-from tests.cluster.kills import KillAt, logged, start_driver, wait_for
+from tests.kills import KillAt, logged, start_driver, wait_for
 from tests.runs import make_config, train_here
 
 

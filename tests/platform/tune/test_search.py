@@ -17,7 +17,7 @@ from dmvae.config.training import TrainConfig
 from dmvae.platform.train.trainer import RunError
 from dmvae.platform.tune.search import search
 from dmvae.platform.tune.study import trials_of
-from tests.cluster.kills import wait_for
+from tests.kills import wait_for
 from tests.runs import make_dataset
 from tests.searches import make_search
 

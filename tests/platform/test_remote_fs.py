@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from dmvae.config.search import SearchConfig
 from dmvae.config.training import TrainConfig
 from dmvae.data.reading.dataset import open_dataset
-from dmvae.platform.storage import Remote, home_of, local
+from dmvae.platform.remote_fs import Remote, home_of, local
 
 RUN: dict[str, Any] = {"name": "run", "data": {"dataset": "data"}}
 SECRETS = (

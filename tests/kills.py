@@ -81,7 +81,7 @@ def start_driver(
         environment["RAY_JOB_CONFIG_JSON_ENV_VAR"] = json.dumps({"runtime_env": {"env_vars": variables}})
     with (folder / "driver.log").open("a") as log:
         return subprocess.Popen(
-            [sys.executable, "-c", program], env=environment, cwd=Path(__file__).parents[2], stdout=log, text=True
+            [sys.executable, "-c", program], env=environment, cwd=Path(__file__).parents[1], stdout=log, text=True
         )
 
 

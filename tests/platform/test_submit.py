@@ -15,7 +15,7 @@ import tomli_w
 from mlflow import MlflowClient
 from pydantic import BaseModel
 
-from tests.cluster.kills import logged, metrics_of, wait_for
+from tests.kills import logged, metrics_of, wait_for
 from tests.platform.tracking.test_tracking import free_port
 from tests.runs import make_config, make_dataset
 from tests.searches import make_search

@@ -34,7 +34,7 @@ from dmvae.model.dmvae import DMVAE
 from dmvae.platform.serve.application import start
 from dmvae.platform.serve.registry import register
 from dmvae.platform.tune.search import SearchSummary, search
-from tests.cluster.kills import wait_for
+from tests.kills import wait_for
 from tests.platform.tracking.test_tracking import free_port
 
 CONFIGS = Path(__file__).parents[2] / "jobs" / "configs"
