@@ -7,6 +7,7 @@ from typing import Any, Protocol, SupportsIndex, runtime_checkable
 
 import numpy as np
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 Ids = Tensor | np.ndarray[Any, np.dtype[Any]]
@@ -120,3 +121,9 @@ def _as_boolean(name: str, mask: Tensor) -> Tensor:
     if bool(((flat != 0) & (flat != 1)).any()):
         raise ValueError(f"a mask is boolean or 0/1; got other values for {name!r}.")
     return flat != 0
+
+
+def has(batch: Batch, name: str) -> Bool[Tensor, " row"]:
+    """Tell which rows have a modality."""
+    mask = (batch.masks or {}).get(name)
+    return torch.full((len(batch),), name in batch.data) if mask is None else mask.cpu()

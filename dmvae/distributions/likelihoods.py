@@ -446,6 +446,7 @@ def build(config: DMVAEConfig, modality: str) -> Likelihood:
     built = _REGISTRY[dist](config.shapes[modality], **config.dist_params(modality))
     if not isinstance(built, Likelihood):
         raise ValueError(
-            f"a registered likelihood returns a dmvae.distributions.likelihoods.Likelihood; got {type(built).__name__} for {dist!r}."
+            "a registered likelihood returns a dmvae.distributions.likelihoods.Likelihood; got "
+            f"{type(built).__name__} for {dist!r}."
         )
     return built

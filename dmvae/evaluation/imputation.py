@@ -9,12 +9,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dmvae.data.batch import Batch
+from dmvae.data.batch import Batch, has
 from dmvae.distributions.gaussian_mixture import LatentDensity
 from dmvae.distributions.likelihoods import Laplace, Normal
 from dmvae.evaluation.baselines import ProbabilisticPCA
 from dmvae.evaluation.masking import without
-from dmvae.evaluation.metrics import batches, generator_of, has
+from dmvae.evaluation.metrics import batches, generator_of
 from dmvae.model.dmvae import DMVAE
 
 INTERVALS = (0.5, 0.9)

@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from dmvae.data.batch import Batch
+from dmvae.data.batch import Batch, has
 from dmvae.distributions.gaussian_mixture import GaussianMixture, LatentDensity
-from dmvae.evaluation.metrics import Classifier, Proportion, batches, generator_of, has
+from dmvae.evaluation.metrics import Classifier, Proportion, batches, generator_of
 from dmvae.model.dmvae import DMVAE
 
 

@@ -10,9 +10,8 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from dmvae.data.batch import Batch
+from dmvae.data.batch import Batch, has
 from dmvae.distributions.noise import chain, row_keys, standard_normal
-from dmvae.evaluation.metrics import has
 
 Mechanism = Literal["random", "label"]
 

@@ -10,17 +10,15 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
-from dmvae.data.batch import Batch
+from dmvae.data.batch import Batch, has
 from dmvae.distributions.gaussian_mixture import LatentDensity
 from dmvae.distributions.likelihoods import Categorical
 from dmvae.distributions.noise import chain, row_keys
 from dmvae.model.dmvae import DMVAE, Modalities
-
-ACTIVE_VARIANCE = 0.01
-"""A unit whose posterior mean varies more than this over rows is active (Burda et al. 2016)."""
+from dmvae.model.encoding import ACTIVE_VARIANCE
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -246,12 +244,6 @@ def batches(rows: Batch | Iterable[Batch]) -> Iterator[Batch]:
     """Yield one batch, or several."""
     # a batch is an iterable too, of single rows
     yield from [rows] if isinstance(rows, Batch) else rows
-
-
-def has(batch: Batch, name: str) -> Bool[Tensor, " row"]:
-    """Tell which rows have a modality."""
-    mask = (batch.masks or {}).get(name)
-    return torch.full((len(batch),), name in batch.data) if mask is None else mask.cpu()
 
 
 def _as_names(model: DMVAE, modalities: Modalities) -> tuple[str, ...]:

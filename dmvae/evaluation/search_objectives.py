@@ -12,11 +12,11 @@ import numpy as np
 import torch
 
 from dmvae.config.search import Objective
-from dmvae.data.batch import Batch
+from dmvae.data.batch import Batch, has
 from dmvae.data.reading.dataset import Dataset
 from dmvae.data.reading.split import Split
 from dmvae.evaluation.imputation import held_out_errors
-from dmvae.evaluation.metrics import Classifier, conditional_coherence, fit_classifier, has
+from dmvae.evaluation.metrics import Classifier, conditional_coherence, fit_classifier
 from dmvae.evaluation.suite import check_labels, first_rows
 from dmvae.model.dmvae import DMVAE
 
@@ -134,7 +134,8 @@ class Judge:
     def _with_company(self, name: str) -> torch.Tensor:
         """Which rows have a modality, and another one."""
         present = torch.stack([has(self.rows, other) for other in self.rows.data])
-        return has(self.rows, name) & (present.sum(0) > 1)
+        together: torch.Tensor = has(self.rows, name) & (present.sum(0) > 1)
+        return together
 
 
 def check(dataset: Dataset, train_split: str, split: str, names: Sequence[Objective], num_rows: int) -> None:

@@ -13,6 +13,9 @@ from dmvae.distributions.gaussian import DiagGaussian, at_least_float32, product
 from dmvae.model.loss import Observed
 from dmvae.nn.batched import encode_each
 
+ACTIVE_VARIANCE = 0.01
+"""A unit whose posterior mean varies more than this over rows is active (Burda et al. 2016)."""
+
 
 def conform(
     inputs: MultimodalRows,

@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from dmvae.data.batch import Batch
+from dmvae.data.batch import Batch, has
 from dmvae.distributions.gaussian_mixture import LatentDensity
 from dmvae.evaluation.latents import Latents
 from dmvae.evaluation.masking import without
-from dmvae.evaluation.metrics import has
 from dmvae.model.dmvae import DMVAE
 from dmvae.model.nll.estimate import KHAT_LIMIT, NLLEstimate
 from dmvae.report.html_report import Figure, Picture, is_image

@@ -5,11 +5,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from dmvae.data.batch import Batch
+from dmvae.data.batch import Batch, has
 from dmvae.data.scaling import Scale
 from dmvae.distributions.gaussian_mixture import LatentDensity
 from dmvae.evaluation.masking import without
-from dmvae.evaluation.metrics import has
 from dmvae.model.dmvae import DMVAE
 from dmvae.report.html_report import Figure, Picture, is_image
 

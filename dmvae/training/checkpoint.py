@@ -3,9 +3,7 @@
 Nothing here is a pickle: tensors are safetensors, the rest is JSON.
 """
 
-import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from dmvae.data.files import flush, sha256_of
 from dmvae.model.dmvae import MODEL_CONFIG, MODEL_WEIGHTS
 from dmvae.model.loss import TermSums
 from dmvae.training.loop import Position, TrainState
@@ -46,9 +45,9 @@ def save(state: TrainState, run: dict[str, Any], folder: Path, report: dict[str,
     partial.mkdir(parents=True)
     try:
         _write(state, run, report or {}, partial)
-        _flush(partial)
+        flush(partial)
         partial.rename(folder)
-        _flush(folder.parent)
+        flush(folder.parent)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(error.errno, f"a checkpoint could not be written ({error.strerror})", str(folder)) from error
@@ -63,10 +62,10 @@ def _write(state: TrainState, run: dict[str, Any], report: dict[str, Any], folde
     (folder / RUN_CONFIG).write_text(json.dumps(run, indent=2) + "\n")
     (folder / STATE).write_text(json.dumps(_counters(state) | {"report": report}, indent=2) + "\n")
     for name in _FILES:
-        _flush(folder / name)
-    checksums = {name: _sha256(folder / name) for name in _FILES}
+        flush(folder / name)
+    checksums = {name: sha256_of(folder / name) for name in _FILES}
     (folder / CHECKSUMS).write_text(json.dumps(checksums, indent=2) + "\n")
-    _flush(folder / CHECKSUMS)
+    flush(folder / CHECKSUMS)
 
 
 def read_report(folder: Path) -> dict[str, Any]:
@@ -114,7 +113,7 @@ def verify(folder: Path) -> None:
     if not isinstance(checksums, dict) or checksums.keys() != set(_FILES):
         raise CheckpointError(f"{folder / CHECKSUMS} does not list {', '.join(_FILES)}. It was altered.")
     for name in _FILES:
-        if not (folder / name).is_file() or _sha256(folder / name) != checksums[name]:
+        if not (folder / name).is_file() or sha256_of(folder / name) != checksums[name]:
             raise CheckpointError(f"{folder / name} is not what was written (its checksum differs). It was altered.")
 
 
@@ -147,16 +146,3 @@ def _restore_moments(state: TrainState, tensors: dict[str, torch.Tensor]) -> Non
         target = parameters[parameter]
         moved = value.clone().to(target.device) if key == "step" else value.clone().to(target.device, target.dtype)
         state.optimizer.state[target][key] = moved
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from dmvae.config.training import OptimConfig, TrainConfig
 from dmvae.data.batch import Batch
 from dmvae.distributions.noise import chain
-from dmvae.evaluation.metrics import ACTIVE_VARIANCE
 from dmvae.model.dmvae import DMVAE, DMVAEOutput
+from dmvae.model.encoding import ACTIVE_VARIANCE
 from dmvae.model.loss import TermSums, term_names
 from dmvae.training.checkpoint_schedule import CheckpointClock
 from dmvae.training.validation import autocast, draw_noise, validate

@@ -9,13 +9,13 @@ import torch
 
 from dmvae import DMVAE, Batch
 from dmvae.evaluation.metrics import (
-    ACTIVE_VARIANCE,
     Proportion,
     classifier_accuracy,
     conditional_coherence,
     fit_classifier,
     posterior_mean_sums,
 )
+from dmvae.model.encoding import ACTIVE_VARIANCE
 from tests.linear_gaussian import linear_model, sample_rows
 
 SHAPES = {"a": (2, 2), "b": (3,)}

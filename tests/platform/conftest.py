@@ -1,4 +1,4 @@
-"""One small Ray cluster for all tests of this folder."""
+"""One small Ray cluster for all tests that ask for it."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +9,7 @@ from dmvae.platform.cluster import local_cluster
 from tests.runs import make_dataset
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="session")
 def cluster() -> Iterator[None]:
     with local_cluster(4):
         yield

@@ -40,7 +40,7 @@ from tests.platform.tracking.test_tracking import free_port
 CONFIGS = Path(__file__).parents[2] / "jobs" / "configs"
 ROWS = 300
 
-pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.usefixtures("cluster"), pytest.mark.acceptance, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(scope="module")

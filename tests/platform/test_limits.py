@@ -9,6 +9,8 @@ import pytest
 from dmvae.platform.cluster import limits, resources
 from tests.searches import make_search
 
+pytestmark = pytest.mark.usefixtures("cluster")
+
 ROOT = Path(__file__).parents[2]
 
 

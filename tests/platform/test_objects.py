@@ -14,7 +14,7 @@ import tomli_w
 from tests.objects import object_store
 from tests.runs import make_config
 
-pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.usefixtures("cluster"), pytest.mark.acceptance, pytest.mark.timeout(1800)]
 
 URI = "s3://bucket/sets/pairs"
 

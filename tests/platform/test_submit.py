@@ -21,7 +21,7 @@ from tests.runs import make_config, make_dataset
 from tests.searches import make_search
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 
 class Cluster:

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import os
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -13,6 +12,7 @@ from dmvae.config.data import Scaling
 from dmvae.config.model import COUNT_DISTS
 from dmvae.config.section import ModalityName, Name, Section
 from dmvae.data.errors import DatasetError
+from dmvae.data.files import write_atomically
 from dmvae.data.format.schema import Columns, TensorColumn
 
 MANIFEST_NAME = "dataset.json"
@@ -217,15 +217,7 @@ class Manifest(Section):
 def save_manifest(manifest: Manifest, folder: Path) -> None:
     """Write `manifest` as `folder/dataset.json`, whole or not at all."""
     content = {"fingerprint": manifest.fingerprint, **manifest.model_dump(mode="json")}
-    part = folder / f".{MANIFEST_NAME}.{os.getpid()}"
-    try:
-        with part.open("w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(folder / MANIFEST_NAME)
-    finally:
-        part.unlink(missing_ok=True)
+    write_atomically(folder / MANIFEST_NAME, json.dumps(content, indent=1))
 
 
 def load_manifest(folder: Path) -> Manifest:

@@ -1,6 +1,5 @@
 """One memory-mapped Arrow file: rows gathered by their byte offset, without a loop over rows or record batches."""
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,6 @@ from dmvae.data.format.gather import Addresses, Gatherer
 from dmvae.data.format.schema import Columns, read_columns
 
 Array = np.ndarray[Any, np.dtype[Any]]
-
-
-def sha256_of(path: Path) -> str:
-    """Return the file's SHA-256 in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def open_reader(path: Path) -> tuple[pa.ipc.RecordBatchFileReader, pa.Buffer]:

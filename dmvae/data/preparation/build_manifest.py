@@ -9,9 +9,10 @@ import numpy as np
 from dmvae.config.data import Scaling
 from dmvae.config.model import COUNT_DISTS
 from dmvae.data.errors import DatasetError
+from dmvae.data.files import sha256_of
 from dmvae.data.format.manifest import Manifest, ModalityInfo, ShardInfo, SplitInfo
 from dmvae.data.format.schema import Columns, TensorColumn
-from dmvae.data.format.shard import MappedShard, sha256_of
+from dmvae.data.format.shard import MappedShard
 from dmvae.data.preparation.running_stats import Summary
 from dmvae.data.storage.verify import check_values, row_blocks
 

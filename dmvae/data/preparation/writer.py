@@ -14,6 +14,7 @@ import pyarrow.ipc
 
 from dmvae.config.data import Scaling
 from dmvae.data.errors import DatasetError
+from dmvae.data.files import flush
 from dmvae.data.format.manifest import MANIFEST_NAME, save_manifest
 from dmvae.data.format.schema import Columns
 from dmvae.data.preparation.build_manifest import survey
@@ -73,7 +74,7 @@ def new_dataset(target: Path, replace: bool = False) -> Iterator[Path]:
     with _part_folder(target) as part:
         yield part
         for folder in (*(path for path in part.iterdir() if path.is_dir()), part):
-            _sync(folder)
+            flush(folder)
         _put_in_place(part, target, replace)
 
 
@@ -178,14 +179,6 @@ def _umask() -> int:
     return mask
 
 
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _put_in_place(part: Path, target: Path, replace: bool) -> None:
     check_target(target, replace)
     old = None
@@ -202,4 +195,4 @@ def _put_in_place(part: Path, target: Path, replace: bool) -> None:
     finally:
         if old is not None:
             shutil.rmtree(old, ignore_errors=True)
-    _sync(target.parent)
+    flush(target.parent)

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from dmvae.data.errors import DatasetError
+from dmvae.data.files import sha256_of
 from dmvae.data.format.manifest import ShardInfo
-from dmvae.data.format.shard import sha256_of
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 

@@ -11,8 +11,9 @@ import numpy as np
 
 from dmvae.config.model import COUNT_DISTS
 from dmvae.data.errors import DatasetError
+from dmvae.data.files import sha256_of
 from dmvae.data.format.manifest import Manifest, ShardInfo
-from dmvae.data.format.shard import MappedShard, ShardFile, sha256_of
+from dmvae.data.format.shard import MappedShard, ShardFile
 from dmvae.data.storage.shard_cache import cache_folder
 
 Array = np.ndarray[Any, np.dtype[Any]]

@@ -127,9 +127,10 @@ def joint_nll(
     """Estimate -log p(x_A) of every row by importance sampling, A being what the row has of `modalities`.
 
     `proposal="encoder"` draws from q(z_s | x_A) prod_i q(z_i | x_i). `"refined"` fits a Gaussian to each row's
-    posterior first (`dmvae.model.nll.gauss_newton`); a row whose weights then have k-hat above 0.3 or a standard error above 0.5 is
-    estimated afresh with 8 K, from fits to several modes (`dmvae.model.nll.mixture_proposal`). Where K is too small for a fit (it would
-    take more than half) the draws are from the encoders, and the result's `proposal` says so.
+    posterior first (`dmvae.model.nll.gauss_newton`); a row whose weights then have k-hat above 0.3 or a standard error
+    above 0.5 is estimated afresh with 8 K, from fits to several modes (`dmvae.model.nll.mixture_proposal`). Where K is
+    too small for a fit (it would take more than half) the draws are from the encoders, and the result's `proposal`
+    says so.
 
     A row's estimate depends on (seed, its id) alone: not on its batch, the chunk or the process; without ids a
     row's place in the batch stands for it.

@@ -1,6 +1,5 @@
 """What one model is worth on one split: the NLL of its rows, and the measures beside it."""
 
-import hashlib
 import json
 import math
 import time
@@ -10,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from dmvae.config.evaluation import Device, EvaluateConfig, EvaluationConfig
+from dmvae.data.files import sha256_of, write_atomically
 from dmvae.data.reading.dataset import Dataset, open_dataset
 from dmvae.data.storage.location import is_uri
 from dmvae.distributions import noise
@@ -21,7 +21,6 @@ from dmvae.platform.evaluate.checks import check_fit, check_measures, check_supp
 from dmvae.platform.evaluate.nll_table import Task, evaluate_nll
 from dmvae.platform.evaluate.row_store import RowStore
 from dmvae.platform.remote_fs import local
-from dmvae.platform.tracking.delivery_log import write_atomically
 from dmvae.training.checkpoint import RUN_CONFIG
 
 
@@ -162,7 +161,7 @@ def _note_other_dataset(model_dir: Path, dataset: Dataset, progress: Callable[[s
 
 def _key(folder: Path, task: Task, dataset: Dataset) -> str:
     """Name all that per-row figures depend on: the model's files, the dataset and the estimate's settings."""
-    weights = [hashlib.sha256(Path(folder, name).read_bytes()).hexdigest()
+    weights = [sha256_of(Path(folder, name))
                for name in (MODEL_CONFIG, MODEL_WEIGHTS)]  # fmt: skip
     # the chunk changes no draw, only the last bits of sums
     settings = task.config.model_dump(mode="json", exclude={"chunk", "measures"})

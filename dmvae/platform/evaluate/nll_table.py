@@ -12,11 +12,10 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from dmvae.config.evaluation import Device, EvaluationConfig
-from dmvae.data.batch import Batch
+from dmvae.data.batch import Batch, has
 from dmvae.data.reading.dataset import open_dataset
 from dmvae.evaluation.elbo import negative_bound
 from dmvae.evaluation.masking import Removal, without
-from dmvae.evaluation.metrics import has
 from dmvae.model.dmvae import DMVAE
 from dmvae.model.nll.estimate import NLLEstimate
 from dmvae.platform.cluster import limits, resources

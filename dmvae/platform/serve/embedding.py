@@ -1,6 +1,5 @@
 """A model over a dataset: latents, and imputations, of every row once, as Parquet beside the dataset's shards."""
 
-import hashlib
 import itertools
 import json
 import tempfile
@@ -17,9 +16,9 @@ import pyarrow.parquet as pq
 import torch
 
 from dmvae.config.registry import EmbedConfig
-from dmvae.data.batch import Batch
+from dmvae.data.batch import Batch, has
+from dmvae.data.files import sha256_of
 from dmvae.data.reading.dataset import Dataset, open_dataset
-from dmvae.evaluation.metrics import has
 from dmvae.model.dmvae import DMVAE
 from dmvae.model.predictor import UNITS, Served, Unit
 from dmvae.model.serialization import MODEL_WEIGHTS
@@ -96,7 +95,7 @@ def _shards(dataset: Dataset, split: str | None) -> Iterator[Shard]:
 
 
 def _key(folder: Path, dataset: Dataset, config: EmbedConfig) -> str:
-    weights = hashlib.sha256((folder / MODEL_WEIGHTS).read_bytes()).hexdigest()
+    weights = sha256_of(folder / MODEL_WEIGHTS)
     return json.dumps([weights, dataset.manifest.fingerprint, config.private, config.impute])
 
 

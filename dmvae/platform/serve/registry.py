@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dmvae.config.tracking import TrackingConfig
+from dmvae.data.files import sha256_of
 from dmvae.data.reading.dataset import Dataset, open_dataset
 from dmvae.model.predictor import UNITS, Served
 from dmvae.model.serialization import MODEL_CONFIG, MODEL_WEIGHTS
@@ -93,8 +94,6 @@ def _fill(
     content: Path, run_dir: Path, run: Mapping[str, Any], result: Mapping[str, Any], dataset: Dataset
 ) -> dict[str, Any]:
     """Write what the registered model carries: weights, configuration, units, card; return the card."""
-    import hashlib
-
     content.mkdir()
     for file in (MODEL_CONFIG, MODEL_WEIGHTS):
         shutil.copy2(run_dir / "best" / file, content / file)
@@ -110,7 +109,7 @@ def _fill(
         "train_rows": len(train),
         "train_observed": train.observed,
         "metrics": result["metrics"],
-        "weights": hashlib.sha256((content / MODEL_WEIGHTS).read_bytes()).hexdigest(),
+        "weights": sha256_of(content / MODEL_WEIGHTS),
     }
     (content / CARD).write_text(json.dumps(card, indent=2) + "\n")
     (content / "card.md").write_text(card_text(card, units))
@@ -217,7 +216,10 @@ def _clipped(values: Any, high: float | None, digits: int) -> Any:
 
 def _copy_core(target: Path) -> None:
     """Copy the modules that answering takes, and no other."""
-    program = "import sys, dmvae.model.predictor; print(*(m.__file__ for n, m in sys.modules.items() if n.split('.')[0] == 'dmvae'))"
+    program = (
+        "import sys, dmvae.model.predictor; "
+        "print(*(m.__file__ for n, m in sys.modules.items() if n.split('.')[0] == 'dmvae'))"
+    )
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)  # noqa: S603
     for file in map(Path, found.stdout.split()):
         copy = target / file.relative_to(_ROOT)

@@ -14,6 +14,8 @@ from pathlib import Path
 from socket import gethostname
 from typing import Any
 
+from dmvae.data.files import write_atomically
+
 Entry = dict[str, Any]
 
 _log = logging.getLogger(__name__)
@@ -53,13 +55,6 @@ def hold(path: Path, wait_seconds: float | int = 0.0) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {gethostname()}\n")
         file.flush()
         yield
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write `text` to `path` so that a reader sees the old content or the new, never a part."""
-    draft = path.with_name(path.name + ".draft")
-    draft.write_text(text)
-    draft.replace(path)
 
 
 class Lane:

@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from dmvae.platform.tracking.delivery_log import Entry, Lane, hold, write_atomically
+from dmvae.data.files import write_atomically
+from dmvae.platform.tracking.delivery_log import Entry, Lane, hold
 
 Ending = Literal["FINISHED", "FAILED", "KILLED"]
 

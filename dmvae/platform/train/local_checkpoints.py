@@ -14,7 +14,7 @@ from typing import Any
 import ray
 from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
 
-from dmvae.platform.tracking.delivery_log import write_atomically
+from dmvae.data.files import write_atomically
 from dmvae.training import checkpoint
 from dmvae.training.loop import TrainState
 

@@ -19,8 +19,8 @@ from typing import Any
 
 from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
 
+from dmvae.data.files import write_atomically
 from dmvae.platform.remote_fs import Remote
-from dmvae.platform.tracking.delivery_log import write_atomically
 from dmvae.platform.tracking.outbox import RUN_FILE, set_aside
 from dmvae.platform.train import local_checkpoints as shelf
 from dmvae.training import checkpoint

@@ -23,6 +23,7 @@ from torch import nn
 from dmvae.config.model import COUNT_DISTS
 from dmvae.config.section import Section
 from dmvae.config.training import TrainConfig
+from dmvae.data.files import write_atomically
 from dmvae.data.format.manifest import Manifest
 from dmvae.data.reading.dataset import Dataset, open_dataset
 from dmvae.data.storage import location as place
@@ -31,7 +32,6 @@ from dmvae.platform.cluster import limits, local_cluster, messages, resources
 from dmvae.platform.evaluate.checks import check_data
 from dmvae.platform.evaluate.evaluate import Extras, judge
 from dmvae.platform.remote_fs import Remote, home_of
-from dmvae.platform.tracking.delivery_log import write_atomically
 from dmvae.platform.tracking.outbox import TrackedRun, scrub
 from dmvae.platform.tracking.runs import DatasetRecord, open_run, tracking_uri
 from dmvae.platform.train import local_checkpoints as shelf

@@ -23,10 +23,10 @@ from ray.tune.search.optuna import OptunaSearch
 
 from dmvae.config.search import Domain, SearchConfig, lay_over
 from dmvae.config.training import TrainConfig
+from dmvae.data.files import write_atomically
 from dmvae.data.reading.dataset import Dataset, open_dataset
 from dmvae.evaluation import search_objectives as merit
 from dmvae.platform.cluster import limits, local_cluster, messages, resources
-from dmvae.platform.tracking.delivery_log import write_atomically
 from dmvae.platform.tracking.outbox import TrackedRun
 from dmvae.platform.tracking.runs import open_run, sync, tracking_uri
 from dmvae.platform.train.trainer import (

@@ -22,7 +22,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from dmvae.config.search import Domain, SearchConfig, Value
-from dmvae.platform.tracking.delivery_log import write_atomically
+from dmvae.data.files import write_atomically
 
 Status = Literal["complete", "stopped", "infeasible", "failed"]
 PARAMS, RESULT = "params.json", "result.json"

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from dmvae import DMVAE, DMVAEConfig
@@ -11,6 +12,8 @@ from dmvae.config.evaluation import EvaluationConfig
 from dmvae.evaluation.masking import Removal
 from dmvae.platform.evaluate.nll_table import Evaluator, Task, evaluate_nll
 from dmvae.platform.evaluate.row_store import BLOCK_ROWS
+
+pytestmark = pytest.mark.usefixtures("cluster")
 
 
 def test_rows_have_the_same_bits_for_one_two_and_three_workers(dataset: Path, tmp_path: Path) -> None:

@@ -22,6 +22,8 @@ from dmvae.platform.serve.registry import download, register
 from tests.platform.tracking.test_tracking import free_port
 from tests.runs import finish_here, make_config, make_dataset
 
+pytestmark = pytest.mark.usefixtures("cluster")
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -11,12 +11,14 @@ import torch
 
 from dmvae.cli import run_verb
 from dmvae.config.registry import EmbedConfig
+from dmvae.data.batch import has
 from dmvae.data.reading.dataset import open_dataset
 from dmvae.data.reading.loader import read_rows
-from dmvae.evaluation.metrics import has
 from dmvae.model.predictor import UNITS, Request, Served, Unit
 from dmvae.platform.serve.embedding import Embedder, _key, _shards, embed
 from tests.runs import make_config, make_dataset, train_here
+
+pytestmark = pytest.mark.usefixtures("cluster")
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,8 @@ from dmvae.platform.serve.registry import RegistryError, register
 from dmvae.platform.train.trainer import train_run
 from tests.runs import finish_here, make_config, make_dataset
 
+pytestmark = pytest.mark.usefixtures("cluster")
+
 ROOT = Path(__file__).parents[3]
 
 

@@ -22,6 +22,8 @@ from tests.kills import first_worker, logged, metrics_of, start_driver, wait_for
 from tests.platform.tracking.test_tracking import free_port, server
 from tests.runs import make_config, make_dataset
 
+pytestmark = pytest.mark.usefixtures("cluster")
+
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -11,6 +11,8 @@ from dmvae.platform.train.trainer import RunError, train_run
 from tests.kills import KillAt, metrics_of
 from tests.runs import make_config, make_dataset, train_here
 
+pytestmark = pytest.mark.usefixtures("cluster")
+
 STEPS = 100
 TOLERANCE = {"float64": 1e-9, "float32": 1e-3}
 

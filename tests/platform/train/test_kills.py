@@ -32,6 +32,8 @@ from tests.kills import (
 )
 from tests.runs import make_config, make_dataset, train_here
 
+pytestmark = pytest.mark.usefixtures("cluster")
+
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -16,7 +16,7 @@ from tests.platform.train.test_elastic import assert_same_curves
 from tests.runs import make_config, make_dataset, train_here
 
 STEPS = 27
-pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.ray, pytest.mark.acceptance, pytest.mark.timeout(1200)]
 
 
 class Nodes:

@@ -21,6 +21,8 @@ from tests.objects import object_store
 from tests.platform.tracking.test_tracking import free_port, server
 from tests.runs import make_config, train_here
 
+pytestmark = pytest.mark.usefixtures("cluster")
+
 BASE = {"name": "run", "data": {"dataset": "data"}}
 
 

@@ -17,6 +17,8 @@ from dmvae.platform.train.trainer import RunError, TrainSummary, train_run
 from tests.kills import KillAt, logged, start_driver, wait_for
 from tests.runs import make_config, train_here
 
+pytestmark = pytest.mark.usefixtures("cluster")
+
 
 class Screen(list[str]):
     """What a person sees."""

@@ -21,6 +21,8 @@ from tests.kills import wait_for
 from tests.runs import make_dataset
 from tests.searches import make_search
 
+pytestmark = pytest.mark.usefixtures("cluster")
+
 EPOCHS = 24
 
 
