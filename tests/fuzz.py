@@ -28,7 +28,7 @@ from dmvae.data.storage.verify import sha256_of
 from dmvae.model.dmvae import DMVAE
 from dmvae.platform.train.trainer import check_data, resolve
 from dmvae.platform.train.worker import WorkerData
-from dmvae.training.loop import NonFiniteLossError, TrainState, Workers, build_optimizer, train
+from dmvae.training.loop import Collectives, NonFiniteLossError, TrainState, build_optimizer, train
 from tests.data.preparation.test_rows import make_rows
 
 SPLITS = ("train", "val", "test")
@@ -334,7 +334,7 @@ def take_a_step(config: TrainConfig) -> None:
     dtype = torch.float64 if config.training.precision == "float64" else torch.float32
     model, data = DMVAE(config.model).to(dtype), WorkerData(config, 0, 1, dtype)
     state = TrainState(model, build_optimizer(model, config.optim))
-    next(train(state, data, config, Workers(model)))
+    next(train(state, data, config, Collectives(model)))
 
 
 def run_case(seed: int, original: Path, expected: dict[str, Content], folder: Path) -> tuple[str, str]:

@@ -22,7 +22,7 @@ from dmvae.platform.tracking.runs import open_run
 from dmvae.platform.train.trainer import dataset_record, resolve, run_record
 from dmvae.platform.train.worker import WorkerData
 from dmvae.training import checkpoint
-from dmvae.training.loop import Logged, TrainState, Workers, build_optimizer, train
+from dmvae.training.loop import Collectives, MetricsLogged, TrainState, build_optimizer, train
 
 
 def make_dataset(folder: Path, rows: int = 240, seed: int = 0, left_in_train: bool = True) -> Path:
@@ -120,7 +120,7 @@ def train_here(config: TrainConfig) -> tuple[TrainState, dict[int, dict[str, flo
     model = DMVAE(resolved.model).to(dtype)
     state = TrainState(model, build_optimizer(model, resolved.optim))
     figures: dict[int, dict[str, float]] = {}
-    for event in train(state, WorkerData(resolved, 0, 1, dtype), resolved, Workers(model)):
-        if isinstance(event, Logged):
+    for event in train(state, WorkerData(resolved, 0, 1, dtype), resolved, Collectives(model)):
+        if isinstance(event, MetricsLogged):
             figures.setdefault(event.global_step, {}).update(event.metrics)
     return state, figures

@@ -104,7 +104,7 @@ class GaussianMixture:
 
 
 @dataclass(frozen=True, eq=False)
-class LatentDensity:
+class FittedPrior:
     """What takes the prior's place: q(z_s), and q(z_s, z_p) of every modality."""
 
     shared: GaussianMixture
@@ -141,7 +141,7 @@ class LatentDensity:
         partial.replace(Path(folder) / DENSITY_FILE)
 
     @classmethod
-    def load(cls, folder: str | Path) -> "LatentDensity":
+    def load(cls, folder: str | Path) -> "FittedPrior":
         """Read what `save` wrote.
 
         Raises:

@@ -12,7 +12,7 @@ from dmvae.model.dmvae import DMVAE
 _BOUND = 3  # names the noise
 
 
-def negative_bound(model: DMVAE, batch: Batch, num_draws: int = 16, seed: int = 0) -> Float[Tensor, " row"]:
+def negative_elbo(model: DMVAE, batch: Batch, num_draws: int = 16, seed: int = 0) -> Float[Tensor, " row"]:
     """Estimate each row's negative evidence lower bound in nats, all weights 1; 0 for a row with nothing.
 
         KL(q(z_s | x_A) || p) + sum_{i in A} ( KL(q(z_i | x_i) || p) - E log p(x_i | z_s, z_i) )

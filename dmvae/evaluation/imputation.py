@@ -10,10 +10,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dmvae.data.batch import Batch, has
-from dmvae.distributions.gaussian_mixture import LatentDensity
+from dmvae.distributions.gaussian_mixture import FittedPrior
 from dmvae.distributions.likelihoods import Laplace, Normal
 from dmvae.evaluation.baselines import ProbabilisticPCA
-from dmvae.evaluation.masking import without
+from dmvae.evaluation.masking import mask_modalities
 from dmvae.evaluation.metrics import batches, generator_of
 from dmvae.model.dmvae import DMVAE
 
@@ -62,7 +62,7 @@ def held_out_errors(
     rows: Batch | Iterable[Batch],
     modality: str,
     num_draws: int = 100,
-    density: LatentDensity | None = None,
+    density: FittedPrior | None = None,
     seed: int = 0,
     hide: Hide = lambda batch: batch,
 ) -> Errors:
@@ -88,7 +88,7 @@ def held_out_errors(
     total = Errors()
     for batch in batches(rows):
         for part in _having(batch, modality):
-            given = without(hide(part), modality)
+            given = mask_modalities(hide(part), modality)
             generator = generator_of(model, part, seed)
             names = [name for name in model.config.modalities if name != modality] or [modality]
             output = model.predict(given, names, modality, num_draws, generator=generator, density=density)[modality]
@@ -104,7 +104,7 @@ def rival_errors(imputer: Imputer, rows: Batch | Iterable[Batch], modality: str,
     for batch in batches(rows):
         for part in _having(batch, modality):
             truth = part.data[modality].double()
-            predicted = imputer(without(hide(part), modality), modality).double()
+            predicted = imputer(mask_modalities(hide(part), modality), modality).double()
             total += _errors(predicted.reshape(truth.shape), truth, nothing)
     return total
 

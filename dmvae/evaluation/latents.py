@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from dmvae.data.batch import Batch, has
-from dmvae.distributions.gaussian_mixture import GaussianMixture, LatentDensity
+from dmvae.distributions.gaussian_mixture import FittedPrior, GaussianMixture
 from dmvae.evaluation.metrics import Classifier, Proportion, batches, generator_of
 from dmvae.model.dmvae import DMVAE
 
@@ -53,7 +53,7 @@ def collect(model: DMVAE, rows: Batch | Iterable[Batch], return_mean: bool = Fal
     )
 
 
-def fit_density(model: DMVAE, rows: Batch | Iterable[Batch], num_components: int = 20, seed: int = 0) -> LatentDensity:
+def fit_density(model: DMVAE, rows: Batch | Iterable[Batch], num_components: int = 20, seed: int = 0) -> FittedPrior:
     """Fit Gaussian mixtures to the aggregated posterior: one draw of z_s and of each z_p of every row.
 
     Raises:
@@ -65,7 +65,7 @@ def fit_density(model: DMVAE, rows: Batch | Iterable[Batch], num_components: int
     for name in model.config.modalities:
         private, here = latents.block(name)
         joint[name] = GaussianMixture.fit(torch.cat((latents.shared[here], private), dim=1), num_components, seed)
-    return LatentDensity(GaussianMixture.fit(latents.block("shared")[0], num_components, seed), joint)
+    return FittedPrior(GaussianMixture.fit(latents.block("shared")[0], num_components, seed), joint)
 
 
 def probe_labels(train: Latents, test: Latents) -> dict[str, Proportion]:

@@ -16,7 +16,7 @@ from dmvae.distributions.noise import chain, row_keys, standard_normal
 Mechanism = Literal["random", "label"]
 
 
-def without(batch: Batch, *names: str) -> Batch:
+def mask_modalities(batch: Batch, *names: str) -> Batch:
     """Return the batch without some modalities."""
     return replace(
         batch,

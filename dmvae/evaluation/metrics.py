@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dmvae.data.batch import Batch, has
-from dmvae.distributions.gaussian_mixture import LatentDensity
+from dmvae.distributions.gaussian_mixture import FittedPrior
 from dmvae.distributions.likelihoods import Categorical
 from dmvae.distributions.noise import chain, row_keys
 from dmvae.model.dmvae import DMVAE, Modalities
@@ -129,7 +129,7 @@ def conditional_coherence(
     gen_mod: str,
     return_mean: bool = False,
     seed: int = 0,
-    density: LatentDensity | None = None,
+    density: FittedPrior | None = None,
 ) -> Proportion:
     """Count rows of which `predict(rows, cond_mod, gen_mod)` shows the row's own class to a classifier.
 
@@ -169,7 +169,7 @@ def predicted_class_share(
     given: Batch,
     classifier: Classifier,
     gen_mod: str,
-    density: LatentDensity | None = None,
+    density: FittedPrior | None = None,
     return_mean: bool = False,
     seed: int = 0,
 ) -> Proportion:
@@ -189,7 +189,7 @@ def joint_coherence(
     classifiers: Mapping[str, Classifier],
     num_samples: int = 2000,
     seed: int = 0,
-    density: LatentDensity | None = None,
+    density: FittedPrior | None = None,
 ) -> Proportion:
     """Count samples from the prior, or a density in its place, in all modalities of which classifiers see one class.
 

@@ -25,7 +25,7 @@ _IMPUTATION_DRAWS = 20
 
 
 @dataclass(frozen=True)
-class Merit:
+class Estimate:
     """A figure and its standard error over rows, or over epochs for a time."""
 
     value: float
@@ -33,7 +33,7 @@ class Merit:
 
 
 @dataclass(frozen=True, eq=False)
-class Judge:
+class ObjectiveEvaluator:
     """Judges models on the same rows with the same noise.
 
     Attributes:
@@ -50,13 +50,13 @@ class Judge:
     num_draws: int
     seed: int = 0
 
-    def merits(self, model: DMVAE, names: Sequence[Objective]) -> dict[str, Merit]:
+    def merits(self, model: DMVAE, names: Sequence[Objective]) -> dict[str, Estimate]:
         """Return the figures asked for; `seconds_per_step` is the trainer's to measure, and is left out.
 
         Raises:
             ValueError: if the data cannot give one.
         """
-        found: dict[str, Merit] = {}
+        found: dict[str, Estimate] = {}
         if "joint_nll" in names or "conditional_nll" in names:
             found |= self._nll(model, "conditional_nll" in names)
         if "imputation" in names:
@@ -64,10 +64,10 @@ class Judge:
         if "coherence" in names:
             found |= self._coherence(model)
         if "parameters" in names:
-            found["parameters"] = Merit(float(sum(p.numel() for p in model.parameters())))
+            found["parameters"] = Estimate(float(sum(p.numel() for p in model.parameters())))
         return found
 
-    def _nll(self, model: DMVAE, each: bool) -> dict[str, Merit]:
+    def _nll(self, model: DMVAE, each: bool) -> dict[str, Estimate]:
         """The mean of -log p(x_A), and over modalities m of that of -log p(x_m | the row's others), nats a row."""
         whole = model.joint_nll(self.rows, self.num_draws, seed=self.seed).nll
         found = {"joint_nll": _mean(whole)}
@@ -80,7 +80,7 @@ class Judge:
             found[f"conditional_nll/{name}"] = parts[-1]
         return found | ({"conditional_nll": _average(parts)} if parts else {})
 
-    def _imputation(self, model: DMVAE) -> dict[str, Merit]:
+    def _imputation(self, model: DMVAE) -> dict[str, Estimate]:
         """Root mean square error of a modality predicted from the row's others; the mean over modalities.
 
         In units of the modality's standard deviation over the training rows.
@@ -95,18 +95,18 @@ class Judge:
             ]
             total = sum(blocks[1:], blocks[0])
             spread = np.std([block.rmse for block in blocks], ddof=1) / math.sqrt(len(blocks))
-            parts.append(Merit(total.rmse / deviation, float(spread) / deviation))
+            parts.append(Estimate(total.rmse / deviation, float(spread) / deviation))
             found[f"imputation/{name}"] = parts[-1]
         return found | {"imputation": _average(parts)}
 
-    def _coherence(self, model: DMVAE) -> dict[str, Merit]:
+    def _coherence(self, model: DMVAE) -> dict[str, Estimate]:
         """How often a modality predicted from one other shows the row's label; the mean over pairs."""
         found, parts = {}, []
         for target, classifier in self._classifiers.items():
             for source in model.config.modalities:
                 if source != target:
                     share = conditional_coherence(model, self.rows, classifier, source, target)
-                    parts.append(Merit(share.rate, share.se))
+                    parts.append(Estimate(share.rate, share.se))
                     found[f"coherence/{source}/{target}"] = parts[-1]
         return found | {"coherence": _average(parts)}
 
@@ -144,7 +144,7 @@ def check(dataset: Dataset, train_split: str, split: str, names: Sequence[Object
     Raises:
         ValueError: naming the objective that it cannot give, and why.
     """
-    judge = Judge(dataset.split(train_split), dataset.split(split), num_rows, 2)
+    judge = ObjectiveEvaluator(dataset.split(train_split), dataset.split(split), num_rows, 2)
     if "coherence" in names:
         check_labels(judge.train, judge.split)
     if "imputation" in names and not judge._deviations:
@@ -159,10 +159,10 @@ def check(dataset: Dataset, train_split: str, split: str, names: Sequence[Object
             )
 
 
-def _mean(values: torch.Tensor) -> Merit:
-    return Merit(float(values.mean()), float(values.std()) / math.sqrt(len(values)))
+def _mean(values: torch.Tensor) -> Estimate:
+    return Estimate(float(values.mean()), float(values.std()) / math.sqrt(len(values)))
 
 
-def _average(parts: Sequence[Merit]) -> Merit:
+def _average(parts: Sequence[Estimate]) -> Estimate:
     # the parts share rows, so their errors may add up: this is the larger, safe figure
-    return Merit(float(np.mean([part.value for part in parts])), float(np.mean([part.se for part in parts])))
+    return Estimate(float(np.mean([part.value for part in parts])), float(np.mean([part.se for part in parts])))

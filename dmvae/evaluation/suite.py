@@ -11,11 +11,11 @@ import numpy as np
 from dmvae.data.batch import Batch
 from dmvae.data.reading.loader import read_rows
 from dmvae.data.reading.split import Split
-from dmvae.distributions.gaussian_mixture import LatentDensity
+from dmvae.distributions.gaussian_mixture import FittedPrior
 from dmvae.evaluation.baselines import ProbabilisticPCA
 from dmvae.evaluation.imputation import INTERVALS, held_out_errors, join, rival_errors, rivals
 from dmvae.evaluation.latents import collect, fit_probes, probe_labels, probe_share
-from dmvae.evaluation.masking import Mechanism, Removal, without
+from dmvae.evaluation.masking import Mechanism, Removal, mask_modalities
 from dmvae.evaluation.metrics import (
     Classifier,
     Proportion,
@@ -35,7 +35,7 @@ _ALL_SUBSETS = 4  # modalities, above which coherence is from single ones and fr
 
 
 @dataclass(frozen=True, eq=False)
-class Quality:
+class EvaluationSuite:
     """Judges one model on one split.
 
     Attributes:
@@ -49,7 +49,7 @@ class Quality:
     model: DMVAE
     train: Split
     split: Split
-    density: LatentDensity | None = None
+    density: FittedPrior | None = None
     num_draws: int = 100
 
     def rivals(self, nll: np.ndarray) -> dict[str, float]:
@@ -146,7 +146,9 @@ class Quality:
                 figures[f"{place}/rmse_ridge/{name}"] = rival_errors(ridge, self._rows(), name, hide).rmse
             for name, classifier in self.classifiers.items() if self.has_labels else ():
                 shares = (
-                    predicted_class_share(self.model, batch, without(hide(batch), name), classifier, name, self.density)
+                    predicted_class_share(
+                        self.model, batch, mask_modalities(hide(batch), name), classifier, name, self.density
+                    )
                     for batch in self._rows()
                 )
                 figures[f"{place}/coherence/{name}"] = sum(shares, Proportion()).rate
@@ -183,7 +185,7 @@ class Quality:
         return has_labels(self.train) and has_labels(self.split)
 
     @property
-    def _densities(self) -> tuple[tuple[str, LatentDensity | None], ...]:
+    def _densities(self) -> tuple[tuple[str, FittedPrior | None], ...]:
         return (("", None),) if self.density is None else (("", None), ("density/", self.density))
 
     @property

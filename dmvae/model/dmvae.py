@@ -14,11 +14,11 @@ from dmvae.config.model import DMVAEConfig
 from dmvae.data.batch import Batch, MultimodalRows
 from dmvae.distributions import likelihoods as likelihood
 from dmvae.distributions.gaussian import DiagGaussian
-from dmvae.distributions.gaussian_mixture import LatentDensity
+from dmvae.distributions.gaussian_mixture import FittedPrior
 from dmvae.model.encoding import combine, conform, observe, present, size_factors
 from dmvae.model.generation import ModelOutput as ModelOutput
 from dmvae.model.generation import decode_latents, draw_latents, draw_seed, sample_latents
-from dmvae.model.loss import Decode, Noise, Observed, TermSums, negative_bounds
+from dmvae.model.loss import Decode, Noise, Observed, TermSums, multimodal_elbo_loss
 from dmvae.model.nll.estimate import NLLEstimate, joint_nll
 from dmvae.model.serialization import MODEL_CONFIG as MODEL_CONFIG
 from dmvae.model.serialization import MODEL_WEIGHTS as MODEL_WEIGHTS
@@ -142,7 +142,7 @@ class DMVAE(nn.Module):
             noise = Noise.from_normals(
                 torch.randn(len(batch), width, dtype=self.dtype, device=self.device), self.config
             )
-        bound = negative_bounds(
+        bound = multimodal_elbo_loss(
             self.config,
             observe(batch, self.encoders, self.likelihoods),
             self.decode_functions,
@@ -193,7 +193,7 @@ class DMVAE(nn.Module):
         return_mean: bool = False,
         flatten: bool = False,
         generator: torch.Generator | None = None,
-        density: LatentDensity | None = None,
+        density: FittedPrior | None = None,
     ) -> ModelOutput:
         """Sample latents given the modalities in `cond_mod` that each row has, or return the posteriors' means.
 
@@ -235,7 +235,7 @@ class DMVAE(nn.Module):
         flatten: bool = False,
         return_mean: bool = False,
         generator: torch.Generator | None = None,
-        density: LatentDensity | None = None,
+        density: FittedPrior | None = None,
     ) -> ModelOutput:
         """Generate `gen_mod` from the modalities in `cond_mod` that each row has: `encode`, then `decode`."""
         wanted = self._names(gen_mod, "gen_mod")
@@ -255,7 +255,7 @@ class DMVAE(nn.Module):
         return module.mean_at(output, size_factors(self._batch(inputs), modality, module.size_factor, output))
 
     def generate_from_prior(
-        self, n_samples: int, generator: torch.Generator | None = None, density: LatentDensity | None = None
+        self, n_samples: int, generator: torch.Generator | None = None, density: FittedPrior | None = None
     ) -> ModelOutput:
         """Sample all latents from the prior, or a density in its place, `(n_samples, dim)`; `decode` takes them."""
         if n_samples < 1:

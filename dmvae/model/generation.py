@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dmvae.config.model import DMVAEConfig
 from dmvae.distributions.gaussian import DiagGaussian
-from dmvae.distributions.gaussian_mixture import LatentDensity
+from dmvae.distributions.gaussian_mixture import FittedPrior
 from dmvae.model.loss import Decode
 
 
@@ -32,7 +32,7 @@ def draw_latents(
     return_mean: bool = False,
     flatten: bool = False,
     generator: torch.Generator | None = None,
-    density: LatentDensity | None = None,
+    density: FittedPrior | None = None,
 ) -> ModelOutput:
     """Sample each row's posteriors, or return their means; see `DMVAE.encode`.
 
@@ -70,7 +70,7 @@ def sample_latents(
     dtype: torch.dtype,
     device: torch.device,
     generator: torch.Generator | None = None,
-    density: LatentDensity | None = None,
+    density: FittedPrior | None = None,
 ) -> ModelOutput:
     """Sample all latents from the prior, or a density in its place, `(num, dim)`."""
     if density is not None:
@@ -101,7 +101,7 @@ def draw_seed(generator: torch.Generator | None) -> int:
 
 
 def _fill_in(
-    density: LatentDensity,
+    density: FittedPrior,
     z: Float[Tensor, "draw row shared"],
     private: Mapping[str, Float[Tensor, "draw row _"]],
     present: Mapping[str, Bool[Tensor, " row"]],

@@ -16,7 +16,7 @@ from torch import Tensor
 from dmvae.config.model import DMVAEConfig
 from dmvae.distributions.gaussian import DiagGaussian, product_of_experts
 from dmvae.distributions.likelihoods import Likelihood, log_prob_each, stack
-from dmvae.nn.batched import decode_each, decoder_layout, families
+from dmvae.nn.batched import decode_each, decoder_layout, group_by_layout
 
 Decode = Callable[[Tensor], Tensor]
 """[z_shared, z_private] `(rows, dims)` to a likelihood's parameters `(rows, *output_shape)`."""
@@ -106,21 +106,21 @@ class TermSums:
 
 
 @dataclass(frozen=True, eq=False)
-class Bound:
+class LossOutput:
     """The objective of a batch: per row the sum of the negative bounds of its sources, in nats, and the named terms."""
 
     row_loss: Float[Tensor, " row"]
     terms: TermSums
 
 
-def negative_bounds(
+def multimodal_elbo_loss(
     config: DMVAEConfig,
     observed: Mapping[str, Observed],
     decoders: Mapping[str, Decode],
     likelihoods: Mapping[str, Likelihood],
     noise: Noise,
     divergence_weight: float = 1.0,
-) -> Bound:
+) -> LossOutput:
     """Compute the objective of every row.
 
         ELBO_s   = sum_{i in A} lambda_i log p(x_i | z_s, z_pi) - beta KL(q_s || p) - sum_{i in A} beta_i KL(q_pi || p)
@@ -170,7 +170,7 @@ def negative_bounds(
         + (pairs * (kl_weights * kl_privates)).sum(1)
         - (log_p_weights * log_ps).sum(1)
     )
-    return Bound(
+    return LossOutput(
         row_loss=cost.sum(0),
         terms=_sum_over_rows(
             term_names(config),
@@ -235,7 +235,7 @@ def choose_subsets(
 
 def _families(observed: Mapping[str, Observed], decoders: Mapping[str, Decode]) -> list[tuple[str, ...]]:
     """Put modalities together that nothing is missing of and whose decoders run as one."""
-    return families(
+    return group_by_layout(
         {name: decoder_layout(decoders[name]) if part.rows is None else None for name, part in observed.items()}
     )
 

@@ -27,7 +27,7 @@ OPERATIONS: tuple[Operation, ...] = ("encode", "reconstruct", "impute", "nll", "
 MAX_DRAWS = 100_000
 
 
-class Unit(BaseModel):
+class ModalitySpec(BaseModel):
     """How a modality's values stand to what the model reads; the manifest's fields of the same names."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -87,7 +87,7 @@ class Request(BaseModel):
     """Of the draws."""
 
 
-class Served:
+class Predictor:
     """A model with its units.
 
     Attributes:
@@ -98,7 +98,7 @@ class Served:
         row: the type of one row.
     """
 
-    def __init__(self, model: DMVAE, units: Mapping[str, Unit]) -> None:
+    def __init__(self, model: DMVAE, units: Mapping[str, ModalitySpec]) -> None:
         self.model, self.units = model.eval(), dict(units)
         self.shapes: dict[str, tuple[int, ...]] = {name: unit.shape for name, unit in self.units.items()}
         self.counts = [name for name in self.units if model.config.distributions[name] in COUNT_DISTS]
@@ -107,10 +107,10 @@ class Served:
         self.row = row_type(self.shapes)
 
     @classmethod
-    def load(cls, folder: Path) -> "Served":
+    def load(cls, folder: Path) -> "Predictor":
         """Read a folder with a model and `units.json`."""
         units = json.loads((folder / UNITS).read_text())
-        return cls(DMVAE.load(folder), {name: Unit.model_validate(unit) for name, unit in units.items()})
+        return cls(DMVAE.load(folder), {name: ModalitySpec.model_validate(unit) for name, unit in units.items()})
 
     def parse(self, rows: Sequence[Any]) -> list[dict[str, Any]]:
         """Check rows and return them as dicts with every modality, and the size factor of counts; None where missing.

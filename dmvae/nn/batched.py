@@ -35,7 +35,7 @@ def encode_each(given: Mapping[str, tuple[nn.Module, Tensor]]) -> dict[str, Any]
     layouts = {name: layout(encoder) for name, (encoder, _) in given.items()}
     kinds = {name: found and (found, given[name][1].shape[0]) for name, found in layouts.items()}
     outputs: dict[str, Any] = {}
-    for names in families(kinds):
+    for names in group_by_layout(kinds):
         if len(names) == 1:
             encoder, values = given[names[0]]
             outputs[names[0]] = encoder(values)
@@ -92,7 +92,7 @@ def layout(network: nn.Module) -> Hashable | None:
     return tuple(kinds)
 
 
-def families(kinds: Mapping[str, Hashable | None]) -> list[tuple[str, ...]]:
+def group_by_layout(kinds: Mapping[str, Hashable | None]) -> list[tuple[str, ...]]:
     """Put names of one kind together, in their order; None is alone."""
     found: dict[Hashable, list[str]] = {}
     for name, kind in kinds.items():

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from dmvae.data.batch import Batch, has
-from dmvae.distributions.gaussian_mixture import LatentDensity
+from dmvae.distributions.gaussian_mixture import FittedPrior
 from dmvae.evaluation.latents import Latents
-from dmvae.evaluation.masking import without
+from dmvae.evaluation.masking import mask_modalities
 from dmvae.model.dmvae import DMVAE
 from dmvae.model.nll.estimate import KHAT_LIMIT, NLLEstimate
 from dmvae.report.html_report import Figure, Picture, is_image
@@ -198,7 +198,7 @@ def missing_curves(figures: Mapping[str, float]) -> Picture:
     return Picture("missing", "With more and more missing", text, figure)
 
 
-def imputed_scatter(model: DMVAE, rows: Batch, density: LatentDensity | None) -> list[Picture]:
+def imputed_scatter(model: DMVAE, rows: Batch, density: FittedPrior | None) -> list[Picture]:
     """Draw imputed against observed values of float modalities that are not images."""
     pictures = []
     for name in model.config.modalities:
@@ -208,7 +208,7 @@ def imputed_scatter(model: DMVAE, rows: Batch, density: LatentDensity | None) ->
             continue
         generator = torch.Generator(model.device).manual_seed(0)
         drawn = model.predict(chosen, others, name, N=20, generator=generator, density=density)[name]
-        imputed = model.means(drawn, name, without(chosen, name)).mean(0).flatten(1).cpu().numpy()
+        imputed = model.means(drawn, name, mask_modalities(chosen, name)).mean(0).flatten(1).cpu().numpy()
         observed = chosen.data[name].flatten(1).cpu().numpy()
         figure = Figure(figsize=(5, 5), layout="constrained")
         axes = figure.subplots()

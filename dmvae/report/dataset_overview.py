@@ -12,7 +12,7 @@ from dmvae.data.errors import DatasetError
 from dmvae.data.format.manifest import ModalityInfo
 from dmvae.data.inspection.findings import Finding, find
 from dmvae.data.inspection.profile import Census, Tally, take_census
-from dmvae.data.inspection.suggestions import Fit, propose_likelihoods, propose_run
+from dmvae.data.inspection.suggestions import LikelihoodSuggestion, propose_likelihoods, propose_run
 from dmvae.data.reading.dataset import open_dataset
 
 _TOP = 12  # patterns and labels in the table
@@ -186,7 +186,7 @@ def _columns(table: Sequence[Sequence[str]]) -> Iterator[str]:
         yield f"  {first:<{widths[0]}}  {'  '.join(cells)}".rstrip()
 
 
-def _width(names: dict[str, Fit]) -> int:
+def _width(names: dict[str, LikelihoodSuggestion]) -> int:
     return max(map(len, names))
 
 
@@ -201,7 +201,7 @@ def _bytes(num: int) -> str:
     return f"{num} B"
 
 
-def _toml(run: TrainConfig, fits: dict[str, Fit], dataset: str) -> str:
+def _toml(run: TrainConfig, fits: dict[str, LikelihoodSuggestion], dataset: str) -> str:
     """Write a run as TOML, with the reasons for its likelihoods."""
     head = [f"# A first run on {dataset}, proposed by jobs.inspect.", "#"]
     head += [f"# {name}: {fit.likelihood}; {fit.reason}." for name, fit in fits.items()]

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from dmvae.data.batch import Batch, has
 from dmvae.data.scaling import Scale
-from dmvae.distributions.gaussian_mixture import LatentDensity
-from dmvae.evaluation.masking import without
+from dmvae.distributions.gaussian_mixture import FittedPrior
+from dmvae.evaluation.masking import mask_modalities
 from dmvae.model.dmvae import DMVAE
 from dmvae.report.html_report import Figure, Picture, is_image
 
@@ -30,7 +30,7 @@ def reconstructions(model: DMVAE, rows: Batch, scales: Scales) -> list[Picture]:
     return pictures
 
 
-def cross_modal(model: DMVAE, rows: Batch, density: LatentDensity | None, scales: Scales) -> list[Picture]:
+def cross_modal(model: DMVAE, rows: Batch, density: FittedPrior | None, scales: Scales) -> list[Picture]:
     """Draw what is generated of each image modality from the others of the same rows."""
     pictures, names = [], _images(model)
     for target in names:
@@ -39,7 +39,7 @@ def cross_modal(model: DMVAE, rows: Batch, density: LatentDensity | None, scales
         chosen = _different_labels(rows[here.all(0)])
         if not sources or not len(chosen):
             continue
-        given, generator = without(chosen, target), torch.Generator(model.device).manual_seed(0)
+        given, generator = mask_modalities(chosen, target), torch.Generator(model.device).manual_seed(0)
         lines = [chosen.data[name] for name in sources]
         titles, shown = [f"given: {name}" for name in sources], list(sources)
         for label, fitted in (("prior", None), ("density", density)):
@@ -60,7 +60,7 @@ def cross_modal(model: DMVAE, rows: Batch, density: LatentDensity | None, scales
     return pictures
 
 
-def prior_samples(model: DMVAE, rows: Batch, density: LatentDensity | None, scales: Scales) -> list[Picture]:
+def prior_samples(model: DMVAE, rows: Batch, density: FittedPrior | None, scales: Scales) -> list[Picture]:
     """Draw samples in all image modalities, from the prior and from the fitted density, as bright as `rows`."""
     names, pictures = _images(model), []
     for label, fitted in (("the prior", None), ("the fitted density", density)):

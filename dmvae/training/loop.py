@@ -78,7 +78,7 @@ class TrainState:
 
 
 @dataclass(frozen=True, eq=False)
-class Share:
+class WorkerBatch:
     """One worker's part of a global batch.
 
     Attributes:
@@ -95,7 +95,7 @@ class Share:
 
 
 @dataclass(frozen=True, eq=False)
-class Workers:
+class Collectives:
     """What the loop needs of the other workers; alone, the identity.
 
     Attributes:
@@ -144,7 +144,7 @@ def learning_rate(optim: OptimConfig, done: int, total: int, halvings: int) -> f
 
 
 def train_epoch(
-    state: TrainState, shares: Iterable[Share], config: TrainConfig, workers: Workers, steps_per_epoch: int
+    state: TrainState, shares: Iterable[WorkerBatch], config: TrainConfig, workers: Collectives, steps_per_epoch: int
 ) -> Iterator[StepReport]:
     """Train on the shares of one epoch from the state's position on, yielding after every step.
 
@@ -200,7 +200,7 @@ def _fault(state: TrainState, step: int, culprits: str) -> str:
 
 
 def _accumulate(
-    state: TrainState, share: Share, config: TrainConfig, workers: Workers, done: int
+    state: TrainState, share: WorkerBatch, config: TrainConfig, workers: Collectives, done: int
 ) -> tuple[TermSums, str]:
     """Accumulate the gradient of a share, a micro-batch at a time; return its terms and what was not finite."""
     size = config.training.micro_batch_size or max(len(share.batch), 1)
@@ -225,7 +225,7 @@ def _accumulate(
     return terms, culprits
 
 
-def _seed_dropout(state: TrainState, config: TrainConfig, share: Share) -> None:
+def _seed_dropout(state: TrainState, config: TrainConfig, share: WorkerBatch) -> None:
     """Seed torch's global generators, which dropout alone uses; workers differ, and a resumed step does not."""
     seed = int(chain(config.seed, _TRAIN, state.position.epoch, share.step, share.first)) % 2**63
     # torch.manual_seed would cost more than a small step
@@ -248,7 +248,7 @@ def _zero_terms(model: DMVAE) -> TermSums:
     return TermSums(names, zeros, zeros)
 
 
-def _add_up(terms: TermSums, workers: Workers) -> TermSums:
+def _add_up(terms: TermSums, workers: Collectives) -> TermSums:
     total, count = workers.add(torch.stack((terms.total, terms.count)))
     return TermSums(terms.names, total, count)
 
@@ -259,7 +259,7 @@ class TrainingData(Protocol):
 
     steps_per_epoch: int
 
-    def shares(self, epoch: int, first_step: int) -> Iterator[Share]:
+    def shares(self, epoch: int, first_step: int) -> Iterator[WorkerBatch]:
         """Return this worker's share of every global batch of an epoch, from a step on."""
         ...
 
@@ -269,7 +269,7 @@ class TrainingData(Protocol):
 
 
 @dataclass(frozen=True)
-class Logged:
+class MetricsLogged:
     """Training figures since the last such event, over all workers.
 
     Attributes:
@@ -284,7 +284,7 @@ class Logged:
 
 
 @dataclass(frozen=True)
-class EpochEnded(Logged):
+class EpochEnded(MetricsLogged):
     """An epoch's validation figures; `improved` tells whether the monitored one is the best so far."""
 
     improved: bool
@@ -314,8 +314,8 @@ def is_finished(state: TrainState, config: TrainConfig) -> bool:
 
 
 def train(
-    state: TrainState, data: TrainingData, config: TrainConfig, workers: Workers
-) -> Iterator[Logged | EpochEnded | StepSkipped | CheckpointDue]:
+    state: TrainState, data: TrainingData, config: TrainConfig, workers: Collectives
+) -> Iterator[MetricsLogged | EpochEnded | StepSkipped | CheckpointDue]:
     """Train until the run is finished, from wherever the state stands; all workers yield the same events.
 
     Raises:
@@ -339,7 +339,7 @@ def train(
             if log_now or checkpoint_now:
                 state.window, pending = state.window + _add_up(pending, workers), _zero_terms(state.model)
             if log_now:
-                yield Logged(done, epoch, _training_metrics(state, report))
+                yield MetricsLogged(done, epoch, _training_metrics(state, report))
                 state.window = _zero_terms(state.model)
             if checkpoint_now:
                 yield CheckpointDue(done, epoch)
@@ -361,7 +361,7 @@ def _training_metrics(state: TrainState, report: StepReport) -> dict[str, float]
 
 
 def _end_epoch(
-    state: TrainState, data: TrainingData, config: TrainConfig, workers: Workers, metrics: dict[str, float]
+    state: TrainState, data: TrainingData, config: TrainConfig, workers: Collectives, metrics: dict[str, float]
 ) -> EpochEnded:
     figures, variances = validate(state.model, data.validation_blocks(), config, workers.add)
     improved = state.record_validation(figures[config.training.monitor], config.optim)

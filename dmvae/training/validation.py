@@ -12,7 +12,7 @@ from dmvae.config.training import TrainConfig
 from dmvae.data.batch import Batch
 from dmvae.distributions.noise import chain, row_keys, standard_normal
 from dmvae.model.dmvae import DMVAE
-from dmvae.model.loss import Noise, TermSums, negative_bounds, term_names
+from dmvae.model.loss import Noise, TermSums, multimodal_elbo_loss, term_names
 
 _VALIDATE = 2  # second part of a noise key; training has another
 
@@ -55,7 +55,8 @@ def validate(
             observed = model.observe(batch)
             noise = draw_noise(model, chain(config.seed, _VALIDATE, row_keys(batch.ids)))
             sums = (
-                sums + negative_bounds(model.config, observed, model.decode_functions, model.likelihoods, noise).terms
+                sums
+                + multimodal_elbo_loss(model.config, observed, model.decode_functions, model.likelihoods, noise).terms
             )
             moments["shared"] += _moments(model.combine(observed, len(batch))[0].mean)
             for name, part in observed.items():

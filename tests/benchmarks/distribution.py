@@ -31,7 +31,15 @@ from dmvae.platform.tracking.runs import open_run
 from dmvae.platform.train import local_checkpoints as shelf
 from dmvae.platform.train.trainer import absolute, fit, resolve, run_record
 from dmvae.platform.train.worker import WorkerData, WorkerTask, build_state
-from dmvae.training.loop import CheckpointDue, EpochEnded, Logged, Share, Workers, build_optimizer, train
+from dmvae.training.loop import (
+    CheckpointDue,
+    Collectives,
+    EpochEnded,
+    MetricsLogged,
+    WorkerBatch,
+    build_optimizer,
+    train,
+)
 from tests.benchmarks.ratio import Result
 from tests.benchmarks.steps import mnist_svhn
 
@@ -170,7 +178,7 @@ def _shares(config: TrainConfig) -> str:
         spent[part] += time.perf_counter() - begun
 
     class Timed(WorkerData):
-        def shares(self, epoch: int, first_step: int) -> Iterator[Share]:
+        def shares(self, epoch: int, first_step: int) -> Iterator[WorkerBatch]:
             rows = super().shares(epoch, first_step)
             while True:
                 with timed("reading"):
@@ -181,14 +189,14 @@ def _shares(config: TrainConfig) -> str:
 
     data, folder = Timed(config, 0, 1, torch.float32), Path(config.runs_dir, "shares")
     begun = last = time.perf_counter()
-    for event in train(state, data, config, Workers(state.model)):
+    for event in train(state, data, config, Collectives(state.model)):
         now = time.perf_counter()
         if isinstance(event, EpochEnded):
             spent["validation"] += now - last
         elif isinstance(event, CheckpointDue):
             with timed("checkpoint"):
                 shelf.put(state, {}, {"step": event.global_step}, folder, is_best=True)
-        if isinstance(event, Logged):
+        if isinstance(event, MetricsLogged):
             last = time.perf_counter()
     total = time.perf_counter() - begun
     return ", ".join(f"{part} {seconds / total:.1%}" for part, seconds in spent.items())

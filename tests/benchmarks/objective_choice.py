@@ -18,12 +18,12 @@ from scipy.stats import spearmanr
 from dmvae.cli import read_toml
 from dmvae.config.search import SearchConfig, lay_over
 from dmvae.data.reading.dataset import open_dataset
-from dmvae.evaluation.search_objectives import Judge
+from dmvae.evaluation.search_objectives import ObjectiveEvaluator
 from dmvae.model.dmvae import DMVAE
 from dmvae.platform.train.trainer import resolve
 from dmvae.platform.train.worker import WorkerData, build_state
 from dmvae.platform.tune.study import draw
-from dmvae.training.loop import EpochEnded, Workers, train
+from dmvae.training.loop import Collectives, EpochEnded, train
 
 FIGURES = ("imputation", "conditional_nll", "joint_nll", "coherence")
 
@@ -40,8 +40,8 @@ def main() -> None:
     torch.set_num_threads(1)
     config = read_toml(SearchConfig, Path("jobs/configs/search.toml"))
     dataset = open_dataset(arguments.dataset)
-    cheap = Judge(dataset.split("train"), dataset.split("val"), 512, 200)
-    final = Judge(dataset.split("train"), dataset.split("test_complete"), 1000, 200)
+    cheap = ObjectiveEvaluator(dataset.split("train"), dataset.split("val"), 512, 200)
+    final = ObjectiveEvaluator(dataset.split("train"), dataset.split("test_complete"), 1000, 200)
     sampler = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=1))
     table = []
     for number in range(arguments.configurations):
@@ -53,7 +53,7 @@ def main() -> None:
         )
         state, figures = build_state(resolved, torch.device("cpu")), {}
         data = WorkerData(resolved, 0, 1, torch.float32)
-        for event in train(state, data, resolved, Workers(state.model)):
+        for event in train(state, data, resolved, Collectives(state.model)):
             if isinstance(event, EpochEnded):
                 moment = {arguments.epochs // 4: "early", arguments.epochs: "end"}.get(event.epoch + 1)
                 if moment:
@@ -66,7 +66,7 @@ def main() -> None:
     print(text)
 
 
-def judged(judge: Judge, model: DMVAE, moment: str) -> dict[str, float]:
+def judged(judge: ObjectiveEvaluator, model: DMVAE, moment: str) -> dict[str, float]:
     model.eval()
     merits = judge.merits(model, FIGURES)
     model.train()

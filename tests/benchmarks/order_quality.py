@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from dmvae.data.reading.sampler import EpochOrder
+from dmvae.data.reading.sampler import EpochSampler
 
 BATCH, CLASSES, EPOCHS = 256, 100, 20
 
@@ -83,7 +83,7 @@ def orders(num: int) -> dict[str, Callable[[int], Array]]:
     for size in (256, 1024, 4096):
         groups = np.full(num // size, size)
         groups = np.append(groups, num - groups.sum()) if num % size else groups
-        order = EpochOrder(groups, seed=0, batch_size=BATCH)
+        order = EpochSampler(groups, seed=0, batch_size=BATCH)
         found[f"record batches of {size}, sorted"] = lambda epoch, order=order: order.rows_of(
             epoch, [(step, 0, order.batch_size_of(step)) for step in range(order.num_batches)]
         )

@@ -21,7 +21,7 @@ from dmvae.config.training import TrainConfig
 from dmvae.data.batch import Batch
 from dmvae.data.preparation.prepare import prepare
 from dmvae.data.reading.dataset import open_dataset
-from dmvae.distributions.gaussian_mixture import LatentDensity
+from dmvae.distributions.gaussian_mixture import FittedPrior
 from dmvae.evaluation.imputation import held_out_errors, rival_errors, rivals
 from dmvae.evaluation.latents import collect, fit_density, probe_labels
 from dmvae.evaluation.metrics import (
@@ -36,7 +36,7 @@ from dmvae.evaluation.suite import first_rows
 from dmvae.model.dmvae import DMVAE
 from dmvae.platform.train.trainer import resolve
 from dmvae.platform.train.worker import WorkerData
-from dmvae.training.loop import TrainState, Workers, build_optimizer, train
+from dmvae.training.loop import Collectives, TrainState, build_optimizer, train
 
 LEARNED = {"scale": "learned"}
 MODELS: dict[str, dict[str, Any]] = {
@@ -62,7 +62,7 @@ class Judge:
     test: Batch
     classifiers: dict[str, Classifier]
 
-    def figures(self, model: DMVAE, density: LatentDensity | None) -> dict[str, float]:
+    def figures(self, model: DMVAE, density: FittedPrior | None) -> dict[str, float]:
         """Return imputation error and coverage, coherence of draws and of means, joint coherence: means over pairs."""
         names = model.config.modalities
         errors = [held_out_errors(model, self.test, name, 50, density) for name in names]
@@ -127,7 +127,7 @@ def train_model(dataset: Path, model: dict[str, Any], epochs: int, seed: int) ->
     torch.manual_seed(seed)
     trained = DMVAE(config.model)
     state = TrainState(trained, build_optimizer(trained, config.optim))
-    for _ in train(state, WorkerData(config, 0, 1, torch.float32), config, Workers(trained)):
+    for _ in train(state, WorkerData(config, 0, 1, torch.float32), config, Collectives(trained)):
         pass
     return trained.eval()
 

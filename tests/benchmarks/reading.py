@@ -32,10 +32,10 @@ from dmvae.data.preparation.rows import Rows
 from dmvae.data.preparation.writer import write_dataset
 from dmvae.data.reading.dataset import open_dataset
 from dmvae.data.reading.loader import read_epoch
-from dmvae.data.reading.sampler import EpochOrder
+from dmvae.data.reading.sampler import EpochSampler
 from dmvae.data.reading.split import Split
 from dmvae.model.dmvae import DMVAE
-from dmvae.training.loop import Position, Share, TrainState, Workers, build_optimizer, train_epoch
+from dmvae.training.loop import Collectives, Position, TrainState, WorkerBatch, build_optimizer, train_epoch
 from tests.benchmarks.ratio import Result, compare, machine, markdown
 
 ROWS, BATCH = 1_000_000, 256
@@ -78,7 +78,7 @@ def multiply(source: Path, target: Path, times: int, link: bool) -> None:
 
 def batches_of(split: Split, epoch: int, size: int = BATCH) -> Iterator[Batch]:
     """Return the shuffled batches of an epoch, from shards."""
-    order = EpochOrder(split.record_batch_rows, seed=0, batch_size=size)
+    order = EpochSampler(split.record_batch_rows, seed=0, batch_size=size)
     return (batch for _, _, batch in read_epoch(split, order, epoch))
 
 
@@ -115,8 +115,8 @@ def make_state(hidden: int) -> tuple[TrainState, TrainConfig]:
 def train_on(batches: Iterator[Batch], state: TrainState, config: TrainConfig, steps: int) -> None:
     """Take so many training steps."""
     state.position = Position(0, 0)
-    shares = (Share(batch, step, 0, len(batch)) for step, batch in enumerate(islice(batches, steps)))
-    for _ in train_epoch(state, shares, config, Workers(state.model), steps):
+    shares = (WorkerBatch(batch, step, 0, len(batch)) for step, batch in enumerate(islice(batches, steps)))
+    for _ in train_epoch(state, shares, config, Collectives(state.model), steps):
         pass
 
 

@@ -29,10 +29,10 @@ from dmvae.config.training import TrainConfig
 from dmvae.data.preparation.prepare import prepare
 from dmvae.data.reading.dataset import open_dataset
 from dmvae.data.reading.loader import read_epoch
-from dmvae.data.reading.sampler import EpochOrder
+from dmvae.data.reading.sampler import EpochSampler
 from dmvae.model.dmvae import DMVAE
 from dmvae.platform.train.worker import _distribute
-from dmvae.training.loop import Position, Share, TrainState, Workers, build_optimizer, train_epoch
+from dmvae.training.loop import Collectives, Position, TrainState, WorkerBatch, build_optimizer, train_epoch
 from tests.benchmarks.steps import make_batch, mnist_svhn
 from tests.platform.tracking.test_tracking import free_port
 
@@ -84,12 +84,14 @@ def measure_steps(rank: int, num: int, port: int, folder: str) -> None:
     config = TrainConfig.model_validate({"name": "scaling", "data": {"dataset": "none"}, "model": mnist_svhn()})
     model = DMVAE(config.model)
     state = TrainState(model, build_optimizer(model, config.optim))
-    workers = Workers(model) if num == 1 else _distribute(model, num, torch.device("cpu"))
+    workers = Collectives(model) if num == 1 else _distribute(model, num, torch.device("cpu"))
     size = sum(parameter.numel() for parameter in model.parameters())
     found: dict[str, float] = {"gradient": 4 * size}
     for batch in BATCHES:
         rows = batch // num
-        shares = [Share(make_batch(config.model, 0.5, rows), step, rank * rows, rows * num) for step in range(STEPS)]
+        shares = [
+            WorkerBatch(make_batch(config.model, 0.5, rows), step, rank * rows, rows * num) for step in range(STEPS)
+        ]
         for number in range(3):
             state.position = Position(0, 0)
             dist.barrier()
@@ -141,7 +143,7 @@ def measure_reading() -> tuple[int, float, float, dict[int, float]]:
         config = {"dataset": f"{folder}/data", "source": {"kind": "npz", "path": str(source)}}
         prepare(PrepareConfig.model_validate(config), progress=lambda line: None)
         split = open_dataset(f"{folder}/data").split("train")
-        order = EpochOrder(split.record_batch_rows, seed=0, batch_size=128, streams=None, window_rows=None)
+        order = EpochSampler(split.record_batch_rows, seed=0, batch_size=128, streams=None, window_rows=None)
 
         def epoch(num: int) -> int:
             return sum(len(batch) for _, _, batch in read_epoch(split, order, 0, 0, 0, num))

@@ -28,18 +28,18 @@ from dmvae.config.search import SearchConfig, lay_over
 from dmvae.data.reading.dataset import open_dataset
 from dmvae.platform.train.trainer import resolve
 from dmvae.platform.tune.trial import RungJudge
-from dmvae.evaluation.search_objectives import Merit
+from dmvae.evaluation.search_objectives import Estimate
 from dmvae.platform.train.worker import WorkerData, build_state
-from dmvae.training.loop import Workers, train
+from dmvae.training.loop import Collectives, train
 config = SearchConfig.model_validate_json(Path(sys.argv[1]).read_text())
 dataset = open_dataset(config.base.data.dataset)
 for file in sys.argv[2:]:
     chosen = json.loads(Path(file).read_text())
     resolved = resolve(lay_over(config.base, chosen, "bare", tuple(dataset.manifest.modalities)), dataset)
     state = build_state(resolved, torch.device("cpu"))
-    for _ in train(state, WorkerData(resolved, 0, 1, torch.float32), resolved, Workers(state.model)):
+    for _ in train(state, WorkerData(resolved, 0, 1, torch.float32), resolved, Collectives(state.model)):
         pass
-    RungJudge(config).figures(state.model, Merit(0.0))
+    RungJudge(config).figures(state.model, Estimate(0.0))
 """
 
 

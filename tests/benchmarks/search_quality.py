@@ -15,7 +15,7 @@ import numpy as np
 from dmvae.cli import read_toml
 from dmvae.config.search import SearchConfig
 from dmvae.data.reading.dataset import open_dataset
-from dmvae.evaluation.search_objectives import Judge
+from dmvae.evaluation.search_objectives import ObjectiveEvaluator
 from dmvae.model.dmvae import DMVAE
 from dmvae.platform.tune.search import search
 
@@ -32,7 +32,7 @@ def main() -> None:
     arguments = parser.parse_args()
     shipped = read_toml(SearchConfig, Path("jobs/configs/search.toml"))
     dataset = open_dataset(arguments.dataset)
-    judge = Judge(dataset.split("train"), dataset.split("test_complete"), 1000, 200)
+    judge = ObjectiveEvaluator(dataset.split("train"), dataset.split("test_complete"), 1000, 200)
     rows = []
     for seed in range(arguments.seeds):
         base = shipped.base.model_dump(exclude_unset=True) | {"seed": seed}

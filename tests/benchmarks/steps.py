@@ -8,7 +8,7 @@ from dmvae.config.model import DMVAEConfig
 from dmvae.config.training import TrainConfig
 from dmvae.data.batch import Batch
 from dmvae.model.dmvae import DMVAE
-from dmvae.training.loop import Position, Share, TrainState, Workers, build_optimizer, train_epoch
+from dmvae.training.loop import Collectives, Position, TrainState, WorkerBatch, build_optimizer, train_epoch
 from tests.benchmarks.multivae import inputs, reference
 from tests.benchmarks.ratio import Result, compare
 
@@ -70,8 +70,8 @@ def our_steps(model: DMVAE, batches: list[Batch]) -> Callable[[], None]:
     """Return our training loop over the batches, noise, clipping check and reports included."""
     config = TrainConfig.model_validate({"name": "steps", "data": {"dataset": "none"}, "model": model.config})
     state = TrainState(model, build_optimizer(model, config.optim))
-    shares = [Share(batch, step, 0, len(batch)) for step, batch in enumerate(batches)]
-    workers = Workers(model)
+    shares = [WorkerBatch(batch, step, 0, len(batch)) for step, batch in enumerate(batches)]
+    workers = Collectives(model)
 
     def run() -> None:
         state.position = Position(0, 0)

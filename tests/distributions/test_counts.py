@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dmvae import DMVAE, Batch, DMVAEConfig
 from dmvae.distributions.likelihoods import Counts, NegativeBinomial, Poisson
-from dmvae.evaluation.elbo import negative_bound
+from dmvae.evaluation.elbo import negative_elbo
 
 KINDS = ("poisson", "negative_binomial")
 
@@ -166,9 +166,9 @@ def test_missing_counts_are_never_read_and_every_parameter_has_a_gradient(given:
 
 def test_the_loss_of_rows_is_the_mean_of_each_by_itself() -> None:
     model, batch = model_of(), rows()
-    bound = negative_bound(model, batch)
+    bound = negative_elbo(model, batch)
     with_ids = [
-        negative_bound(model, Batch(one.data, one.masks, ids=torch.tensor([row]), size_factors=one.size_factors))
+        negative_elbo(model, Batch(one.data, one.masks, ids=torch.tensor([row]), size_factors=one.size_factors))
         for row, one in enumerate(batch)
     ]
     torch.testing.assert_close(bound, torch.cat(with_ids))
@@ -185,7 +185,7 @@ def test_a_scale_of_size_factors_is_an_offset_of_the_log_mean() -> None:
             other.decoders[name].body[-1].bias -= math.log(factor)
     scaled = Batch(batch.data, batch.masks, size_factors=batch.size_factors * factor)
     for left, right in (
-        (negative_bound(model, batch), negative_bound(other, scaled)),
+        (negative_elbo(model, batch), negative_elbo(other, scaled)),
         (model.joint_nll(batch, 256).nll, other.joint_nll(scaled, 256).nll),
         (model(batch[:0]).loss, other(scaled[:0]).loss),
     ):
@@ -210,7 +210,7 @@ def test_a_saved_model_keeps_its_dispersions(tmp_path: Any) -> None:
         model.likelihoods["rna"].log_dispersion += torch.arange(6)
     model.save(tmp_path)
     loaded = DMVAE.load(tmp_path)
-    assert torch.equal(negative_bound(loaded, batch), negative_bound(model.eval(), batch))
+    assert torch.equal(negative_elbo(loaded, batch), negative_elbo(model.eval(), batch))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dmvae import DMVAE, Batch
-from dmvae.distributions.gaussian_mixture import GaussianMixture, LatentDensity
+from dmvae.distributions.gaussian_mixture import FittedPrior, GaussianMixture
 from dmvae.evaluation.latents import collect, fit_density, probe_labels
 from tests.linear_gaussian import linear_model, sample_rows
 
@@ -26,7 +26,7 @@ def model() -> DMVAE:
 
 
 @pytest.fixture(scope="module")
-def density(model: DMVAE) -> LatentDensity:
+def density(model: DMVAE) -> FittedPrior:
     return fit_density(model, sample_rows(model, 400, missing=0.3), num_components=3)
 
 
@@ -50,17 +50,17 @@ def test_the_conditional_is_the_joint_over_the_marginal() -> None:
     torch.testing.assert_close(drawn.mean(0), mean, atol=0.1, rtol=0)
 
 
-def test_a_saved_density_is_the_same_and_holds_no_pickle(density: LatentDensity, tmp_path: Path) -> None:
+def test_a_saved_density_is_the_same_and_holds_no_pickle(density: FittedPrior, tmp_path: Path) -> None:
     density.save(tmp_path)
-    loaded = LatentDensity.load(tmp_path)
+    loaded = FittedPrior.load(tmp_path)
     mine, theirs = (part.sample(5, torch.Generator().manual_seed(1)) for part in (density, loaded))
     assert torch.equal(mine[0], theirs[0])
     assert all(torch.equal(mine[1][name], theirs[1][name]) for name in SHAPES)
     with pytest.raises(FileNotFoundError, match="has none"):
-        LatentDensity.load(tmp_path / "absent")
+        FittedPrior.load(tmp_path / "absent")
 
 
-def test_prediction_takes_from_the_density_only_what_is_not_given(model: DMVAE, density: LatentDensity) -> None:
+def test_prediction_takes_from_the_density_only_what_is_not_given(model: DMVAE, density: FittedPrior) -> None:
     rows = sample_rows(model, 30)
     half = Batch(rows.data, {"a": torch.arange(30) < 20, "b": torch.zeros(30, dtype=torch.bool)})
     plain = model.encode(half, generator=torch.Generator().manual_seed(2))
@@ -77,7 +77,7 @@ def test_prediction_takes_from_the_density_only_what_is_not_given(model: DMVAE, 
 def test_the_prior_gives_way_to_the_density(model: DMVAE) -> None:
     far = GaussianMixture(torch.ones(1).double(), torch.full((1, 2), 50.0).double(), torch.eye(2).double()[None])
     joint = GaussianMixture(torch.ones(1).double(), torch.full((1, 3), 50.0).double(), torch.eye(3).double()[None])
-    drawn = model.generate_from_prior(4, density=LatentDensity(far, dict.fromkeys(SHAPES, joint)))
+    drawn = model.generate_from_prior(4, density=FittedPrior(far, dict.fromkeys(SHAPES, joint)))
     assert bool((drawn.z > 30).all())
     assert all(bool((z > 30).all()) for z in drawn.modalities_z.values())
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dmvae import DMVAE, Batch, DMVAEConfig
 from dmvae.distributions.likelihoods import Categorical
-from dmvae.evaluation.elbo import negative_bound
+from dmvae.evaluation.elbo import negative_elbo
 from dmvae.evaluation.metrics import predicted_class_share
 
 LENGTH, CLASSES, PAD = 7, 5, 2
@@ -72,7 +72,7 @@ def test_more_padding_changes_neither_loss_nor_gradient_nor_posterior_nor_nll(ar
         torch.testing.assert_close(found, gradient, msg=name)
     rows = {length: Batch({"text": padded(length=length), "other": other}, {"text": mask})
             for length in (LENGTH, LENGTH + 6)}  # fmt: skip
-    torch.testing.assert_close(negative_bound(shorter, rows[LENGTH]), negative_bound(longer, rows[LENGTH + 6]))
+    torch.testing.assert_close(negative_elbo(shorter, rows[LENGTH]), negative_elbo(longer, rows[LENGTH + 6]))
     left, right = shorter.encode(rows[LENGTH], return_mean=True), longer.encode(rows[LENGTH + 6], return_mean=True)
     torch.testing.assert_close(left.z, right.z)
     torch.testing.assert_close(shorter.joint_nll(rows[LENGTH], 128).nll, longer.joint_nll(rows[LENGTH + 6], 128).nll)
@@ -162,4 +162,4 @@ def test_a_model_of_sequences_is_saved_and_loaded(tmp_path: Path) -> None:
     model = model_of(LENGTH, "sequence")
     model.save(tmp_path)
     batch = Batch({"text": padded()})
-    assert torch.equal(negative_bound(DMVAE.load(tmp_path), batch), negative_bound(model.eval(), batch))
+    assert torch.equal(negative_elbo(DMVAE.load(tmp_path), batch), negative_elbo(model.eval(), batch))

@@ -8,9 +8,9 @@ import torch
 
 from dmvae import DMVAE, Batch
 from dmvae.evaluation.baselines import ProbabilisticPCA
-from dmvae.evaluation.elbo import negative_bound
+from dmvae.evaluation.elbo import negative_elbo
 from dmvae.evaluation.imputation import Ridge, held_out_errors, rival_errors, rivals
-from dmvae.evaluation.masking import remove, without
+from dmvae.evaluation.masking import mask_modalities, remove
 from tests.linear_gaussian import exact_log_prob, linear_model, sample_rows
 
 SHAPES = {"a": (4,), "b": (2, 2), "c": (3,)}
@@ -25,7 +25,7 @@ def test_the_interval_of_the_true_model_covers_what_it_says() -> None:
     model = linear_model({"a": (4,), "b": (3,)})
     rows = sample_rows(model, 1500)
     # nothing else is left, so that draws come from the prior, which is exact
-    errors = held_out_errors(model, rows, "a", num_draws=99, hide=lambda batch: without(batch, "b"))
+    errors = held_out_errors(model, rows, "a", num_draws=99, hide=lambda batch: mask_modalities(batch, "b"))
     assert errors.rows == 1500
     assert errors.values == 6000
     for share, inside in zip((0.5, 0.9), errors.coverage, strict=True):
@@ -64,7 +64,7 @@ def test_pca_predicts_the_conditional_mean(model: DMVAE) -> None:
     x = torch.cat([test.data["b"].flatten(1), test.data["c"]], dim=1)
     gain = covariance[own][:, rest] @ torch.linalg.inv(covariance[rest][:, rest])
     torch.testing.assert_close(pca.predict(test, "a"), pca.mean[own] + (x - pca.mean[rest]) @ gain.T)
-    alone = without(test, "b", "c")
+    alone = mask_modalities(test, "b", "c")
     torch.testing.assert_close(pca.predict(alone, "a"), pca.mean[own].expand(5, -1))
 
 
@@ -73,7 +73,7 @@ def test_ridge_fits_what_each_row_has_and_falls_back_on_the_mean(model: DMVAE) -
     ridge = Ridge(train)
     assert train.masks is not None
     mean = train.data["a"][train.masks["a"]].mean(0)
-    nothing = without(sample_rows(model, 3), "b", "c")
+    nothing = mask_modalities(sample_rows(model, 3), "b", "c")
     torch.testing.assert_close(ridge(nothing, "a"), mean.expand(3, -1))
     assert ridge(sample_rows(model, 3), "a").shape == (3, 4)
 
@@ -104,7 +104,7 @@ def test_removal_has_its_rate_grows_and_belongs_to_the_row(model: DMVAE) -> None
 
 def test_the_negative_bound_is_above_the_exact_nll_and_belongs_to_the_row(model: DMVAE) -> None:
     rows = replace(sample_rows(model, 60, missing=0.3), ids=torch.arange(60))
-    bound = negative_bound(model, rows, 500)
+    bound = negative_elbo(model, rows, 500)
     assert bool((bound + exact_log_prob(model, rows) > -0.3).all())
     assert float((bound + exact_log_prob(model, rows)).mean()) > 0
-    torch.testing.assert_close(negative_bound(model, rows[7:9], 500), bound[7:9])
+    torch.testing.assert_close(negative_elbo(model, rows[7:9], 500), bound[7:9])

@@ -12,7 +12,7 @@ from dmvae.model.dmvae import DMVAE
 from dmvae.model.loss import Noise, choose_subsets
 from dmvae.platform.train.trainer import resolve
 from dmvae.platform.train.worker import WorkerData
-from dmvae.training.loop import TrainState, Workers, build_optimizer, train
+from dmvae.training.loop import Collectives, TrainState, build_optimizer, train
 from tests.linear_gaussian import exact_log_prob, linear_model, sample_rows
 from tests.model.test_loss import SHAPES, draw, every_pattern, rows_of, small_model
 from tests.runs import make_config, make_dataset
@@ -107,7 +107,7 @@ def test_two_workers_have_the_gradient_of_one(tmp_path: Path) -> None:
             torch.manual_seed(0)
             model = DMVAE(config.model).double()
             state = TrainState(model, build_optimizer(model, config.optim))
-            next(iter(train(state, WorkerData(config, rank, num, torch.float64), config, Workers(model, num))))
+            next(iter(train(state, WorkerData(config, rank, num, torch.float64), config, Collectives(model, num))))
             for name, parameter in model.named_parameters():
                 assert parameter.grad is not None
                 total[name] = total.get(name, 0) + parameter.grad / num

@@ -11,20 +11,20 @@ import torch
 from dmvae.config.model import DMVAEConfig
 from dmvae.data.batch import Batch
 from dmvae.model.dmvae import DMVAE
-from dmvae.model.predictor import OPERATIONS, UNITS, Request, Served, Unit
+from dmvae.model.predictor import OPERATIONS, UNITS, ModalitySpec, Predictor, Request
 
 UNIT = {
-    "image": Unit(shape=(1, 2, 2), dtype="uint8", scaling="unit"),
-    "gene": Unit(shape=(3,), dtype="float32", scaling="standardise", mean=(1.0, 2.0, 3.0), std=(2.0, 4.0, 0.5)),
-    "count": Unit(shape=(2,), dtype="float32", scaling="log1p"),
-    "level": Unit(shape=(2,), dtype="float64", scaling="unit", low=(-1.0, 4.0), high=(3.0, 4.0)),
-    "kind": Unit(shape=(2,), dtype="int64", classes=3, likelihood="categorical"),
+    "image": ModalitySpec(shape=(1, 2, 2), dtype="uint8", scaling="unit"),
+    "gene": ModalitySpec(shape=(3,), dtype="float32", scaling="standardise", mean=(1.0, 2.0, 3.0), std=(2.0, 4.0, 0.5)),
+    "count": ModalitySpec(shape=(2,), dtype="float32", scaling="log1p"),
+    "level": ModalitySpec(shape=(2,), dtype="float64", scaling="unit", low=(-1.0, 4.0), high=(3.0, 4.0)),
+    "kind": ModalitySpec(shape=(2,), dtype="int64", classes=3, likelihood="categorical"),
 }
 FULL = {"image": [[[0, 255], [51, 102]]], "gene": [3.0, 2.0, 2.5], "count": [0, 7], "level": [1, 5], "kind": [0, 2]}
 
 
 @pytest.fixture
-def served() -> Served:
+def served() -> Predictor:
     torch.manual_seed(0)
     config = DMVAEConfig.model_validate(
         {
@@ -34,10 +34,10 @@ def served() -> Served:
             "decoder_dist_params": {"kind": {"classes": 3}},
         }
     )
-    return Served(DMVAE(config), UNIT)
+    return Predictor(DMVAE(config), UNIT)
 
 
-def test_rows_are_brought_to_the_model_s_units_and_back(served: Served) -> None:
+def test_rows_are_brought_to_the_model_s_units_and_back(served: Predictor) -> None:
     batch = served.batch(served.parse([FULL, {"gene": [1.0, 2.0, 3.0]}]))
     assert batch.masks is not None
     assert batch.masks["image"].tolist() == [True, False]
@@ -52,9 +52,9 @@ def test_rows_are_brought_to_the_model_s_units_and_back(served: Served) -> None:
 
 
 def test_measurements_with_a_large_mean_keep_their_digits() -> None:
-    unit = Unit(shape=(2,), dtype="float64", scaling="standardise", mean=(1e9, -1e9), std=(2.0, 0.5))
+    unit = ModalitySpec(shape=(2,), dtype="float64", scaling="standardise", mean=(1e9, -1e9), std=(2.0, 0.5))
     torch.manual_seed(0)
-    served = Served(DMVAE(DMVAEConfig(input_dims={"time": (2,)}, latent_dim=2)), {"time": unit})
+    served = Predictor(DMVAE(DMVAEConfig(input_dims={"time": (2,)}, latent_dim=2)), {"time": unit})
     row = {"time": [1e9 + 3, -1e9 - 0.25]}
     assert served.batch(served.parse([row])).data["time"].tolist() == [[1.5, -0.5]]
     batch = served.batch(served.parse([row]))
@@ -64,7 +64,7 @@ def test_measurements_with_a_large_mean_keep_their_digits() -> None:
     np.testing.assert_allclose((shown - unit.mean) / np.array(unit.std), read[0].numpy(), atol=1e-5)
 
 
-def test_what_is_missing_may_be_left_out_or_null_and_every_answer_says_what_was_observed(served: Served) -> None:
+def test_what_is_missing_may_be_left_out_or_null_and_every_answer_says_what_was_observed(served: Predictor) -> None:
     absent, null = served.answer([{"gene": [1, 2, 3]}, {"gene": [1, 2, 3], "image": None}], Request(operation="encode"))
     assert absent == null
     assert absent["observed"] == ["gene"]
@@ -75,7 +75,7 @@ def test_what_is_missing_may_be_left_out_or_null_and_every_answer_says_what_was_
     assert served.answer([], Request()) == []
 
 
-def test_answers_are_the_model_s(served: Served) -> None:
+def test_answers_are_the_model_s(served: Predictor) -> None:
     rows = [{"image": FULL["image"]}, {"gene": FULL["gene"], "kind": FULL["kind"]}]
     batch = served.batch(served.parse(rows))
     shared, _ = served.model.posteriors(batch)
@@ -91,7 +91,7 @@ def test_answers_are_the_model_s(served: Served) -> None:
     assert served.answer(rows, Request(operation="impute", num_samples=2)) == imputed
 
 
-def test_nll_is_of_the_values_as_they_are_given(served: Served) -> None:
+def test_nll_is_of_the_values_as_they_are_given(served: Predictor) -> None:
     rows = [{"gene": FULL["gene"]}]
     (answer,) = served.answer(rows, Request(operation="nll", num_draws=300))
     batch = served.batch(served.parse(rows))
@@ -103,7 +103,7 @@ def test_nll_is_of_the_values_as_they_are_given(served: Served) -> None:
     assert of_counts["nll"] == pytest.approx(float(scaled[0]) + np.log(8))
 
 
-def test_spread_is_that_of_draws_in_the_units_of_the_data(served: Served) -> None:
+def test_spread_is_that_of_draws_in_the_units_of_the_data(served: Predictor) -> None:
     (answer,) = served.answer([{"gene": FULL["gene"]}], Request(operation="impute", num_draws=50, num_samples=50))
     for name in ("count", "level", "image"):
         told = answer["imputed"][name]
@@ -129,32 +129,32 @@ def test_spread_is_that_of_draws_in_the_units_of_the_data(served: Served) -> Non
         ([1, 2], r"row 1: row: "),
     ],
 )
-def test_a_wrong_row_is_named_with_its_field(served: Served, row: Any, message: str) -> None:
+def test_a_wrong_row_is_named_with_its_field(served: Predictor, row: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         served.answer([FULL, row], Request())
 
 
-def test_it_is_read_from_a_folder(served: Served, tmp_path: Path) -> None:
+def test_it_is_read_from_a_folder(served: Predictor, tmp_path: Path) -> None:
     served.model.save(tmp_path)
     (tmp_path / UNITS).write_text(json.dumps({name: unit.model_dump() for name, unit in UNIT.items()}))
-    loaded = Served.load(tmp_path)
+    loaded = Predictor.load(tmp_path)
     assert loaded.answer([FULL], Request(operation="encode")) == served.answer([FULL], Request(operation="encode"))
 
 
 COUNTED = {
-    "rna": Unit(shape=(2,), dtype="float32", likelihood="poisson"),
-    "protein": Unit(shape=(1,), dtype="float32"),
+    "rna": ModalitySpec(shape=(2,), dtype="float32", likelihood="poisson"),
+    "protein": ModalitySpec(shape=(1,), dtype="float32"),
 }
 
 
-def counted(**changes: Any) -> Served:
+def counted(**changes: Any) -> Predictor:
     torch.manual_seed(0)
     config = DMVAEConfig(
         input_dims={name: unit.shape for name, unit in COUNTED.items()},
         decoders_dist={"rna": "poisson"},
         decoder_dist_params={"rna": {"size_factor": 50.0}},
     )
-    return Served(DMVAE(config), {name: unit.model_copy(update=changes) for name, unit in COUNTED.items()})
+    return Predictor(DMVAE(config), {name: unit.model_copy(update=changes) for name, unit in COUNTED.items()})
 
 
 def test_imputed_counts_are_at_the_row_s_size_factor_or_the_training_rows() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dmvae import DMVAE, Batch, DMVAEConfig
-from dmvae.nn.batched import families, layout
+from dmvae.nn.batched import group_by_layout, layout
 
 NAMES = ("a", "b", "c")
 
@@ -117,4 +117,4 @@ def test_a_model_whose_first_layer_is_reparametrised_still_runs() -> None:
 
 
 def test_names_of_one_kind_are_together_in_their_order() -> None:
-    assert families({"a": 1, "b": None, "c": 1, "d": 2, "e": None}) == [("a", "c"), ("b",), ("d",), ("e",)]
+    assert group_by_layout({"a": 1, "b": None, "c": 1, "d": 2, "e": None}) == [("a", "c"), ("b",), ("d",), ("e",)]

@@ -17,13 +17,13 @@ from dmvae.platform.train.worker import WorkerData
 from dmvae.training import checkpoint
 from dmvae.training.loop import (
     CheckpointDue,
+    Collectives,
     EpochEnded,
-    Logged,
+    MetricsLogged,
     NonFiniteLossError,
-    Share,
     StepSkipped,
     TrainState,
-    Workers,
+    WorkerBatch,
     build_optimizer,
     learning_rate,
     train,
@@ -51,10 +51,10 @@ def read(config: TrainConfig, rank: int = 0, num: int = 1) -> WorkerData:
     return WorkerData(config, rank, num, torch.float64)
 
 
-def run(config: TrainConfig) -> tuple[TrainState, list[Logged]]:
+def run(config: TrainConfig) -> tuple[TrainState, list[MetricsLogged]]:
     state = build(config)
-    events = list(train(state, read(config), config, Workers(state.model)))
-    return state, [event for event in events if isinstance(event, Logged)]
+    events = list(train(state, read(config), config, Collectives(state.model)))
+    return state, [event for event in events if isinstance(event, MetricsLogged)]
 
 
 def weights(state: TrainState) -> dict[str, torch.Tensor]:
@@ -78,7 +78,7 @@ def test_a_run_taken_up_from_any_checkpoint_ends_with_the_same_bits(dataset: Pat
     config = configure(dataset, training={"checkpoint_steps": 2, "log_steps": 3}, optim={"schedule": "plateau"})
     straight, events = run(config)
     state, folders = build(config), []
-    for event in train(state, read(config), config, Workers(state.model)):
+    for event in train(state, read(config), config, Collectives(state.model)):
         if isinstance(event, CheckpointDue):
             folders.append(tmp_path / str(event.global_step))
             checkpoint.save(state, {}, folders[-1])
@@ -89,7 +89,9 @@ def test_a_run_taken_up_from_any_checkpoint_ends_with_the_same_bits(dataset: Pat
             for parameter in resumed.model.parameters():
                 parameter.fill_(math.nan)
         checkpoint.load(resumed, folder)
-        later = [e for e in train(resumed, read(config), config, Workers(resumed.model)) if isinstance(e, Logged)]
+        later = [
+            e for e in train(resumed, read(config), config, Collectives(resumed.model)) if isinstance(e, MetricsLogged)
+        ]
         assert all(torch.equal(tensor, weights(straight)[name]) for name, tensor in weights(resumed).items())
         mine = {(e.global_step, type(e)): e.metrics for e in events}
         for event in later:
@@ -106,7 +108,7 @@ def test_gradients_of_workers_add_up_to_the_global_batch_whatever_their_number(d
         for rank in range(num):
             state = build(config)
             state.optimizer = _Still(state.model)
-            workers = Workers(state.model, num)
+            workers = Collectives(state.model, num)
             next(train_epoch(state, read(config, rank, num).shares(0, 5), config, workers, 6))
             for name, parameter in state.model.named_parameters():
                 if parameter.grad is not None:
@@ -132,7 +134,7 @@ def test_clipping_bounds_the_update_and_reports_the_norm_before_it(dataset: Path
     state = build(config)
     state.optimizer = _Still(state.model)
     shares = read(config).shares(0, 0)
-    report = next(train_epoch(state, shares, config, Workers(state.model), 6))
+    report = next(train_epoch(state, shares, config, Collectives(state.model), 6))
     clipped = torch.sqrt(sum((p.grad**2).sum() for p in state.model.parameters() if p.grad is not None))
     assert report.gradient_norm > 1
     assert float(clipped) == pytest.approx(0.01, rel=1e-4)
@@ -186,14 +188,14 @@ def test_a_loss_that_is_not_finite_names_epoch_step_terms_and_rows_and_leaves_th
     state = build(config)
     before = weights(state)
 
-    def spoil() -> Iterator[Share]:
+    def spoil() -> Iterator[WorkerBatch]:
         for share in read(config).shares(0, 0):
             left = share.batch.data["left"].clone()
             left[share.batch.masks["left"].nonzero()[0]] = 1e300
             yield replace(share, batch=replace(share.batch, data={**share.batch.data, "left": left}))
 
     with pytest.raises(NonFiniteLossError, match=r"epoch 1, step 1: terms .*log_likelihood/joint/left.*1 rows, ids \["):
-        next(train_epoch(state, spoil(), config, Workers(state.model), 6))
+        next(train_epoch(state, spoil(), config, Collectives(state.model), 6))
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(state).items())
 
 
@@ -201,7 +203,7 @@ def spoilt(data: WorkerData, steps: set[int]) -> WorkerData:
     """Data in which one row of some steps of every epoch has a value that makes the loss infinite."""
     original = data.shares
 
-    def shares(epoch: int, first_step: int) -> Iterator[Share]:
+    def shares(epoch: int, first_step: int) -> Iterator[WorkerBatch]:
         for share in original(epoch, first_step):
             left = share.batch.data["left"].clone()
             if share.step in steps:
@@ -218,7 +220,7 @@ def test_steps_without_a_finite_loss_are_left_out_and_counted_up_to_the_limit(da
     events, before = [], weights(state)
 
     def go() -> None:
-        for event in train(state, spoilt(read(config), {0, 3}), config, Workers(state.model)):
+        for event in train(state, spoilt(read(config), {0, 3}), config, Collectives(state.model)):
             events.append(event)
             if isinstance(event, StepSkipped) and event.global_step == 1:
                 assert all(torch.equal(tensor, before[name]) for name, tensor in weights(state).items())
@@ -230,7 +232,7 @@ def test_steps_without_a_finite_loss_are_left_out_and_counted_up_to_the_limit(da
     assert [event.global_step for event in skipped] == [1, 4, 7]
     assert "log_likelihood/joint/left" in skipped[0].fault
     assert "1 rows, ids [" in skipped[0].fault
-    logged = [event for event in events if type(event) is Logged]
+    logged = [event for event in events if type(event) is MetricsLogged]
     assert [event.metrics["train/skipped_steps"] for event in logged] == [1, 1, 1, 2, 2, 2, 3, 3, 3]
     finite = [event.metrics["train/loss"] for event in logged if event.global_step not in (1, 4, 7)]
     assert all(map(math.isfinite, finite))
@@ -256,9 +258,9 @@ def with_log_variances(config: TrainConfig, value: float) -> TrainState:
 def test_extreme_log_variances_train(log_var: float, precision: str, dataset: Path) -> None:
     config = configure(dataset, training={"precision": precision, "epochs": 1}, optim={"clip_norm": 1.0})
     state = with_log_variances(config, log_var)
-    events = list(train(state, WorkerData(config, 0, 1, torch.float32), config, Workers(state.model)))
+    events = list(train(state, WorkerData(config, 0, 1, torch.float32), config, Collectives(state.model)))
     assert all(torch.isfinite(parameter).all() for parameter in state.model.parameters())
-    assert all(math.isfinite(e.metrics["train/gradient_norm"]) for e in events if type(e) is Logged)
+    assert all(math.isfinite(e.metrics["train/gradient_norm"]) for e in events if type(e) is MetricsLogged)
 
 
 def test_a_divergence_beyond_the_numbers_is_named_as_the_culprit(dataset: Path) -> None:
@@ -266,7 +268,7 @@ def test_a_divergence_beyond_the_numbers_is_named_as_the_culprit(dataset: Path) 
     config = configure(dataset, training={"precision": "float32"})
     state = with_log_variances(config, 120.0)
     with pytest.raises(NonFiniteLossError, match=r"terms .*kl_shared/left.*kl_private/left.* rows, ids \["):
-        list(train(state, WorkerData(config, 0, 1, torch.float32), config, Workers(state.model)))
+        list(train(state, WorkerData(config, 0, 1, torch.float32), config, Collectives(state.model)))
 
 
 def test_bfloat16_trains(dataset: Path) -> None:
@@ -274,8 +276,8 @@ def test_bfloat16_trains(dataset: Path) -> None:
     torch.manual_seed(0)
     model = DMVAE(config.model)
     state = TrainState(model, build_optimizer(model, config.optim))
-    events = list(train(state, WorkerData(config, 0, 1, torch.float32), config, Workers(model)))
-    assert all(math.isfinite(v) for event in events if isinstance(event, Logged) for v in event.metrics.values())
+    events = list(train(state, WorkerData(config, 0, 1, torch.float32), config, Collectives(model)))
+    assert all(math.isfinite(v) for event in events if isinstance(event, MetricsLogged) for v in event.metrics.values())
     assert next(model.parameters()).dtype == torch.float32
 
 
@@ -284,10 +286,10 @@ def test_a_modality_that_a_batch_lacks_gets_no_update(dataset: Path) -> None:
     state = build(config)
     before = weights(state)
 
-    def only_left() -> Iterator[Share]:
+    def only_left() -> Iterator[WorkerBatch]:
         for share in read(config).shares(0, 0):
             yield replace(share, batch=Batch({"left": share.batch.data["left"]}, ids=share.batch.ids))
 
-    list(train_epoch(state, only_left(), config, Workers(state.model), 6))
+    list(train_epoch(state, only_left(), config, Collectives(state.model), 6))
     for name, tensor in weights(state).items():
         assert torch.equal(tensor, before[name]) == ("modality_right" in name), name

@@ -74,7 +74,7 @@ def repeated(hashes: UInt64[np.ndarray, " row"]) -> Bool[np.ndarray, " row"]:
     return later
 
 
-class Meeting:
+class SplitOverlap:
     """Which values of the smaller splits also occur in the largest one."""
 
     def __init__(self, smaller: list[Hashes], modality: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dmvae.data.format.shard import MappedShard
-from dmvae.data.inspection.duplicates import Hashes, Meeting, RowHash, hash_ids
+from dmvae.data.inspection.duplicates import Hashes, RowHash, SplitOverlap, hash_ids
 from dmvae.data.inspection.value_stats import Values
 from dmvae.data.reading.dataset import Dataset
 
@@ -78,7 +78,7 @@ class Census:
 
     dataset: Dataset
     splits: dict[str, SplitCensus]
-    meetings: dict[str, Meeting] = field(default_factory=dict)
+    meetings: dict[str, SplitOverlap] = field(default_factory=dict)
 
     @property
     def train(self) -> str:
@@ -168,7 +168,7 @@ def take_census(dataset: Dataset, progress: Callable[[str], None]) -> Census:
         reader.read(name, keep_values=True)
     smaller = [census.splits[name].hashes for name in order[:-1]]
     if smaller:
-        census.meetings.update({modality: Meeting(smaller, modality) for modality in manifest.modalities})
+        census.meetings.update({modality: SplitOverlap(smaller, modality) for modality in manifest.modalities})
     for name in order[-1:]:
         reader.read(name, keep_values=False)
     return census

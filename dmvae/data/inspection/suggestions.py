@@ -20,7 +20,7 @@ _ROW_VISITS = 400_000  # that a first run makes: epochs times training rows
 
 
 @dataclass(frozen=True)
-class Fit:
+class LikelihoodSuggestion:
     """A likelihood for one modality, its parameters, and what in the data speaks for it."""
 
     likelihood: str
@@ -28,36 +28,38 @@ class Fit:
     params: dict[str, Any]
 
 
-def propose_likelihoods(census: Census) -> dict[str, Fit]:
+def propose_likelihoods(census: Census) -> dict[str, LikelihoodSuggestion]:
     """Return a likelihood per modality; what the dataset itself proposes comes first, if it is a choice of someone."""
     modalities = census.dataset.manifest.modalities
     return {name: _fit(info, census.values(name)) for name, info in modalities.items()}
 
 
-def _fit(info: ModalityInfo, values: Values | None) -> Fit:
+def _fit(info: ModalityInfo, values: Values | None) -> LikelihoodSuggestion:
     learned = {"scale": "learned"}
     if info.likelihood == "categorical":
-        return Fit("categorical", f"classes 0..{(info.classes or 1) - 1}", {})
+        return LikelihoodSuggestion("categorical", f"classes 0..{(info.classes or 1) - 1}", {})
     if info.likelihood != "normal":
-        return Fit(info.likelihood, "the dataset says so", learned if info.likelihood == "laplace" else {})
+        return LikelihoodSuggestion(
+            info.likelihood, "the dataset says so", learned if info.likelihood == "laplace" else {}
+        )
     if values is None or not values.rows:
-        return Fit("normal", "no row has it", learned)
+        return LikelihoodSuggestion("normal", "no row has it", learned)
     low, high = float(values.low.min()), float(values.high.max())
     if values.are_binary and info.scaling in ("none", "unit"):
-        return Fit("bernoulli", "every value is 0 or 1 when read", {})
+        return LikelihoodSuggestion("bernoulli", "every value is 0 or 1 when read", {})
     if info.scaling == "unit" or (info.scaling == "none" and low >= 0 and high <= 1):
-        return Fit("normal", "grey values in [0, 1]: of these, bernoulli would be no density", learned)
+        return LikelihoodSuggestion("normal", "grey values in [0, 1]: of these, bernoulli would be no density", learned)
     if values.are_counts and info.scaling == "none":
         with np.errstate(all="ignore"):
             spread = _typical(values.std**2 / values.mean)
         reason = f"counts: whole numbers from 0, their variance {spread:.1f} times the mean"
-        return Fit("poisson" if spread <= _POISSON_SPREAD else "negative_binomial", reason, {})
+        return LikelihoodSuggestion("poisson" if spread <= _POISSON_SPREAD else "negative_binomial", reason, {})
     if info.scaling == "log1p":
-        return Fit("normal", "read as log(1 + x), which has no heavy tails as a rule", learned)
+        return LikelihoodSuggestion("normal", "read as log(1 + x), which has no heavy tails as a rule", learned)
     kurtosis = _typical(values.kurtosis)
     if kurtosis > _HEAVY_TAILS:
-        return Fit("laplace", f"heavy tails: kurtosis {kurtosis:.1f} (normal 3, laplace 6)", learned)
-    return Fit("normal", f"kurtosis {kurtosis:.1f} (normal 3, laplace 6)", learned)
+        return LikelihoodSuggestion("laplace", f"heavy tails: kurtosis {kurtosis:.1f} (normal 3, laplace 6)", learned)
+    return LikelihoodSuggestion("normal", f"kurtosis {kurtosis:.1f} (normal 3, laplace 6)", learned)
 
 
 def _typical(figures: Array) -> float:
@@ -66,7 +68,7 @@ def _typical(figures: Array) -> float:
     return float(np.median(finite)) if len(finite) else math.nan
 
 
-def propose_run(census: Census, dataset: str, likelihoods: dict[str, Fit]) -> TrainConfig:
+def propose_run(census: Census, dataset: str, likelihoods: dict[str, LikelihoodSuggestion]) -> TrainConfig:
     """Return a first run on the dataset at `dataset`, of sizes that go with it.
 
     Raises:

@@ -33,7 +33,7 @@ from dmvae.data.preparation.sources.npz import read_npz
 from dmvae.data.preparation.sources.parquet import read_parquet
 from dmvae.data.preparation.stream import Stream, in_memory
 from dmvae.data.preparation.writer import SplitWriter, check_target, new_dataset
-from dmvae.data.storage.location import Folder, check_free, locate, upload
+from dmvae.data.storage.location import LocalDataset, check_free, locate, upload
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -80,7 +80,7 @@ def prepare_and_upload(config: PrepareConfig, progress: Callable[[str], None] = 
         DatasetError: as `prepare`, or if the store does not take it.
     """
     place = locate(config.dataset)
-    if isinstance(place, Folder):
+    if isinstance(place, LocalDataset):
         return str(prepare(config.model_copy(update={"dataset": str(place.folder)}), progress))
     check_free(config.dataset, config.replace)
     with tempfile.TemporaryDirectory(prefix="dmvae-") as scratch:

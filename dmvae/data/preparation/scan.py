@@ -18,7 +18,7 @@ from dmvae.data.preparation.external_shuffle import Shuffle, hash_keys
 from dmvae.data.preparation.progress import Pace
 from dmvae.data.preparation.rows import Rows
 from dmvae.data.preparation.splitting import divide, divide_groups
-from dmvae.data.preparation.stream import Chunk, Spot, Stream
+from dmvae.data.preparation.stream import Chunk, SourceLocation, Stream
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -30,7 +30,7 @@ DEFAULT_SHARES = {"train": 0.8, "val": 0.1, "test": 0.1}
 class _Held:
     """What is held of each row of a chunk: its key, and whatever decides its split."""
 
-    spot: Spot
+    spot: SourceLocation
     keys: Array
     kept: Array
     labels: Array | None
@@ -129,7 +129,7 @@ class Scan:
         )
         self.shuffle.add(replace(rows, splits=None, groups=None), keys, np.arange(start, start + len(rows)))
 
-    def _check_values(self, rows: Rows, spot: Spot) -> Rows:
+    def _check_values(self, rows: Rows, spot: SourceLocation) -> Rows:
         """Refuse infinity; count the rows with some features NaN, and take the modality from them if told to."""
         for name, values in rows.data.items():
             self._refuse_out_of_range(rows, name, spot)
@@ -151,7 +151,7 @@ class Scan:
                 rows = replace(rows, present={**rows.present, name: rows.present[name] & ~odd})
         return rows
 
-    def _refuse_out_of_range(self, rows: Rows, name: str, spot: Spot) -> None:
+    def _refuse_out_of_range(self, rows: Rows, name: str, spot: SourceLocation) -> None:
         values, counts = rows.data[name].reshape(len(rows), -1), self._config.likelihood.get(name) in COUNT_DISTS
         if counts:
             _refuse_absent_factor(rows, name, spot)
@@ -189,7 +189,7 @@ class Scan:
             what = "taken for missing in" if self._config.partial == "drop" else "training means filled into"
             progress(f"{name}: {what} {count} rows that have some features NaN")
 
-    def _code(self, splits: Array, spot: Spot) -> Array:
+    def _code(self, splits: Array, spot: SourceLocation) -> Array:
         """Number the names of splits."""
         found, first, inverse = np.unique(splits, return_index=True, return_inverse=True)
         codes = np.empty(len(found), dtype=np.int16)
@@ -238,7 +238,7 @@ def _column(parts: list[Array | None]) -> Array | None:
     return np.concatenate(given) if given else None
 
 
-def _refuse_absent_factor(rows: Rows, name: str, spot: Spot) -> None:
+def _refuse_absent_factor(rows: Rows, name: str, spot: SourceLocation) -> None:
     if rows.size_factors is None:
         return
     absent = rows.present[name] & np.isnan(rows.size_factors)

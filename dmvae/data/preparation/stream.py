@@ -10,7 +10,7 @@ _MAX_CHUNK_ROWS = 1 << 16
 
 
 @dataclass(frozen=True)
-class Spot:
+class SourceLocation:
     """Where rows come from: a file, the number there of the first one, and what is counted there."""
 
     where: str
@@ -27,7 +27,7 @@ class Chunk:
     """Some rows that follow one another in the source, and where they are."""
 
     rows: Rows
-    spot: Spot
+    spot: SourceLocation
 
 
 @dataclass(frozen=True)
@@ -54,4 +54,6 @@ def in_memory(rows: Rows, where: str) -> Stream:
     """Return rows that are held already as a stream."""
     step = chunk_rows(rows.columns.row_bytes)
     starts = range(0, len(rows), step)
-    return Stream((Chunk(rows.take(slice(start, start + step)), Spot(where, start)) for start in starts), len(rows))
+    return Stream(
+        (Chunk(rows.take(slice(start, start + step)), SourceLocation(where, start)) for start in starts), len(rows)
+    )

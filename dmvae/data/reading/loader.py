@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Int64
 
 from dmvae.data.batch import Batch
-from dmvae.data.reading.sampler import EpochOrder
+from dmvae.data.reading.sampler import EpochSampler
 from dmvae.data.reading.split import Split
 
 LOOKAHEAD_ROWS = 8192
@@ -30,7 +30,7 @@ Chunk = tuple[list[Slice], Int64[np.ndarray, " row"]]
 
 def read_epoch(
     split: Split,
-    order: EpochOrder,
+    order: EpochSampler,
     epoch: int,
     start_step: int = 0,
     rank: int = 0,
@@ -58,7 +58,7 @@ def read_epoch(
 
 
 def _read_chunks(
-    split: Split, order: EpochOrder, epoch: int, chunks: Iterable[list[Slice]], dtype: torch.dtype
+    split: Split, order: EpochSampler, epoch: int, chunks: Iterable[list[Slice]], dtype: torch.dtype
 ) -> Iterator[tuple[int, int, Batch]]:
     for chunk, rows in _open_ahead(split, ((chunk, order.rows_of(epoch, chunk)) for chunk in chunks)):
         batches = split.read_batches(rows, [stop - start for _, start, stop in chunk], dtype)

@@ -67,7 +67,7 @@ class _Plan:
     cache: dict[int, Array] = field(default_factory=dict)
 
 
-class EpochOrder:
+class EpochSampler:
     """Which rows of a split make up each global batch.
 
     Every epoch has every row exactly once; all batches have `batch_size` rows but the last, which has what is left.

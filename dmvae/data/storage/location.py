@@ -57,7 +57,7 @@ def file_system(uri: str) -> tuple[pa.fs.FileSystem, str]:
     return system, path.rstrip("/")
 
 
-class Folder:
+class LocalDataset:
     """A dataset in a folder of this machine, or one that is mounted here."""
 
     def __init__(self, folder: Path) -> None:
@@ -112,7 +112,7 @@ class Folder:
             )
 
 
-class Store:
+class RemoteDataset:
     """A dataset in an object store; shards are staged on this node."""
 
     def __init__(self, uri: str, system: pa.fs.FileSystem, path: str) -> None:
@@ -178,7 +178,7 @@ class Store:
                 file.write(_patiently(partial(source.read_at, length, start), where))
 
 
-Place = Folder | Store
+Place = LocalDataset | RemoteDataset
 """What reads a manifest, compares it with the files, and fetches shards; `where` is a folder or URI for any process."""
 
 
@@ -189,9 +189,13 @@ def locate(path: str | Path) -> Place:
         DatasetError: if no file system has such a URI, or it holds credentials.
     """
     if not is_uri(path):
-        return Folder(Path(path))
+        return LocalDataset(Path(path))
     system, inner = file_system(str(path))
-    return Folder(Path(inner)) if isinstance(system, pa.fs.LocalFileSystem) else Store(str(path), system, inner)
+    return (
+        LocalDataset(Path(inner))
+        if isinstance(system, pa.fs.LocalFileSystem)
+        else RemoteDataset(str(path), system, inner)
+    )
 
 
 def _patiently(ask: Callable[[], Found], where: str, seconds: float | None = None) -> Found:

@@ -22,14 +22,14 @@ from dmvae.distributions.noise import chain, row_keys
 from dmvae.model.loss import Decode, Observed
 from dmvae.model.nll.gauss_newton import (
     EncoderProposal,
+    GaussNewtonProposal,
     Proposal,
-    RefinedProposal,
     encoder_means,
     gauss_newton,
     setup_cost,
 )
 from dmvae.model.nll.importance import MIN_TRUSTED_DRAWS, WeightSummary, pieces
-from dmvae.model.nll.log_joint import Rows, Term, has_forward_mode
+from dmvae.model.nll.log_joint import ModalityTerm, PatternRows, has_forward_mode
 from dmvae.model.nll.mixture_proposal import STARTS_AT_ONCE, MixtureProposal, fit_mixture
 
 KHAT_LIMIT = 0.7
@@ -213,7 +213,7 @@ def _gather(
     names: tuple[str, ...],
     chosen: Int64[Tensor, " chosen"],
     forward_mode: Mapping[str, bool],
-) -> Rows:
+) -> PatternRows:
     """Encode rows that all have the modalities `names`."""
     size_factors = None if batch.size_factors is None else batch.size_factors.index_select(0, chosen)
     data = {name: batch.data[name].index_select(0, chosen) for name in names}
@@ -225,7 +225,7 @@ def _gather(
     )
     functions, likelihoods, known = model.decode_functions, model.likelihoods, model.config.modalities
     terms = (
-        Term(
+        ModalityTerm(
             place=1 + known.index(name),
             values=part.values,
             private=_double(part.private),
@@ -236,14 +236,14 @@ def _gather(
         )
         for name, part in observed.items()
     )
-    return Rows(keys[chosen], _double(shared), tuple(terms))
+    return PatternRows(keys[chosen], _double(shared), tuple(terms))
 
 
-def _estimate(rows: Rows, budget: _Budget) -> NLLEstimate:
+def _estimate(rows: PatternRows, budget: _Budget) -> NLLEstimate:
     if not budget.steps:
         return _average(rows, EncoderProposal(rows, budget.total), _FIRST, budget, "encoder")
     num_draws = budget.total - setup_cost(rows.probes, budget.steps)
-    proposal = RefinedProposal(rows, gauss_newton(rows, encoder_means(rows), budget.steps), num_draws)
+    proposal = GaussNewtonProposal(rows, gauss_newton(rows, encoder_means(rows), budget.steps), num_draws)
     first = _average(rows, proposal, _FIRST, budget, "refined")
     doubtful = ((first.khat > AFRESH_KHAT) | (first.se > SE_LIMIT)).nonzero().squeeze(1)
     if num_draws < MIN_TRUSTED_DRAWS or len(doubtful) == 0:
@@ -251,7 +251,7 @@ def _estimate(rows: Rows, budget: _Budget) -> NLLEstimate:
     return first.put(doubtful, _escalate(rows.select(doubtful), budget))
 
 
-def _escalate(rows: Rows, first: _Budget) -> NLLEstimate:
+def _escalate(rows: PatternRows, first: _Budget) -> NLLEstimate:
     """Estimate rows afresh with eight times the budget, from a proposal that looks for several modes."""
     total = _ESCALATION * first.total
     components, num_draws = fit_mixture(rows, chain(rows.keys, _FIT), total, first.chunk)
@@ -259,7 +259,7 @@ def _escalate(rows: Rows, first: _Budget) -> NLLEstimate:
     return _average(rows, MixtureProposal(rows, components, num_draws), _SECOND, spent, "refined")
 
 
-def _average(rows: Rows, proposal: Proposal, stage: int, spent: _Budget, name: str) -> NLLEstimate:
+def _average(rows: PatternRows, proposal: Proposal, stage: int, spent: _Budget, name: str) -> NLLEstimate:
     """Draw from the proposal and average the weights."""
     keys = chain(rows.keys, stage)
     weights = WeightSummary(len(rows), proposal.counts, keys.device)

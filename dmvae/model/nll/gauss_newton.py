@@ -28,7 +28,7 @@ from torch import Tensor
 from dmvae.distributions.gaussian import DiagGaussian
 from dmvae.distributions.noise import chain, standard_normal
 from dmvae.model.nll.importance import strata
-from dmvae.model.nll.log_joint import Rows
+from dmvae.model.nll.log_joint import PatternRows
 
 SPREAD = 1.15
 """Factor on the fitted covariance: importance sampling wants a proposal somewhat wider than its target."""
@@ -65,7 +65,7 @@ def normals(
 class EncoderProposal:
     """q(z_s | x_A) prod_i q(z_i | x_i)."""
 
-    def __init__(self, rows: Rows, num_draws: int) -> None:
+    def __init__(self, rows: PatternRows, num_draws: int) -> None:
         self.counts: tuple[int, ...] = (num_draws,)
         parts = [rows.shared, *(term.private for term in rows.terms)]
         self._places = (0, *(term.place for term in rows.terms))
@@ -101,7 +101,7 @@ class EncoderProposal:
 
 
 @dataclass(frozen=True, eq=False)
-class Fit:
+class GaussianFit:
     """A Gaussian of all latents u of every row."""
 
     mean: Float[Tensor, "row latent"]
@@ -113,12 +113,12 @@ def setup_cost(probes: int, iterations: int) -> int:
     return (iterations + 1) * probes + iterations
 
 
-def encoder_means(rows: Rows) -> Float[Tensor, "row latent"]:
+def encoder_means(rows: PatternRows) -> Float[Tensor, "row latent"]:
     """Return the means of q(z_s | x_A) and of each q(z_i | x_i)."""
     return torch.cat([rows.shared.mean, *(term.private.mean for term in rows.terms)], dim=1)
 
 
-def gauss_newton(rows: Rows, mode: Float[Tensor, "row latent"], iterations: int) -> Fit:
+def gauss_newton(rows: PatternRows, mode: Float[Tensor, "row latent"], iterations: int) -> GaussianFit:
     """Fit a Gaussian to each row's posterior: from `mode` on damped Gauss-Newton steps, and the covariance H^-1.
 
     A step that does not raise log p(x_A, u) is taken back and the damping raised (Levenberg-Marquardt), row by row.
@@ -134,16 +134,16 @@ def gauss_newton(rows: Rows, mode: Float[Tensor, "row latent"], iterations: int)
         mode = torch.where(better.unsqueeze(1), moved, mode)
         damping = torch.where(better, damping / 3, (4 * damping).clamp(min=0.5))
     _, _, hessian = rows.linearise(mode)
-    return Fit(mode, torch.cholesky_inverse(_cholesky(hessian)))
+    return GaussianFit(mode, torch.cholesky_inverse(_cholesky(hessian)))
 
 
-class RefinedProposal:
-    """A `Fit` mixed with a wider one and the encoders' posteriors; see the top of this module.
+class GaussNewtonProposal:
+    """A `GaussianFit` mixed with a wider one and the encoders' posteriors; see the top of this module.
 
     Its three parts are strata of fixed sizes; within the fit a private latent is at random drawn from its encoder.
     """
 
-    def __init__(self, rows: Rows, fit: Fit, num_draws: int) -> None:
+    def __init__(self, rows: PatternRows, fit: GaussianFit, num_draws: int) -> None:
         # two draws have a variance; the density uses the counts as they are, so any counts are unbiased
         few = max(2, round(0.1 * num_draws))
         self.counts: tuple[int, ...] = (num_draws - 2 * few, few, few)

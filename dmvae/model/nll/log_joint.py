@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dmvae.distributions.gaussian import DiagGaussian, log_prior
 from dmvae.distributions.likelihoods import Likelihood, log_prob_each
-from dmvae.nn.batched import decode_each, decoder_layout, families
+from dmvae.nn.batched import decode_each, decoder_layout, group_by_layout
 
 Decode = Callable[[Tensor], Tensor]
 _CACHED_NUMBERS = 2**19
@@ -20,7 +20,7 @@ _DIFFERENCE = 1e-3  # step in a latent's unit, where a decoder has no forward-mo
 
 
 @dataclass(frozen=True, eq=False)
-class Term:
+class ModalityTerm:
     """One modality of a group of rows that all have it.
 
     Attributes:
@@ -58,7 +58,7 @@ class Term:
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
+class PatternRows:
     """Rows that have the same modalities A, with what the estimators need of them.
 
     Attributes:
@@ -69,18 +69,18 @@ class Rows:
 
     keys: Int64[Tensor, " row"]
     shared: DiagGaussian
-    terms: tuple[Term, ...]
+    terms: tuple[ModalityTerm, ...]
 
     def __len__(self) -> int:
         return len(self.keys)
 
-    def select(self, rows: Int64[Tensor, " chosen"]) -> "Rows":
+    def select(self, rows: Int64[Tensor, " chosen"]) -> "PatternRows":
         """Return some of the rows."""
         terms = (
             replace(term, values=term.values.index_select(0, rows), private=_select(term.private, rows))
             for term in self.terms
         )
-        return Rows(self.keys[rows], _select(self.shared, rows), tuple(terms))
+        return PatternRows(self.keys[rows], _select(self.shared, rows), tuple(terms))
 
     @property
     def blocks(self) -> tuple[slice, ...]:
@@ -98,7 +98,7 @@ class Rows:
         """Return log p(u) + sum_i log p(x_i | u) of every draw."""
         total = log_prior(latents)
         kinds = {str(place): decoder_layout(term.decode) for place, term in enumerate(self.terms)}
-        for family in families(kinds):
+        for family in group_by_layout(kinds):
             places = [int(place) for place in family]
             terms, width = [self.terms[place] for place in places], self.terms[places[0]].decoded_numbers
             at_once = max(1, _CACHED_NUMBERS // (latents.shape[1] * len(terms) * width))
@@ -139,7 +139,7 @@ def _inputs(
 
 
 def _log_likelihood(
-    terms: Sequence[Term], z: Float[Tensor, "member row draw latent"], rows: slice
+    terms: Sequence[ModalityTerm], z: Float[Tensor, "member row draw latent"], rows: slice
 ) -> Float[Tensor, "row draw"]:
     """Return the sum over modalities whose decoders run as one of log p(x_i | z_s, z_i) of some rows' draws."""
     output = decode_each([term.decode for term in terms], z.flatten(1, 2))
@@ -149,7 +149,7 @@ def _log_likelihood(
 
 
 def has_forward_mode(decode: Decode, z: Float[Tensor, "row latent"]) -> bool:
-    """Tell whether a decoder has the derivatives that `Term.linearise` wants, by trying it on `z`."""
+    """Tell whether a decoder has the derivatives that `ModalityTerm.linearise` wants, by trying it on `z`."""
     try:
         with warnings.catch_warnings():
             # on its first forward-mode derivative torch scripts decompositions of its own, and warns of doing so

@@ -31,7 +31,7 @@ from dmvae.model.nll.gauss_newton import (
     setup_cost,
 )
 from dmvae.model.nll.importance import pieces, strata
-from dmvae.model.nll.log_joint import Rows
+from dmvae.model.nll.log_joint import PatternRows
 
 STARTS_AT_ONCE = 4
 """So many times its rows are linearised together."""
@@ -59,7 +59,7 @@ class Components:
 class MixtureProposal:
     """`Components`, the same wider, and the encoders' posteriors: three strata of fixed sizes."""
 
-    def __init__(self, rows: Rows, components: Components, num_draws: int) -> None:
+    def __init__(self, rows: PatternRows, components: Components, num_draws: int) -> None:
         # two draws have a variance; the density uses the counts as they are, so any counts are unbiased
         wide, few = (max(2, round(share * num_draws)) for share in (0.3, 0.1))
         self.counts: tuple[int, ...] = (num_draws - wide - few, wide, few)
@@ -114,7 +114,7 @@ class MixtureProposal:
         return (self._encoders.log_density(latents) + share).unsqueeze(-1)
 
 
-def fit_mixture(rows: Rows, keys: Int64[Tensor, " row"], total: int, chunk: int) -> tuple[Components, int]:
+def fit_mixture(rows: PatternRows, keys: Int64[Tensor, " row"], total: int, chunk: int) -> tuple[Components, int]:
     """Fit components to each row's posterior with at most half of `total` decoder rows, and then pilots.
 
     Returns:
@@ -130,7 +130,7 @@ def fit_mixture(rows: Rows, keys: Int64[Tensor, " row"], total: int, chunk: int)
     return components, left - _ROUNDS * num_pilot
 
 
-def _from_starts(rows: Rows, keys: Int64[Tensor, " row"], num: int) -> Components:
+def _from_starts(rows: PatternRows, keys: Int64[Tensor, " row"], num: int) -> Components:
     """Fit a Gaussian from each start; a component's weight is its Laplace evidence, one mode's fits sharing theirs."""
     middle = encoder_means(rows)
     draws, _ = EncoderProposal(rows, num).draw(keys, 0, num)
@@ -151,7 +151,9 @@ def _from_starts(rows: Rows, keys: Int64[Tensor, " row"], num: int) -> Component
     return Components(_floored(torch.softmax(torch.stack(evidence, dim=1) - alike.log(), dim=1)), tuple(gaussians))
 
 
-def _refit(rows: Rows, components: Components, keys: Int64[Tensor, " row"], num_draws: int, chunk: int) -> Components:
+def _refit(
+    rows: PatternRows, components: Components, keys: Int64[Tensor, " row"], num_draws: int, chunk: int
+) -> Components:
     """Take a step of EM on importance-weighted draws.
 
     Weights are tempered until their effective number is enough for the shared latent; a component that few draws

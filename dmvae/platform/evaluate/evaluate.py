@@ -14,7 +14,7 @@ from dmvae.data.reading.dataset import Dataset, open_dataset
 from dmvae.data.storage.location import is_uri
 from dmvae.distributions import noise
 from dmvae.evaluation.latents import fit_density
-from dmvae.evaluation.suite import Quality
+from dmvae.evaluation.suite import EvaluationSuite
 from dmvae.model.dmvae import DMVAE, MODEL_CONFIG, MODEL_WEIGHTS
 from dmvae.platform.cluster import local_cluster
 from dmvae.platform.evaluate.checks import check_fit, check_measures, check_support
@@ -80,7 +80,7 @@ def _judge(
 ) -> dict[str, float]:
     model, split = DMVAE.load(folder), dataset.split(config.split)
     check_measures(model.config, config, dataset, train_split)
-    quality = Quality(model, dataset.split(train_split), split)
+    quality = EvaluationSuite(model, dataset.split(train_split), split)
     progress(f"NLL of {config.split}: {len(split):,} rows, {config.num_draws} draws each")
     show = Progress(progress, f"NLL of {config.split}")
     removal = quality.removal(extras.missing_rates) if "robustness" in config.measures else None

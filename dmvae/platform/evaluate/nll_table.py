@@ -14,8 +14,8 @@ from torch import Tensor
 from dmvae.config.evaluation import Device, EvaluationConfig
 from dmvae.data.batch import Batch, has
 from dmvae.data.reading.dataset import open_dataset
-from dmvae.evaluation.elbo import negative_bound
-from dmvae.evaluation.masking import Removal, without
+from dmvae.evaluation.elbo import negative_elbo
+from dmvae.evaluation.masking import Removal, mask_modalities
 from dmvae.model.dmvae import DMVAE
 from dmvae.model.nll.estimate import NLLEstimate
 from dmvae.platform.cluster import limits, resources
@@ -222,8 +222,8 @@ class _Block:
         model, batch, whole, config = self._model, self._batch, self._whole, self._task.config
         columns: Columns = {"id": np.asarray(batch.ids)}
         columns |= {name: getattr(whole, name).cpu().numpy() for name in _COLUMNS}
-        counted = without(batch, *(name for name in batch.data if name not in self._names))
-        columns["bound"] = negative_bound(model, counted, seed=config.seed).cpu().numpy()
+        counted = mask_modalities(batch, *(name for name in batch.data if name not in self._names))
+        columns["bound"] = negative_elbo(model, counted, seed=config.seed).cpu().numpy()
         columns["proposal"] = np.full(len(batch), whole.proposal)
         columns["is_density"] = np.full(len(batch), self._is_density)
         if config.each_modality:

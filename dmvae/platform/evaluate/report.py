@@ -10,7 +10,7 @@ from dmvae.config.report import ReportConfig
 from dmvae.data.reading.dataset import open_dataset
 from dmvae.data.scaling import Scale
 from dmvae.evaluation.latents import collect, fit_density
-from dmvae.evaluation.suite import Quality, first_rows
+from dmvae.evaluation.suite import EvaluationSuite, first_rows
 from dmvae.model.dmvae import DMVAE, MODEL_CONFIG
 from dmvae.platform.evaluate.checks import check_fit
 from dmvae.platform.tracking.outbox import RUN_FILE, TrackedRun
@@ -40,14 +40,14 @@ def report(config: ReportConfig, progress: Callable[[str], None]) -> Path:
     check_fit(model, dataset)
     train, split = dataset.split(config.train_split), dataset.split(config.split)
     rows, folder = first_rows(split, _MAP_ROWS), Path(config.output or run_dir / "report")
-    quality = Quality(model, train, split, num_draws=20)
+    quality = EvaluationSuite(model, train, split, num_draws=20)
     drawn: list[Picture] = []
     curves = run_dir / "tracking" / "metrics.jsonl"
     if curves.is_file():
         drawn.append(charts.training_curves(curves))
     progress("fitting a density to the latents")
     density = fit_density(model, quality.fit_rows, config.density_components) if config.density_components else None
-    quality = Quality(model, train, split, density, num_draws=20)
+    quality = EvaluationSuite(model, train, split, density, num_draws=20)
     progress("decoding")
     scales = {name: Scale(info) for name, info in dataset.manifest.modalities.items()}
     drawn += pictures.reconstructions(model, rows, scales)

@@ -15,7 +15,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse
 
 from dmvae.config.registry import ServeConfig
-from dmvae.model.predictor import Request, Served
+from dmvae.model.predictor import Predictor, Request
 from dmvae.platform.cluster import local_cluster, resources
 from dmvae.platform.serve.registry import RegistryError, download, find
 from dmvae.platform.tracking.mlflow_delivery import answers, connect
@@ -117,11 +117,11 @@ class Application:
         with answers(self._uri):
             return str(find(connect(self._uri), self._config.model).version)
 
-    def _load(self) -> tuple[str, Served]:
+    def _load(self) -> tuple[str, Predictor]:
         version = self._newest()
         name = self._config.model.removeprefix("models:/").partition("@")[0].partition("/")[0]
         with tempfile.TemporaryDirectory() as scratch:
-            served = Served.load(download(f"models:/{name}/{version}", Path(scratch), self._config.tracking))
+            served = Predictor.load(download(f"models:/{name}/{version}", Path(scratch), self._config.tracking))
         served.model.to("cuda" if torch.cuda.is_available() else "cpu")
         return version, served
 
@@ -140,7 +140,7 @@ def run(config: ServeConfig, progress: Callable[[str], None]) -> None:
     """
     uri = tracking_uri(config.tracking)
     with tempfile.TemporaryDirectory() as scratch:  # what is wrong with the model is said here, not in a replica's log
-        Served.load(download(config.model, Path(scratch), config.tracking))
+        Predictor.load(download(config.model, Path(scratch), config.tracking))
     placed = config.model_copy(update={"tracking": config.tracking.model_copy(update={"uri": uri})})
     with local_cluster(config.replicas + 1):
         start(placed)

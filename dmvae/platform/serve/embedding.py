@@ -20,7 +20,7 @@ from dmvae.data.batch import Batch, has
 from dmvae.data.files import sha256_of
 from dmvae.data.reading.dataset import Dataset, open_dataset
 from dmvae.model.dmvae import DMVAE
-from dmvae.model.predictor import UNITS, Served, Unit
+from dmvae.model.predictor import UNITS, ModalitySpec, Predictor
 from dmvae.model.serialization import MODEL_WEIGHTS
 from dmvae.platform.cluster import local_cluster, resources
 from dmvae.platform.evaluate.checks import check_fit
@@ -133,10 +133,11 @@ class Embedder:
         self._model = DMVAE.load(folder)
         self._model.to("cuda" if torch.cuda.is_available() else "cpu")
         self._stored = {
-            name: Unit.model_validate(info.model_dump()) for name, info in self._dataset.manifest.modalities.items()
+            name: ModalitySpec.model_validate(info.model_dump())
+            for name, info in self._dataset.manifest.modalities.items()
         }
         own = Path(folder, UNITS).is_file()
-        self._trained = Served.load(Path(folder)).units if own else self._stored
+        self._trained = Predictor.load(Path(folder)).units if own else self._stored
 
     def write(self, shard: Shard) -> Shard:
         """Embed a shard; its file appears when it is whole."""

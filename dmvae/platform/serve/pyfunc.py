@@ -9,7 +9,7 @@ from typing import Any
 from mlflow.models import ModelConfig, set_model
 from mlflow.pyfunc.model import PythonModel
 
-from dmvae.model.predictor import Request, Served, row_type
+from dmvae.model.predictor import Predictor, Request, row_type
 
 Row = row_type(ModelConfig().get("shapes"))  # type: ignore[no-untyped-call]
 
@@ -19,7 +19,7 @@ class RegisteredModel(PythonModel):
 
     def load_context(self, context: Any) -> None:
         """Read the model and its units."""
-        self.served = Served.load(Path(context.artifacts["model"]))
+        self.served = Predictor.load(Path(context.artifacts["model"]))
 
     def predict(  # type: ignore[override]  # MLflow hands over what it finds in this signature
         self,

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from dmvae.config.tracking import TrackingConfig
 from dmvae.data.files import sha256_of
 from dmvae.data.reading.dataset import Dataset, open_dataset
-from dmvae.model.predictor import UNITS, Served
+from dmvae.model.predictor import UNITS, Predictor
 from dmvae.model.serialization import MODEL_CONFIG, MODEL_WEIGHTS
 from dmvae.platform.remote_fs import local
 from dmvae.platform.tracking.delivery_log import UnreachableError
@@ -175,7 +175,7 @@ def save(content: Path, target: Path) -> None:
     """Write the MLflow model: a pyfunc from code, with the package's core beside it, no pickle."""
     import mlflow
 
-    served = Served.load(content)
+    served = Predictor.load(content)
     shapes = {name: list(shape) for name, shape in served.shapes.items()}
     example = _example(served)
     code = target.with_name("code") / "dmvae"
@@ -194,7 +194,7 @@ def save(content: Path, target: Path) -> None:
     shutil.copy2(content / "card.md", target / "README.md")
 
 
-def _example(served: Served) -> dict[str, Any]:
+def _example(served: Predictor) -> dict[str, Any]:
     """Return a row that has its first modality alone: a plausible one, drawn from the model."""
     from dmvae.model.predictor import Request
 

@@ -57,7 +57,7 @@ def hold(path: Path, wait_seconds: float | int = 0.0) -> Iterator[None]:
         yield
 
 
-class Lane:
+class DeliveryLog:
     """An append-only file of JSON lines, delivered in order and at least once.
 
     `deliver` takes up to `batch_size` consecutive entries and returns what was refused for good; after an

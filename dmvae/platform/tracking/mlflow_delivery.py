@@ -64,7 +64,7 @@ def connect(uri: str) -> MlflowClient:
         return MlflowClient(uri)
 
 
-def carry_metrics(run: TrackedRun, entries: list[Entry]) -> list[Entry]:
+def deliver_metrics(run: TrackedRun, entries: list[Entry]) -> list[Entry]:
     """Send metrics and changes of status, in order; return what was refused."""
     client, refused = connect(run.uri), list[Entry]()
     for is_metrics, group in groupby(entries, lambda entry: "metrics" in entry):
@@ -80,7 +80,7 @@ def carry_metrics(run: TrackedRun, entries: list[Entry]) -> list[Entry]:
     return refused
 
 
-def carry_artifacts(run: TrackedRun, entries: list[Entry]) -> list[Entry]:
+def deliver_artifacts(run: TrackedRun, entries: list[Entry]) -> list[Entry]:
     """Upload files and folders; return what was refused."""
     return _each(connect(run.uri), run, _upload, entries)
 

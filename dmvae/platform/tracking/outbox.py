@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from dmvae.data.files import write_atomically
-from dmvae.platform.tracking.delivery_log import Entry, Lane, hold
+from dmvae.platform.tracking.delivery_log import DeliveryLog, Entry, hold
 
 Ending = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -72,12 +72,12 @@ class TrackedRun:
     run_id: str
     spool_dir: Path
 
-    def spool(self, *, background: bool = True, wait_seconds: float | int = 30.0) -> "MetricSpool":
+    def spool(self, *, background: bool = True, wait_seconds: float | int = 30.0) -> "Outbox":
         """Open the run's spool for writing: one process at a time, rank 0."""
-        return MetricSpool(self.spool_dir, self.uri, self.run_id, background=background, wait_seconds=wait_seconds)
+        return Outbox(self.spool_dir, self.uri, self.run_id, background=background, wait_seconds=wait_seconds)
 
 
-class MetricSpool:
+class Outbox:
     """What a training process writes about its run: kept on disk at once, delivered in the background.
 
     No call waits for MLflow, and none fails because MLflow is away. The steps of a metric only grow: a step that the
@@ -101,8 +101,8 @@ class MetricSpool:
             stack.enter_context(brisk_requests)
             set_aside(self._dir, run_id)
             record_run(self._dir, uri, run_id)
-            self._metrics = Lane(self._dir / "metrics.jsonl", self._send_metrics, batch_size=100)
-            self._artifacts = Lane(self._dir / "artifacts.jsonl", self._send_artifacts, batch_size=1)
+            self._metrics = DeliveryLog(self._dir / "metrics.jsonl", self._send_metrics, batch_size=100)
+            self._artifacts = DeliveryLog(self._dir / "artifacts.jsonl", self._send_artifacts, batch_size=1)
             for entry in self._metrics.entries():
                 self.status = entry.get("status", self.status)
                 self._last_step.update(dict.fromkeys(entry.get("metrics", ()), entry.get("step", 0)))
@@ -111,7 +111,7 @@ class MetricSpool:
             self._metrics.start()
             self._artifacts.start()
 
-    def __enter__(self) -> "MetricSpool":
+    def __enter__(self) -> "Outbox":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -172,12 +172,12 @@ class MetricSpool:
             mlflow_delivery as courier,  # MLflow's import takes two seconds, which nobody waits for here
         )
 
-        return courier.carry_metrics(self._run, entries)
+        return courier.deliver_metrics(self._run, entries)
 
     def _send_artifacts(self, entries: list[Entry]) -> list[Entry]:
         from dmvae.platform.tracking import mlflow_delivery as courier
 
-        return courier.carry_artifacts(self._run, entries)
+        return courier.deliver_artifacts(self._run, entries)
 
     def _set_status(self, status: str, reason: str) -> None:
         self.status = status

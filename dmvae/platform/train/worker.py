@@ -25,24 +25,24 @@ from dmvae.config.training import TrainConfig
 from dmvae.data.batch import Batch
 from dmvae.data.reading.dataset import open_dataset
 from dmvae.data.reading.loader import read_epoch, read_rows
-from dmvae.data.reading.sampler import EpochOrder
+from dmvae.data.reading.sampler import EpochSampler
 from dmvae.data.reading.split import Split
 from dmvae.model.dmvae import DMVAE
 from dmvae.platform.remote_fs import Remote
-from dmvae.platform.tracking.outbox import MetricSpool, TrackedRun
+from dmvae.platform.tracking.outbox import Outbox, TrackedRun
 from dmvae.platform.train import local_checkpoints as shelf
 from dmvae.platform.train import remote_checkpoints as depot
 from dmvae.platform.train.local_checkpoints import SCORE
 from dmvae.training import checkpoint
 from dmvae.training.loop import (
     CheckpointDue,
+    Collectives,
     EpochEnded,
-    Logged,
+    MetricsLogged,
     NonFiniteLossError,
-    Share,
     StepSkipped,
     TrainState,
-    Workers,
+    WorkerBatch,
     build_optimizer,
     is_finished,
     train,
@@ -98,7 +98,7 @@ def work(payload: dict[str, Any]) -> dict[str, Any]:
                 f"no better figure for {state.epochs_since_best} epochs stopped this run after {state.position.epoch}; "
                 "raise training.patience to train it further"
             )
-        workers = Workers(state.model) if num == 1 else _distribute(state.model, num, device)
+        workers = Collectives(state.model) if num == 1 else _distribute(state.model, num, device)
         try:
             _train(state, data, task, workers, spool)
         except NonFiniteLossError as error:
@@ -108,9 +108,7 @@ def work(payload: dict[str, Any]) -> dict[str, Any]:
     return {"epochs": state.position.epoch, "best": state.best}
 
 
-def _train(
-    state: TrainState, data: "WorkerData", task: WorkerTask, workers: Workers, spool: MetricSpool | None
-) -> None:
+def _train(state: TrainState, data: "WorkerData", task: WorkerTask, workers: Collectives, spool: Outbox | None) -> None:
     steps = data.steps_per_epoch
     done = state.position.epoch * steps + state.position.step
     recorder = None if spool is None else Recorder(task, spool, task.config.training.epochs * steps, done)
@@ -144,7 +142,7 @@ class WorkerData:
         self._validation: Split = dataset.split(config.data.val_split)
         self._rank, self._num, self._dtype = rank, num, dtype
         self._device = None if device is None or device.type == "cpu" else device
-        self._order = EpochOrder(
+        self._order = EpochSampler(
             self._train.record_batch_rows,
             seed=config.seed,
             batch_size=config.training.batch_size,
@@ -154,14 +152,14 @@ class WorkerData:
         )
         self.steps_per_epoch = self._order.num_batches
 
-    def shares(self, epoch: int, first_step: int) -> Iterator[Share]:
+    def shares(self, epoch: int, first_step: int) -> Iterator[WorkerBatch]:
         """Return this worker's share of every global batch of an epoch, from a step on."""
         pin = self._device is not None and self._device.type == "cuda"
         for step, first, batch in read_epoch(
             self._train, self._order, epoch, first_step, self._rank, self._num, self._dtype, pin
         ):
             there = batch if self._device is None else batch.to(self._device, non_blocking=True)
-            yield Share(there, step, first, self._order.batch_size_of(step))
+            yield WorkerBatch(there, step, first, self._order.batch_size_of(step))
 
     def validation_blocks(self) -> Iterator[Batch]:
         """Return every so-manieth block of the validation split."""
@@ -218,7 +216,7 @@ def _resume(state: TrainState, queue: Queue) -> None:
     raise checkpoint.CheckpointError(f"no checkpoint of this run is whole; tried {len(newest_first)}.")
 
 
-def _distribute(model: DMVAE, num: int, device: torch.device) -> Workers:
+def _distribute(model: DMVAE, num: int, device: torch.device) -> Collectives:
     # unused parameters are ordinary: a worker's rows may all lack a modality. They also keep DDP from laying its
     # buckets out anew after the first step, which would change the order of sums and, after a resume, the last bits
     wrapped = DistributedDataParallel(
@@ -227,7 +225,7 @@ def _distribute(model: DMVAE, num: int, device: torch.device) -> Workers:
         find_unused_parameters=True,
         gradient_as_bucket_view=True,
     )
-    return Workers(wrapped, num, _sum_over_workers, _first_workers_clock, wrapped.no_sync)
+    return Collectives(wrapped, num, _sum_over_workers, _first_workers_clock, wrapped.no_sync)
 
 
 class DiskError(Exception):
@@ -279,14 +277,14 @@ class Recorder:
     A spool that cannot be written does not stop one worker among several; `raise_fault` says so when all can stop.
     """
 
-    def __init__(self, task: WorkerTask, spool: MetricSpool, total_steps: int, done: int) -> None:
+    def __init__(self, task: WorkerTask, spool: Outbox, total_steps: int, done: int) -> None:
         self._training, self._queue, self._spool = task.config.training, task.queue, spool
         self._total_steps, self._first = total_steps, done
         self._start = self._printed = time.monotonic()
         self._loss = math.nan
         self._fault: OSError | None = None
 
-    def record(self, event: Logged) -> None:
+    def record(self, event: MetricsLogged) -> None:
         """Take down an event's figures; print a line every epoch, and every ten seconds of a long one."""
         try:
             self._spool.log(event.metrics, event.global_step)
@@ -307,7 +305,7 @@ class Recorder:
         if self._fault is not None:
             raise self._fault
 
-    def _line(self, event: Logged) -> str:
+    def _line(self, event: MetricsLogged) -> str:
         line = f"epoch {event.epoch + 1}/{self._training.epochs}  step {event.global_step}  loss {self._loss:.3f}"
         if isinstance(event, EpochEnded):
             figure = event.metrics[f"val/{self._training.monitor}"]

@@ -17,7 +17,7 @@ from ray.util.queue import Queue
 from dmvae.config.search import SearchConfig, lay_over
 from dmvae.config.training import TrainConfig
 from dmvae.data.reading.dataset import open_dataset
-from dmvae.evaluation.search_objectives import Judge, Merit
+from dmvae.evaluation.search_objectives import Estimate, ObjectiveEvaluator
 from dmvae.model.dmvae import DMVAE
 from dmvae.platform.tracking.outbox import TrackedRun
 from dmvae.platform.tracking.runs import open_run
@@ -27,11 +27,11 @@ from dmvae.platform.train.worker import WorkerData, WorkerTask, build_state
 from dmvae.platform.tune.study import PARAMS, RESULT, TrialResult, write_result
 from dmvae.training import checkpoint
 from dmvae.training.loop import (
+    Collectives,
     EpochEnded,
-    Logged,
+    MetricsLogged,
     NonFiniteLossError,
     TrainState,
-    Workers,
     is_finished,
     train,
 )
@@ -154,7 +154,7 @@ class RungJudge:
 
     config: SearchConfig
 
-    def figures(self, model: DMVAE, seconds: Merit) -> dict[str, float]:
+    def figures(self, model: DMVAE, seconds: Estimate) -> dict[str, float]:
         """Return every objective and its standard error as `NAME_se`, the model's own mode left as it was."""
         training = model.training
         merits = self._judge.merits(model.eval(), self.config.objectives) | {"seconds_per_step": seconds}
@@ -166,14 +166,14 @@ class RungJudge:
         seconds = self.config.base.training.batch_size / event.metrics[_SPEED]
         told = {"seconds": seconds, EPOCH: float(event.epoch + 1)}
         if event.epoch + 1 in rungs(self.config):
-            told |= _values(self.config, self.figures(model, Merit(seconds)))
+            told |= _values(self.config, self.figures(model, Estimate(seconds)))
         return told
 
     @cached_property
-    def _judge(self) -> Judge:
+    def _judge(self) -> ObjectiveEvaluator:
         config, data = self.config, self.config.base.data
         dataset = open_dataset(data.dataset)
-        return Judge(
+        return ObjectiveEvaluator(
             dataset.split(data.train_split),
             dataset.split(data.val_split),
             config.judged_rows,
@@ -184,7 +184,7 @@ class RungJudge:
 
 def _train_here(
     task: TrialTask, config: TrainConfig, record: dict[str, Any], folder: Path, tracked: TrackedRun, judge: RungJudge
-) -> tuple[DMVAE, Merit]:
+) -> tuple[DMVAE, Estimate]:
     """Train in this process; return the best epoch's model and the seconds that a step took."""
     torch.set_num_threads(max(1, int(config.workers.cpus)))
     use_gpu = torch.cuda.is_available() and config.workers.device != "cpu"
@@ -194,8 +194,8 @@ def _train_here(
     times = kept.resume(state)
     data, written = WorkerData(config, 0, 1, state.model.dtype, device), time.monotonic()
     with tracked.spool() as spool:
-        for event in train(state, data, config, Workers(state.model)):
-            if not isinstance(event, Logged):
+        for event in train(state, data, config, Collectives(state.model)):
+            if not isinstance(event, MetricsLogged):
                 continue
             spool.log(event.metrics, event.global_step)
             if not isinstance(event, EpochEnded):
@@ -263,7 +263,7 @@ class _Kept:
 
 def _train_nested(
     task: TrialTask, config: TrainConfig, record: dict[str, Any], folder: Path, tracked: TrackedRun, judge: RungJudge
-) -> tuple[DMVAE, Merit]:
+) -> tuple[DMVAE, Estimate]:
     """Train with a TorchTrainer of its own, whose first worker judges; this process only waits."""
     shelf.mend(folder / "checkpoints", task.queue.put)
     result = fit(config, str(folder), WorkerTask(config, record, tracked, task.queue, judge), [_Forward(task.config)])
@@ -286,12 +286,12 @@ class _Forward(TuneReportCallback):
             super().after_report(run_context, metrics, None)
 
 
-def _seconds(times: list[float]) -> Merit:
+def _seconds(times: list[float]) -> Estimate:
     if not times:
-        return Merit(math.nan, math.nan)
+        return Estimate(math.nan, math.nan)
     mean = sum(times) / len(times)
     spread = math.sqrt(sum((t - mean) ** 2 for t in times) / max(len(times) - 1, 1) / len(times))
-    return Merit(mean, spread)
+    return Estimate(mean, spread)
 
 
 def _values(config: SearchConfig, figures: dict[str, float]) -> dict[str, float]:

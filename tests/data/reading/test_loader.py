@@ -13,7 +13,7 @@ from dmvae.data.preparation.writer import write_dataset
 from dmvae.data.reading import loader
 from dmvae.data.reading.dataset import open_dataset
 from dmvae.data.reading.loader import read_epoch, read_rows
-from dmvae.data.reading.sampler import EpochOrder
+from dmvae.data.reading.sampler import EpochSampler
 from dmvae.data.reading.split import Split
 from tests.data.preparation.test_rows import make_rows
 
@@ -30,8 +30,8 @@ def split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Split:
     )
 
 
-def order_of(split: Split, batch_size: int = 10) -> EpochOrder:
-    return EpochOrder(split.record_batch_rows, seed=3, batch_size=batch_size, streams=4)
+def order_of(split: Split, batch_size: int = 10) -> EpochSampler:
+    return EpochSampler(split.record_batch_rows, seed=3, batch_size=batch_size, streams=4)
 
 
 def ids(batch: Batch) -> list[int]:
@@ -145,7 +145,7 @@ def test_blocks_are_the_same_for_any_number_of_workers(split: Split) -> None:
 
 def test_requests_out_of_range_are_refused(split: Split) -> None:
     with pytest.raises(ValueError, match="belongs to one split"):
-        read_epoch(split, EpochOrder([5], seed=0, batch_size=2), 0)
+        read_epoch(split, EpochSampler([5], seed=0, batch_size=2), 0)
     with pytest.raises(ValueError, match="got start_step=12"):
         read_epoch(split, order_of(split), 0, start_step=12)
     with pytest.raises(ValueError, match="got 2 of 2"):

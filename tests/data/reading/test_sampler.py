@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dmvae.data.reading.sampler import EpochOrder, _key, permutation
+from dmvae.data.reading.sampler import EpochSampler, _key, permutation
 from tests.benchmarks.order_quality import mixing
 
 quick = settings(max_examples=30, deadline=None)
@@ -30,7 +30,7 @@ def orders(draw: st.DrawFn) -> dict[str, Any]:
 @quick
 @given(orders(), st.integers(0, 3))
 def test_an_epoch_has_every_row_exactly_once(defined: dict[str, Any], epoch: int) -> None:
-    order = EpochOrder(**defined)
+    order = EpochSampler(**defined)
     rows = np.concatenate([order.rows(epoch, step) for step in range(order.num_batches)])
     assert np.array_equal(np.sort(rows), np.arange(order.num_rows))
 
@@ -38,7 +38,7 @@ def test_an_epoch_has_every_row_exactly_once(defined: dict[str, Any], epoch: int
 @quick
 @given(orders())
 def test_all_batches_are_full_but_the_last(defined: dict[str, Any]) -> None:
-    order = EpochOrder(**defined)
+    order = EpochSampler(**defined)
     sizes = [order.batch_size_of(step) for step in range(order.num_batches)]
     assert sum(sizes) == order.num_rows
     assert set(sizes[:-1]) <= {order.batch_size}
@@ -51,37 +51,37 @@ def test_all_batches_are_full_but_the_last(defined: dict[str, Any]) -> None:
 def test_workers_slices_put_together_are_the_global_batch(
     defined: dict[str, Any], workers: int, data: st.DataObject
 ) -> None:
-    order = EpochOrder(**defined)
+    order = EpochSampler(**defined)
     step = data.draw(st.integers(0, order.num_batches - 1))
     slices = [order.worker_slice(step, rank, workers) for rank in range(workers)]
     lengths = [stop - start for start, stop in slices]
     assert max(lengths) - min(lengths) <= 1
-    parts = [EpochOrder(**defined).rows(2, step, *piece) for piece in slices]
+    parts = [EpochSampler(**defined).rows(2, step, *piece) for piece in slices]
     assert np.array_equal(np.concatenate(parts), order.rows(2, step))
 
 
 @quick
 @given(orders(), st.data())
 def test_a_step_does_not_depend_on_what_was_read_before(defined: dict[str, Any], data: st.DataObject) -> None:
-    order = EpochOrder(**defined)
+    order = EpochSampler(**defined)
     steps = data.draw(st.lists(st.tuples(st.integers(0, 2), st.integers(0, order.num_batches - 1)), max_size=5))
     for epoch, step in steps:
-        assert np.array_equal(order.rows(epoch, step), EpochOrder(**defined).rows(epoch, step))
+        assert np.array_equal(order.rows(epoch, step), EpochSampler(**defined).rows(epoch, step))
 
 
 @quick
 @given(orders())
 def test_rows_of_several_slices_come_one_after_another(defined: dict[str, Any]) -> None:
-    order = EpochOrder(**defined)
+    order = EpochSampler(**defined)
     slices = [(step, 0, order.batch_size_of(step)) for step in range(order.num_batches)]
-    whole = EpochOrder(**defined).rows_of(1, slices)
+    whole = EpochSampler(**defined).rows_of(1, slices)
     assert np.array_equal(whole, np.concatenate([order.rows(1, step) for step in range(order.num_batches)]))
 
 
 @quick
 @given(orders(), st.data())
 def test_every_stream_gives_its_share_of_a_batch(defined: dict[str, Any], data: st.DataObject) -> None:
-    order = EpochOrder(**defined)
+    order = EpochSampler(**defined)
     step = data.draw(st.integers(0, order.num_batches - 1))
     rows = order.batch_size_of(step)
     places = order._places(step, 0, rows)
@@ -98,13 +98,13 @@ def test_a_permutation_has_every_number_once(num: int, seed: int) -> None:
 
 def test_epochs_and_seeds_differ() -> None:
     def first(seed: int, epoch: int) -> list[int]:
-        return EpochOrder([64] * 50, seed=seed, batch_size=32).rows(epoch, 0).tolist()
+        return EpochSampler([64] * 50, seed=seed, batch_size=32).rows(epoch, 0).tolist()
 
     assert len({tuple(first(seed, epoch)) for seed in range(4) for epoch in range(4)}) == 16
 
 
 def test_the_order_is_the_same_in_every_release() -> None:
-    order = EpochOrder([64] * 50 + [7], seed=11, batch_size=48)
+    order = EpochSampler([64] * 50 + [7], seed=11, batch_size=48)
     rows = np.concatenate([order.rows(3, step) for step in range(order.num_batches)])
     assert hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest()[:16] == "b830d3f060bbb65a"
 
@@ -125,14 +125,14 @@ def test_the_fingerprint_names_everything_that_defines_the_order() -> None:
         {"streams": 5},
         {"window_rows": 41},
     ]
-    orders = [EpochOrder(**(defined | change)) for change in changes]
+    orders = [EpochSampler(**(defined | change)) for change in changes]
     assert len({order.fingerprint for order in orders}) == len(changes)
-    assert EpochOrder(**defined).fingerprint == orders[0].fingerprint
+    assert EpochSampler(**defined).fingerprint == orders[0].fingerprint
 
 
 def test_rows_written_sorted_are_mixed_almost_as_by_a_full_shuffle() -> None:
     num, classes, batch_size = 200_000, 100, 256
-    order = EpochOrder([256] * (num // 256) + [num % 256], seed=0, batch_size=batch_size)
+    order = EpochSampler([256] * (num // 256) + [num % 256], seed=0, batch_size=batch_size)
     labels = np.arange(num) * classes // num
     steps = [(step, 0, batch_size) for step in range(order.num_batches - 1)]
     batches = labels[order.rows_of(0, steps)].reshape(len(steps), batch_size)
@@ -143,7 +143,7 @@ def test_rows_written_sorted_are_mixed_almost_as_by_a_full_shuffle() -> None:
 
 def test_by_shards_a_stream_reads_one_after_another_in_an_order_of_each_epoch() -> None:
     shards = np.repeat(np.arange(40), 10)
-    order = EpochOrder([16] * 400, seed=0, batch_size=64, streams=4, window_rows=64, shards=shards)
+    order = EpochSampler([16] * 400, seed=0, batch_size=64, streams=4, window_rows=64, shards=shards)
     orders = []
     for epoch in range(2):
         rows = order.rows_of(epoch, [(step, 0, order.batch_size_of(step)) for step in range(order.num_batches)])
@@ -159,7 +159,7 @@ def test_by_shards_a_stream_reads_one_after_another_in_an_order_of_each_epoch() 
 
 
 def test_over_20_epochs_rows_travel_and_change_company_as_by_full_shuffles() -> None:
-    order = EpochOrder([32] * 250, seed=0, batch_size=64, streams=16)
+    order = EpochSampler([32] * 250, seed=0, batch_size=64, streams=16)
     steps = [(step, 0, order.batch_size_of(step)) for step in range(order.num_batches)]
     found = mixing(lambda epoch: order.rows_of(epoch, steps), 8000, epochs=20, batch=64, classes=10)
     assert found["travel"] == pytest.approx(1 / 3, abs=0.02)
@@ -185,11 +185,11 @@ def test_over_20_epochs_rows_travel_and_change_company_as_by_full_shuffles() -> 
 )
 def test_settings_out_of_range_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        EpochOrder(**({"record_batch_rows": [5, 5], "seed": 0, "batch_size": 8} | change))
+        EpochSampler(**({"record_batch_rows": [5, 5], "seed": 0, "batch_size": 8} | change))
 
 
 def test_steps_ranks_and_positions_out_of_range_are_refused() -> None:
-    order = EpochOrder([5, 5], seed=0, batch_size=8)
+    order = EpochSampler([5, 5], seed=0, batch_size=8)
     with pytest.raises(ValueError, match="steps 0 to 1; got step=2"):
         order.batch_size_of(2)
     with pytest.raises(ValueError, match="got 3 of 3"):

@@ -18,7 +18,7 @@ from dmvae.data.preparation.prepare import prepare_and_upload
 from dmvae.data.preparation.writer import write_dataset
 from dmvae.data.reading.dataset import open_dataset
 from dmvae.data.reading.loader import read_epoch
-from dmvae.data.reading.sampler import EpochOrder
+from dmvae.data.reading.sampler import EpochSampler
 from dmvae.data.reading.split import Split
 from dmvae.data.storage import location as place
 from dmvae.data.storage.location import absolute, upload
@@ -55,7 +55,7 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def ids(split: Split) -> list[int]:
-    order = EpochOrder(split.record_batch_rows, seed=3, batch_size=100, streams=4)
+    order = EpochSampler(split.record_batch_rows, seed=3, batch_size=100, streams=4)
     return [row for _, _, batch in read_epoch(split, order, epoch=0) for row in torch.as_tensor(batch.ids).tolist()]
 
 
@@ -75,9 +75,9 @@ def test_two_workers_stage_a_shard_once(wire: Wire, tmp_path: Path) -> None:
     program = (
         "import sys\n"
         "from dmvae.data.reading.dataset import open_dataset\n"
-        "from dmvae.data.reading.loader import EpochOrder, read_epoch\n"
+        "from dmvae.data.reading.loader import EpochSampler, read_epoch\n"
         f"split = open_dataset({URI!r}).split('train')\n"
-        "order = EpochOrder(split.record_batch_rows, seed=3, batch_size=100, streams=4)\n"
+        "order = EpochSampler(split.record_batch_rows, seed=3, batch_size=100, streams=4)\n"
         "print(sum(len(batch) for _, _, batch in read_epoch(split, order, 0, 0, int(sys.argv[1]), 2)))"
     )
     workers = [
@@ -96,7 +96,7 @@ def test_a_cache_smaller_than_the_dataset_keeps_its_bound(
     monkeypatch.setenv("DMVAE_CACHE_GB", str(bound / 1e9))
     monkeypatch.setattr("dmvae.data.reading.loader.LOOKAHEAD_ROWS", 100)
     split = open_dataset(URI).split("train")
-    order = EpochOrder(split.record_batch_rows, seed=3, batch_size=100, streams=1, window_rows=128)
+    order = EpochSampler(split.record_batch_rows, seed=3, batch_size=100, streams=1, window_rows=128)
     largest, found = 0, []
     for _, _, batch in read_epoch(split, order, epoch=0):
         found += torch.as_tensor(batch.ids).tolist()
@@ -113,11 +113,11 @@ def test_by_shards_a_small_cache_fetches_each_about_once(
     monkeypatch.setattr("dmvae.data.reading.loader.LOOKAHEAD_ROWS", 100)
     split = open_dataset(URI).split("train")
     settings = {"seed": 3, "batch_size": 50, "streams": 1, "window_rows": 128}
-    by_shard = EpochOrder(split.record_batch_rows, shards=split.record_batch_shards, **settings)
+    by_shard = EpochSampler(split.record_batch_rows, shards=split.record_batch_shards, **settings)
     found = [row for _, _, batch in read_epoch(split, by_shard, 0) for row in torch.as_tensor(batch.ids).tolist()]
     assert sorted(found) == sorted(open_dataset(local).split("train").ids().tolist())
     assert sum(wire.shards_asked().values()) <= 10, "8 shards, a few of them twice"
-    by_batch = EpochOrder(split.record_batch_rows, **settings)
+    by_batch = EpochSampler(split.record_batch_rows, **settings)
     with pytest.raises(DatasetError, match=r"in use, and .* more wanted"):
         for _ in read_epoch(split, by_batch, 0):
             pass

@@ -13,9 +13,9 @@ from dmvae import DMVAE, Batch, DMVAEConfig
 from dmvae.distributions import likelihoods as likelihood
 from dmvae.model.nll import estimate as nll
 from dmvae.model.nll.estimate import NLLEstimate
-from dmvae.model.nll.gauss_newton import EncoderProposal, RefinedProposal, encoder_means, gauss_newton
+from dmvae.model.nll.gauss_newton import EncoderProposal, GaussNewtonProposal, encoder_means, gauss_newton
 from dmvae.model.nll.importance import WeightSummary, pareto_shape
-from dmvae.model.nll.log_joint import Rows, Term
+from dmvae.model.nll.log_joint import ModalityTerm, PatternRows
 from dmvae.model.nll.mixture_proposal import MixtureProposal, fit_mixture
 from dmvae.nn.networks import DecoderOutput
 from tests.linear_gaussian import exact_log_prob, linear_model, sample_rows
@@ -432,12 +432,14 @@ def test_weights_are_at_most_ten_times_those_of_encoder_draws():
     model = make(0, "bad")
     observed = model.observe(sample_rows(model, 3))
     terms = tuple(
-        Term(place, part.values, part.private, model.decode_functions[name], model.likelihoods[name], model.dtype, True)
+        ModalityTerm(
+            place, part.values, part.private, model.decode_functions[name], model.likelihoods[name], model.dtype, True
+        )
         for place, (name, part) in enumerate(observed.items(), start=1)
     )
-    rows = Rows(torch.arange(3), observed["a"].shared, terms)
+    rows = PatternRows(torch.arange(3), observed["a"].shared, terms)
     with torch.no_grad():
-        one = RefinedProposal(rows, gauss_newton(rows, encoder_means(rows), 2), 500)
+        one = GaussNewtonProposal(rows, gauss_newton(rows, encoder_means(rows), 2), 500)
         several = MixtureProposal(rows, fit_mixture(rows, rows.keys, 2000, 100)[0], 500)
         for proposal in (one, several):
             latents, log_q = proposal.draw(rows.keys, 0, 500)
@@ -448,10 +450,10 @@ def test_weights_of_a_mixture_average_to_the_closed_form():
     model = linear_model({"a": (3,)}, latent_dim=1)
     batch = sample_rows(model, 4)
     observed = model.observe(batch)["a"]
-    term = Term(
+    term = ModalityTerm(
         1, observed.values, observed.private, model.decode_functions["a"], model.likelihoods["a"], model.dtype, True
     )
-    rows = Rows(torch.arange(4), observed.shared, (term,))
+    rows = PatternRows(torch.arange(4), observed.shared, (term,))
     with torch.no_grad():
         proposal = MixtureProposal(rows, fit_mixture(rows, rows.keys, 1000, 100)[0], 4000)
         latents, log_q = proposal.draw(rows.keys, 0, 4000)

@@ -16,7 +16,7 @@ from ray import serve
 
 from dmvae.config.registry import ServeConfig
 from dmvae.config.tracking import TrackingConfig
-from dmvae.model.predictor import Request, Served
+from dmvae.model.predictor import Predictor, Request
 from dmvae.platform.serve.application import start
 from dmvae.platform.serve.registry import download, register
 from tests.platform.tracking.test_tracking import free_port
@@ -82,7 +82,7 @@ def questions(number: int) -> dict[str, Any]:
 def converse(folder: Path, address: str, right: int, wrong: int) -> None:
     """Eight clients at a time; every right answer is what the model says alone."""
     scratch = folder / "downloaded"
-    alone = Served.load(download("models:/served/1", scratch, tracking(folder)))
+    alone = Predictor.load(download("models:/served/1", scratch, tracking(folder)))
     jobs: list[tuple[bytes, int, Any]] = []
     for number in range(right):
         question = questions(number)

@@ -14,7 +14,7 @@ from dmvae.config.registry import EmbedConfig
 from dmvae.data.batch import has
 from dmvae.data.reading.dataset import open_dataset
 from dmvae.data.reading.loader import read_rows
-from dmvae.model.predictor import UNITS, Request, Served, Unit
+from dmvae.model.predictor import UNITS, ModalitySpec, Predictor, Request
 from dmvae.platform.serve.embedding import Embedder, _key, _shards, embed
 from tests.runs import make_config, make_dataset, train_here
 
@@ -56,8 +56,8 @@ def test_latents_are_encode_s_row_by_row_on_one_and_two_workers(folder: Path, tm
     assert summary.rows == summary.fresh == 600
     assert sorted(one["id"]) == list(range(600)), "every row once"
     found = {row: place for place, row in enumerate(one["id"])}
-    units = {name: Unit.model_validate(info.model_dump()) for name, info in dataset.manifest.modalities.items()}
-    served = Served(__import__("dmvae").DMVAE.load(folder / "model"), units)
+    units = {name: ModalitySpec.model_validate(info.model_dump()) for name, info in dataset.manifest.modalities.items()}
+    served = Predictor(__import__("dmvae").DMVAE.load(folder / "model"), units)
     for name in dataset.manifest.splits:
         for _, batch in read_rows(dataset.split(name), 7, dtype=served.model.dtype):
             row, place = batch[0], found[int(batch[0].ids[0])]  # type: ignore[index]
@@ -98,7 +98,7 @@ def test_a_dataset_that_is_scaled_otherwise_is_brought_to_the_model_s_scale(fold
     (model / UNITS).write_text(json.dumps(infos))
     embed(EmbedConfig(model=str(model), dataset=str(folder / "data"), output=str(tmp_path / "out"), split="val"), print)
     row = next(batch for _, batch in read_rows(dataset.split("val"), 1, dtype=torch.float64) if has(batch, "left")[0])
-    (answer,) = Served.load(model).answer(
+    (answer,) = Predictor.load(model).answer(
         [{n: row.data[n][0].tolist() for n in row.data if has(row, n)[0]}], Request(operation="encode")
     )
     found = read(tmp_path / "out")

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from dmvae.config.tracking import TrackingConfig
 from dmvae.platform.remote_fs import Remote
 from dmvae.platform.tracking.delivery_log import TrackingError
-from dmvae.platform.tracking.outbox import MetricSpool, TrackedRun, scrub
+from dmvae.platform.tracking.outbox import Outbox, TrackedRun, scrub
 from dmvae.platform.tracking.runs import DatasetRecord, flatten, open_run, sync, tracking_uri
 from dmvae.platform.train.remote_checkpoints import fetch_record
 
@@ -42,7 +42,7 @@ def history(run: TrackedRun, key: str) -> list[tuple[int, float]]:
     return [(metric.step, metric.value) for metric in MlflowClient(run.uri).get_metric_history(run.run_id, key)]
 
 
-def log_steps(spool: MetricSpool, steps: range) -> None:
+def log_steps(spool: Outbox, steps: range) -> None:
     for step in steps:
         spool.log({"train/loss": step / 4, "val/kl_shared/joint": float("nan")}, step)
 
@@ -267,9 +267,9 @@ def test_a_configuration_with_a_password_is_refused_without_repeating_it() -> No
 
 def test_what_a_node_kept_of_another_run_of_the_same_place_is_set_aside(tmp_path: Path) -> None:
     nowhere, place = "http://127.0.0.1:9", tmp_path / "tracking"
-    with MetricSpool(place, nowhere, "old", background=False) as spool:
+    with Outbox(place, nowhere, "old", background=False) as spool:
         spool.log({"loss": 9.0}, 100)
-    with MetricSpool(place, nowhere, "new", background=False) as spool:
+    with Outbox(place, nowhere, "new", background=False) as spool:
         spool.log({"loss": 1.0}, 3)
     assert json.loads((place / "mlflow.json").read_text())["run_id"] == "new"
     (line,) = (place / "metrics.jsonl").read_text().splitlines()

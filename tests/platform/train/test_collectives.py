@@ -14,13 +14,13 @@ from dmvae.config.training import TrainConfig
 from dmvae.data.batch import Batch
 from dmvae.model.dmvae import DMVAE, DMVAEConfig
 from dmvae.platform.train.worker import WorkerData, _distribute, build_state
-from dmvae.training.loop import Share, TrainState, Workers, build_optimizer, train_epoch
+from dmvae.training.loop import Collectives, TrainState, WorkerBatch, build_optimizer, train_epoch
 from tests.runs import make_config, make_dataset
 
 CASES = ("a last batch of one row", "nothing observed by one", "nothing observed by any", "one modality nowhere")
 
 
-def make_shares(case: str, rank: int, num: int) -> list[Share]:
+def make_shares(case: str, rank: int, num: int) -> list[WorkerBatch]:
     """Three global batches: an ordinary one, an odd one, an ordinary one."""
     generator = torch.Generator().manual_seed(0)
     shares = []
@@ -34,7 +34,7 @@ def make_shares(case: str, rank: int, num: int) -> list[Share]:
         values = {"left": torch.randn(rows, 3, generator=generator), "right": torch.randn(rows, 2, generator=generator)}
         batch = Batch({name: value.double() for name, value in values.items()}, {"left": left, "right": right})
         first, last = rows * rank // num, rows * (rank + 1) // num
-        shares.append(Share(batch[first:last], step, first, rows))
+        shares.append(WorkerBatch(batch[first:last], step, first, rows))
     return shares
 
 
@@ -47,7 +47,7 @@ def train(case: str, rank: int, num: int) -> torch.Tensor:
     settings: dict[str, Any] = {"precision": "float64", "micro_batch_size": 2, "epochs": 1}
     config = TrainConfig.model_validate({"name": "x", "data": {"dataset": "d"}, "training": settings})
     state = TrainState(model, build_optimizer(model, config.optim))
-    workers = Workers(model) if num == 1 else _distribute(model, num, torch.device("cpu"))
+    workers = Collectives(model) if num == 1 else _distribute(model, num, torch.device("cpu"))
     list(train_epoch(state, make_shares(case, rank, num), config, workers, 3))
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
@@ -88,7 +88,7 @@ def train_compiled(rank: int, folder: str) -> None:
         tree = {"name": "x", "data": {"dataset": "d"}, "model": model, "training": settings}
         config = TrainConfig.model_validate(tree)
         state = build_state(config, torch.device("cpu"))
-        list(train_epoch(state, make_shares(CASES[3], 0, 1), config, Workers(state.model), 3))
+        list(train_epoch(state, make_shares(CASES[3], 0, 1), config, Collectives(state.model), 3))
         nll = state.model.eval().joint_nll(make_shares(CASES[0], 0, 1)[0].batch, 20).nll
         torch.save({**state.model.state_dict(), "nll": nll}, Path(folder, f"{name}.pt"))
 

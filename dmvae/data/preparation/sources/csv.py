@@ -14,7 +14,7 @@ from dmvae.config.data import CsvSource, CsvTable, ImagesSource
 from dmvae.data.errors import DatasetError
 from dmvae.data.preparation.rows import Rows
 from dmvae.data.preparation.sources import arrow_columns as table
-from dmvae.data.preparation.stream import Chunk, Spot, Stream, chunk_rows
+from dmvae.data.preparation.stream import Chunk, SourceLocation, Stream, chunk_rows
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -47,7 +47,7 @@ def _chunks(values: "dict[str, _Values]", ids: pa.Array, about: "About | None", 
         part = slice(start, start + step)
         found = {name: own.take(rows_of[name][part]) for name, own in values.items()}
         data, present = ({name: pair[index] for name, pair in found.items()} for index in (0, 1))
-        spot = Spot(files, start) if source.rows is None else Spot(source.rows, start + 2, "line")
+        spot = SourceLocation(files, start) if source.rows is None else SourceLocation(source.rows, start + 2, "line")
         special = {} if about is None else about.special(part)
         yield Chunk(Rows(to_numpy(names[part]), data, present, **special), spot)
     for own in values.values():

@@ -16,7 +16,7 @@ from dmvae.config.data import H5muModality, H5muSource
 from dmvae.data.errors import DatasetError
 from dmvae.data.preparation.rows import Rows
 from dmvae.data.preparation.sources import arrow_columns as table
-from dmvae.data.preparation.stream import Chunk, Spot, Stream, chunk_rows
+from dmvae.data.preparation.stream import Chunk, SourceLocation, Stream, chunk_rows
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -142,7 +142,7 @@ def _chunks(h5py: Any, source: H5muSource, ids: Array, about: dict[str, Array]) 
             found = {name: matrix.rows(part) for name, matrix in matrices.items()}
             data, present = ({name: pair[index] for name, pair in found.items()} for index in (0, 1))
             special = {role: values[part] for role, values in about.items()}
-            yield Chunk(Rows(ids[part], data, present, **special), Spot(source.path, start, "observation"))
+            yield Chunk(Rows(ids[part], data, present, **special), SourceLocation(source.path, start, "observation"))
 
 
 class _Matrix:

@@ -11,7 +11,7 @@ from dmvae.config.data import ImageColumn, ImagesSource
 from dmvae.data.errors import DatasetError
 from dmvae.data.preparation.rows import Rows
 from dmvae.data.preparation.sources.csv import About, as_integers, read_about, to_numpy
-from dmvae.data.preparation.stream import Chunk, Spot, Stream, chunk_rows
+from dmvae.data.preparation.stream import Chunk, SourceLocation, Stream, chunk_rows
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -49,7 +49,7 @@ def _chunks(pillow: Any, source: ImagesSource, files: dict[str, list[Any]], abou
     ids = as_integers(about.ids)
     for start in range(0, len(ids), step):
         part = slice(start, start + step)
-        spot = Spot(source.table, start + 2, "line")
+        spot = SourceLocation(source.table, start + 2, "line")
         found = {
             name: _decode(pillow, files[name][part], image, source.folder, spot)
             for name, image in source.modalities.items()
@@ -58,7 +58,9 @@ def _chunks(pillow: Any, source: ImagesSource, files: dict[str, list[Any]], abou
         yield Chunk(Rows(to_numpy(ids[part]), data, present, **about.special(part)), spot)
 
 
-def _decode(pillow: Any, files: list[Any], image: ImageColumn, folder: str, spot: Spot) -> tuple[Array, Array]:
+def _decode(
+    pillow: Any, files: list[Any], image: ImageColumn, folder: str, spot: SourceLocation
+) -> tuple[Array, Array]:
     height, width = image.size
     values = np.zeros((len(files), image.channels, height, width), np.uint8)
     present = np.zeros(len(files), dtype=bool)

@@ -16,7 +16,7 @@ from dmvae.config.data import NpzSource
 from dmvae.data.errors import DatasetError
 from dmvae.data.preparation.rows import Rows
 from dmvae.data.preparation.sources.arrow_columns import positive
-from dmvae.data.preparation.stream import Chunk, Spot, Stream, chunk_rows
+from dmvae.data.preparation.stream import Chunk, SourceLocation, Stream, chunk_rows
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -151,7 +151,7 @@ def _chunks(path: Path, members: dict[str, _Member], layout: _Layout) -> Iterato
         readers = {name: member.rows(file, step) for name, member in members.items()}
         for start in range(0, layout.num_rows, step):
             arrays = {name: next(reader) for name, reader in readers.items()}
-            yield Chunk(_rows(arrays, layout, start), Spot(str(path), start))
+            yield Chunk(_rows(arrays, layout, start), SourceLocation(str(path), start))
 
 
 def _rows(arrays: dict[str, Array], layout: _Layout, start: int) -> Rows:

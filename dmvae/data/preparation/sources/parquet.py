@@ -16,7 +16,7 @@ from dmvae.config.data import ColumnGroup, ParquetSource
 from dmvae.data.errors import DatasetError
 from dmvae.data.preparation.rows import Rows
 from dmvae.data.preparation.sources import arrow_columns as table
-from dmvae.data.preparation.stream import Chunk, Spot, Stream, chunk_rows
+from dmvae.data.preparation.stream import Chunk, SourceLocation, Stream, chunk_rows
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -76,7 +76,7 @@ class _Layout:
     modalities: dict[str, tuple[ColumnGroup, list[str]]]
     special: dict[str, str]
 
-    def batches(self, columns: list[str], row_bytes: int) -> Iterator[tuple[Spot, pa.RecordBatch]]:
+    def batches(self, columns: list[str], row_bytes: int) -> Iterator[tuple[SourceLocation, pa.RecordBatch]]:
         """Yield some columns of all files, so many rows at a time as make a chunk.
 
         A column that a file does not have is null there.
@@ -92,10 +92,10 @@ class _Layout:
                         batch.column(column).cast(kind) if column in here else pa.nulls(len(batch), kind)
                         for column, kind in zip(columns, types, strict=True)
                     ]
-                    yield Spot(path, row), pa.record_batch(arrays, names=columns)
+                    yield SourceLocation(path, row), pa.record_batch(arrays, names=columns)
                     row += len(batch)
 
-    def convert(self, name: str, batch: pa.RecordBatch, spot: Spot) -> table.Values:
+    def convert(self, name: str, batch: pa.RecordBatch, spot: SourceLocation) -> table.Values:
         """Return values and presence of one modality."""
         group, columns = self.modalities[name]
         return table.modality(name, [batch.column(column) for column in columns], group, spot.where, spot.first)
@@ -169,7 +169,7 @@ def _shape(layout: _Layout, name: str) -> tuple[int, ...]:
     return shape or ()
 
 
-def _as_shape(found: table.Values, name: str, shape: tuple[int, ...], spot: Spot) -> table.Values:
+def _as_shape(found: table.Values, name: str, shape: tuple[int, ...], spot: SourceLocation) -> table.Values:
     values, present = found
     if values.shape[1:] == shape:
         return found
@@ -181,7 +181,7 @@ def _as_shape(found: table.Values, name: str, shape: tuple[int, ...], spot: Spot
     return np.zeros((len(values), *shape), values.dtype), present
 
 
-def _special(role: str, column: pa.Array, spot: Spot) -> Array:
+def _special(role: str, column: pa.Array, spot: SourceLocation) -> Array:
     if role in ("id", "group"):
         return table.ids(column, spot.where, spot.first, "an id" if role == "id" else "a group")
     if role == "label":
