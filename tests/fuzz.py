@@ -16,8 +16,9 @@ import tomli_w
 import torch
 from pydantic import ValidationError
 
-from dmvae.cli import CommandError, read_toml
 from dmvae.config.data import PrepareConfig
+from dmvae.config.errors import UserError
+from dmvae.config.parsing import read_toml
 from dmvae.config.training import TrainConfig
 from dmvae.data.errors import DatasetError
 from dmvae.data.format.manifest import Manifest
@@ -307,7 +308,7 @@ def examine(case: Case, original: dict[str, Content]) -> str:
         check_data(resolved, dataset)
         take_a_step(resolved)
         found = contents(Path(config.data.dataset).parent)
-    except (CommandError, DatasetError, NonFiniteLossError, ValidationError) as error:
+    except (UserError, DatasetError, NonFiniteLossError, ValidationError) as error:
         return "refused" if str(error) else "an empty message"
     except ValueError as error:
         ours = "/dmvae/" in traceback.extract_tb(error.__traceback__)[-1].filename

@@ -14,7 +14,9 @@ from typing import Any
 import jsonschema
 import yaml
 
-from dmvae.cli import VERBS, CommandError, parse
+from dmvae.cli import VERBS
+from dmvae.config.errors import UserError
+from dmvae.config.parsing import parse
 from dmvae.config.section import Section
 
 ROOT = Path(__file__).parents[1]
@@ -115,7 +117,7 @@ def parse_command(verb: str, arguments: list[str]) -> Section:
     """Parse a command as the job itself would; what stands for a person's file is the shipped one.
 
     Raises:
-        CommandError: if the job would refuse it.
+        UserError: if the job would refuse it.
     """
     configs = f"{ROOT}/jobs/configs/"
     named = [
@@ -124,7 +126,7 @@ def parse_command(verb: str, arguments: list[str]) -> Section:
     try:
         return parse(VERBS[verb].config(), verb, "", named)
     except SystemExit as stop:
-        raise CommandError(f"{verb} {shlex.join(arguments)}: exit code {stop.code}") from None
+        raise UserError(f"{verb} {shlex.join(arguments)}: exit code {stop.code}") from None
 
 
 def images(document: Any) -> set[str]:

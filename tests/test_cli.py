@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from dmvae.cli import VERBS, CommandError, main, parse, read_toml, run_verb
+from dmvae.cli import VERBS, main, run_verb
+from dmvae.config.errors import UserError
 from dmvae.config.evaluation import EvaluateConfig
+from dmvae.config.parsing import parse, read_toml
 from dmvae.config.training import TrainConfig
 
 CONFIGS = Path(__file__).parents[1] / "jobs" / "configs"
@@ -78,7 +80,7 @@ def test_a_configuration_needs_no_file() -> None:
         ("[model]\nrescale_factors = {a = 1.0}\ninput_dims = {a = [1]}", ["uses_likelihood_rescaling"]),
         ("[optim]\nweight_decay = 0.1", ["adamw"]),
         ("[evaluation]\nnum_draws = 1", ["evaluation.num_draws", "2"]),
-        ("nonsense", ["not TOML"]),
+        ("nonsense", ["not valid TOML"]),
     ],
 )
 def test_a_bad_file_gets_one_message_that_names_file_key_and_law(
@@ -105,18 +107,18 @@ def test_a_bad_flag_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 def test_sync_takes_a_folder_as_its_only_argument(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_verb("sync", [str(tmp_path)]) == 0
-    assert capsys.readouterr().out == f"no spool under {tmp_path}\n"
+    assert capsys.readouterr().out == f"No run records found under {tmp_path}.\n"
     assert run_verb("train", [str(tmp_path)]) == 2
-    assert "a configuration is a file" in capsys.readouterr().err
+    assert "must be a TOML file" in capsys.readouterr().err
 
 
 def test_an_absent_file_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_verb("train", ["absent.toml"]) == 2
-    assert "absent.toml: there is no such file" in capsys.readouterr().err
+    assert "Configuration file not found: absent.toml" in capsys.readouterr().err
 
 
 def test_a_missing_setting_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CommandError, match="name: this setting is required"):
+    with pytest.raises(UserError, match="name: this setting is required"):
         read_toml(TrainConfig, write(tmp_path, '[data]\ndataset = "d"\n'))
 
 
@@ -147,4 +149,4 @@ def test_the_lock_pins_what_the_project_asks_for() -> None:
 
 def test_sync_takes_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_verb("sync", [str(tmp_path)]) == 0
-    assert f"no spool under {tmp_path}" in capsys.readouterr().out
+    assert f"No run records found under {tmp_path}" in capsys.readouterr().out

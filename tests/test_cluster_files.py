@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from dmvae.cli import CommandError
+from dmvae.config.errors import UserError
 from tests.manifests import ROOT, commands, faults, images, lock, parse_command, version
 
 CLUSTER = ROOT / "cluster"
@@ -123,9 +123,9 @@ def test_every_command_is_one_that_its_job_understands() -> None:
 
 def test_a_command_with_a_misspelt_flag_is_refused() -> None:
     ((verb, arguments),) = commands(resources("RayJob")["kuberay/train.yaml"]["spec"]["entrypoint"])
-    with pytest.raises(CommandError):
+    with pytest.raises(UserError):
         parse_command(verb, [*arguments, "--workers.nums", "4"])
-    with pytest.raises(CommandError, match=r"workers\.num"):
+    with pytest.raises(UserError, match=r"workers\.num"):
         parse_command(verb, [*arguments, "--workers.num", "0"])
 
 

@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dmvae.config.errors import UserError
 from dmvae.config.tracking import TrackingConfig
 from dmvae.data.files import sha256_of
 from dmvae.data.reading.dataset import Dataset, open_dataset
@@ -38,7 +39,7 @@ _PACKAGES = ("torch", "pydantic", "jaxtyping", "safetensors", "numpy", "mlflow")
 _ROOT = Path(__file__).parents[2]
 
 
-class RegistryError(RuntimeError):
+class RegistryError(UserError):
     """A model cannot be registered, found or promoted, for a reason that a person can do something about."""
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from socket import gethostname
 from typing import Any
 
+from dmvae.config.errors import UserError
 from dmvae.data.files import write_atomically
 
 Entry = dict[str, Any]
@@ -23,7 +24,7 @@ _LINGER_SECONDS = 0.5
 _FIRST_RETRY_SECONDS, _LAST_RETRY_SECONDS = 0.5, 15.0
 
 
-class TrackingError(RuntimeError):
+class TrackingError(UserError):
     """A run cannot be recorded as asked."""
 
 

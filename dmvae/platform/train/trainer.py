@@ -20,6 +20,7 @@ from ray.train import (
 from ray.train.torch import TorchTrainer
 from torch import nn
 
+from dmvae.config.errors import UserError
 from dmvae.config.model import COUNT_DISTS
 from dmvae.config.section import Section
 from dmvae.config.training import TrainConfig
@@ -57,7 +58,7 @@ _MAY_CHANGE = (
 )
 
 
-class RunError(RuntimeError):
+class RunError(UserError):
     """A run cannot start, go on or end, for a reason that a person can do something about."""
 
 
