@@ -338,7 +338,7 @@ def test_the_table_and_its_files_are_for_a_person(tmp_path: Path, capsys: pytest
     arguments = [str(tmp_path / "data"), "--output", str(tmp_path / "look"), "--verify"]
     assert run_verb("inspect", arguments) == 0
     shown = capsys.readouterr().out
-    assert shown.splitlines()[-1] == "nothing is wrong; 0 findings to be checked"
+    assert shown.splitlines()[-1] == "No errors; 0 warning(s)."
     for word in (
         "440 rows",
         "complete rows",
@@ -400,13 +400,13 @@ def test_wrong_data_and_bad_input_get_one_message(tmp_path: Path, capsys: pytest
     good = str(
         write_dataset(tmp_path / "data", parts | {"test": join(parts["test"], parts["train"].take(slice(0, 1)))})
     )
-    assert "1 of these findings are wrong and 0 to be checked" in message(good)
+    assert "The dataset has 1 error(s) and 0 warning(s)" in message(good)
     (tmp_path / "file").write_text("")
     assert "output: a folder that can be written" in message(good, "--output", str(tmp_path / "file/in"))
     shard = tmp_path / "data/val/part-00000.arrow"
     content = bytearray(shard.read_bytes())
     content[content.index(parts["val"].data["x"][parts["val"].present["x"]][0].tobytes())] ^= 1
     shard.write_bytes(content)
-    assert "2 of these findings are wrong" in message(good, "--verify")
+    assert "The dataset has 2 error(s)" in message(good, "--verify")
     shard.write_bytes(content[: len(content) // 2])
     assert "cut short" in message(good)
