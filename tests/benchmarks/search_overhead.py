@@ -27,7 +27,7 @@ torch.set_num_threads(1)
 from dmvae.config.search import SearchConfig, lay_over
 from dmvae.data.reading.dataset import open_dataset
 from dmvae.platform.train.trainer import resolve
-from dmvae.platform.tune.trial import RungJudge
+from dmvae.platform.tune.trial import RungEvaluator
 from dmvae.evaluation.search_objectives import Estimate
 from dmvae.platform.train.worker import WorkerData, build_state
 from dmvae.training.loop import Collectives, train
@@ -39,7 +39,7 @@ for file in sys.argv[2:]:
     state = build_state(resolved, torch.device("cpu"))
     for _ in train(state, WorkerData(resolved, 0, 1, torch.float32), resolved, Collectives(state.model)):
         pass
-    RungJudge(config).figures(state.model, Estimate(0.0))
+    RungEvaluator(config).figures(state.model, Estimate(0.0))
 """
 
 

@@ -29,7 +29,7 @@ def test_a_head_without_work_takes_as_many_trials_at_a_time_as_are_asked_for(dat
         "import ray\n"
         "from pathlib import Path\n"
         "from dmvae.config.search import SearchConfig\n"
-        "from dmvae.platform.tune.search import max_concurrent\n"
+        "from dmvae.platform.tune.space import max_concurrent\n"
         "ray.init(address='local', num_cpus=0, num_gpus=0, include_dashboard=False, log_to_driver=False)\n"
         f"config = SearchConfig.model_validate_json(Path({str(file)!r}).read_text())\n"
         "print(max_concurrent(config), max_concurrent(config.model_copy(update={'max_concurrent': None})))\n"

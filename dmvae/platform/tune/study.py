@@ -1,12 +1,12 @@
-"""A study on disk: what every trial was given and what became of it. These files are the study's only state.
+"""A study on disk: each trial's parameters and result. These files are the study's only state.
 
-    study.json               what the study is: its configuration, and the dataset's fingerprint
+    study.json               the search configuration and the dataset's fingerprint
     trials/0000/params.json  written when the trial is drawn
-    trials/0000/result.json  written when it is over, last
+    trials/0000/result.json  written last, when the trial has ended
     trials/0000/checkpoint/, best/, tracking/
 
-A search that is killed at any moment is rebuilt from them: trials with a result are told to the sampler, those without
-are started again and go on from their checkpoints. No pickle is read.
+A search that is killed at any moment is rebuilt from them: the sampler is given the trials with a result, and those
+without are resumed from their checkpoints. No pickle is read.
 """
 
 import json
@@ -30,15 +30,15 @@ PARAMS, RESULT = "params.json", "result.json"
 
 @dataclass(frozen=True)
 class TrialResult:
-    """What became of a trial.
+    """How a trial ended.
 
     Attributes:
         status: `complete`; `stopped` early by the scheduler; `infeasible`, beyond a limit; or `failed`.
-        epochs: that it was trained for.
-        figures: what it was judged by, and each figure's standard error as `NAME_se`.
-        reason: of any status but complete.
-        run_id: of its MLflow run.
-        seconds: that its training and judging took.
+        epochs: number of epochs trained.
+        figures: the objectives and other metrics, each with its standard error as `NAME_se`.
+        reason: why, for any status but `complete`.
+        run_id: id of its MLflow run.
+        seconds: duration of training and evaluation.
     """
 
     status: Status
@@ -51,7 +51,7 @@ class TrialResult:
 
 @dataclass(frozen=True)
 class Trial:
-    """One trial's folder; `params` are JSON values by path, `result` is None until it is over."""
+    """One trial: `params` are JSON values by setting, `result` is None until the trial has ended."""
 
     number: int
     folder: Path
@@ -60,7 +60,7 @@ class Trial:
 
     @property
     def is_candidate(self) -> bool:
-        """Whether it may be the best: trained to its end, and within the limits."""
+        """Whether it may be the best trial: trained to the end, and within the limits."""
         return self.result is not None and self.result.status == "complete"
 
 
@@ -81,7 +81,7 @@ def _read(folder: Path) -> Trial:
 
 
 def write_params(study_dir: Path, number: int, params: Mapping[str, Value]) -> Path:
-    """Note what a trial was given, unless that is noted; return the trial's folder."""
+    """Write a trial's parameters, unless they are there already; return the trial's folder."""
     folder = study_dir / "trials" / f"{number:04d}"
     if not (folder / PARAMS).is_file():
         folder.mkdir(parents=True, exist_ok=True)
@@ -90,12 +90,12 @@ def write_params(study_dir: Path, number: int, params: Mapping[str, Value]) -> P
 
 
 def write_result(folder: Path, result: TrialResult) -> None:
-    """Note that a trial is over."""
+    """Write a trial's result."""
     write_atomically(folder / RESULT, json.dumps(asdict(result), indent=2) + "\n")
 
 
 def best_trials(config: SearchConfig, trials: list[Trial]) -> list[Trial]:
-    """Return the best trial, or with several objectives those of the Pareto front; the earlier of two equals."""
+    """Return the best trial, or with several objectives the Pareto front; of equals, the earlier trial."""
     candidates = [(config.signed(t.result.figures), t) for t in trials if t.result is not None and t.is_candidate]
     candidates = [(values, trial) for values, trial in candidates if all(map(math.isfinite, values))]
     front: list[tuple[tuple[float, ...], Trial]] = []
@@ -106,7 +106,7 @@ def best_trials(config: SearchConfig, trials: list[Trial]) -> list[Trial]:
 
 
 def distribution(domain: Domain) -> BaseDistribution:
-    """Return Optuna's distribution of a domain; values that Optuna has no type for travel as JSON."""
+    """Return Optuna's distribution of a domain; lists and tables are encoded as JSON."""
     if domain.values is not None:
         return CategoricalDistribution([_encode(value) for value in domain.values])
     assert domain.low is not None
@@ -117,7 +117,7 @@ def distribution(domain: Domain) -> BaseDistribution:
 
 
 def draw(trial: Any, config: SearchConfig) -> dict[str, Value]:
-    """Have Optuna propose a value of every setting that is active, in the space's order."""
+    """Let Optuna suggest a value for every active setting, in the order of the space."""
     chosen: dict[str, Value] = {}
     for path, domain in config.space.items():
         if not config.is_active(path, chosen):
@@ -134,18 +134,18 @@ def draw(trial: Any, config: SearchConfig) -> dict[str, Value]:
 
 
 def encoded(config: SearchConfig, params: Mapping[str, Value]) -> dict[str, Any]:
-    """Return a trial's settings as Optuna knows them."""
+    """Return a trial's parameters as Optuna stores them."""
     return {path: _encode(v) if config.space[path].values is not None else v for path, v in params.items()}
 
 
 def frozen_trials(config: SearchConfig, trials: list[Trial]) -> Iterator[FrozenTrial]:
-    """Return finished trials as Optuna keeps them."""
+    """Yield finished trials as Optuna's frozen trials."""
     for trial in trials:
         result = trial.result
         if result is None:
             continue
         values = _values(config, result)
-        # a trial that was stopped early is told with the figure it had reached, as Ray Tune tells it
+        # a trial that was stopped early keeps the value it had reached, as Ray Tune reports it
         state = TrialState.COMPLETE if values is not None else TrialState.FAIL
         yield create_trial(
             state=state,
@@ -164,7 +164,7 @@ def _values(config: SearchConfig, result: TrialResult) -> list[float] | None:
 
 
 def sampler(config: SearchConfig, num_known: int) -> optuna.samplers.BaseSampler:
-    """Return the sampler; after a restart its random numbers are others, or it would draw points again."""
+    """Return the sampler; its seed depends on the number of known trials, or a restart would repeat its draws."""
     seed = (config.seed * 1_000_003 + num_known) % 2**32
     if config.sampler == "tpe":
         return optuna.samplers.TPESampler(n_startup_trials=config.startup_trials, constant_liar=True, seed=seed)
@@ -176,12 +176,12 @@ def sampler(config: SearchConfig, num_known: int) -> optuna.samplers.BaseSampler
 
 
 def directions(config: SearchConfig) -> list[StudyDirection]:
-    """Everything is minimised: `SearchConfig.signed` has seen to it."""
+    """Return the directions: all are minimised, since `SearchConfig.signed` negates what is maximised."""
     return [StudyDirection.MINIMIZE] * (len(config.objectives) if config.is_multiple else 1)
 
 
 def export(config: SearchConfig, trials: list[Trial], file: Path) -> optuna.Study:
-    """Write a study into an sqlite file that Optuna and its dashboard read; return it."""
+    """Write a study to an SQLite file for Optuna's dashboard; return the study."""
     file.unlink(missing_ok=True)
     study = optuna.create_study(study_name=config.name, storage=f"sqlite:///{file}", directions=directions(config))
     study.add_trials(list(frozen_trials(config, trials)))

@@ -1,4 +1,4 @@
-"""A study in pictures, drawn by Optuna: history, importances, slices, parallel coordinates, Pareto front."""
+"""Plot a study with Optuna: history, importances, slices, parallel coordinates, Pareto front."""
 
 import warnings
 from collections.abc import Callable
@@ -13,10 +13,10 @@ from dmvae.config.search import SearchConfig
 
 
 def draw_plots(config: SearchConfig, study: optuna.Study, folder: Path) -> Path:
-    """Write what can be drawn of a finished study as PNG files; return their folder."""
+    """Write the plots of a finished study as PNG files; return their folder."""
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    from optuna.visualization import matplotlib as pictures
+    from optuna.visualization import matplotlib as plots
 
     folder.mkdir(exist_ok=True)
     names: list[str] = list(config.objectives) if config.is_multiple else [" + ".join(config.objectives)]
@@ -29,22 +29,22 @@ def draw_plots(config: SearchConfig, study: optuna.Study, folder: Path) -> Path:
 
         target: dict[str, Any] = {"target": value, "target_name": label}
         end = f"-{name}" if len(names) > 1 else ""
-        _save(partial(pictures.plot_optimization_history, study, **target), folder / f"history{end}.png", plt)
-        _save(partial(pictures.plot_param_importances, study, **target), folder / f"importances{end}.png", plt)
-        _save(partial(pictures.plot_slice, study, params, **target), folder / f"slices{end}.png", plt)
-        _save(partial(pictures.plot_parallel_coordinate, study, params, **target), folder / f"parallel{end}.png", plt)
+        _save(partial(plots.plot_optimization_history, study, **target), folder / f"history{end}.png", plt)
+        _save(partial(plots.plot_param_importances, study, **target), folder / f"importances{end}.png", plt)
+        _save(partial(plots.plot_slice, study, params, **target), folder / f"slices{end}.png", plt)
+        _save(partial(plots.plot_parallel_coordinate, study, params, **target), folder / f"parallel{end}.png", plt)
     if len(names) in (2, 3):
-        _save(lambda: pictures.plot_pareto_front(study, target_names=names), folder / "pareto.png", plt)
+        _save(lambda: plots.plot_pareto_front(study, target_names=names), folder / "pareto.png", plt)
     return folder
 
 
 def _save(drawing: Callable[[], Any], file: Path, plt: Any) -> None:
-    """Draw and write one picture; what needs more trials than there are is left out."""
+    """Draw and write one plot; skip it where it needs more trials than there are."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Optuna calls its own pictures experimental
+        warnings.simplefilter("ignore")  # Optuna calls its own plots experimental
         try:
             axes = drawing()
-        except (ValueError, RuntimeError):  # too few trials for importances, or one value alone
+        except (ValueError, RuntimeError):  # too few trials for importances, or a single value
             return
         figure = getattr(axes, "figure", None) or plt.gcf()
         figure.set_size_inches(max(8, 3 * len(getattr(axes, "flat", [0]))), 6)

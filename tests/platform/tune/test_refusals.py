@@ -8,7 +8,7 @@ import pytest
 from dmvae.cli import run_verb
 from dmvae.data.reading.dataset import open_dataset
 from dmvae.evaluation import search_objectives as merit
-from dmvae.platform.tune.search import check_space
+from dmvae.platform.tune.space import check_space
 from dmvae.platform.tune.study import TrialResult, best_trials, trials_of, write_params, write_result
 from tests.runs import make_dataset
 from tests.searches import make_search
@@ -22,7 +22,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("space", "message"),
     [
-        ({"model.latent_dmi": {"low": 1, "high": 4}}, r"space: model\.latent_dmi: there is no such setting"),
+        ({"model.latent_dmi": {"low": 1, "high": 4}}, r"space: model\.latent_dmi: unknown setting"),
         ({"model.latent_dim": {"values": [2, "many"]}}, r"space: model\.latent_dim: Input should be a valid integer"),
         ({"model.latent_dim": {"low": 0, "high": 4}}, r"space: model\.latent_dim: Input should be greater than 0"),
         ({"optim.schedule": {"values": ["cosine", "linear"]}}, r"space: optim\.schedule: Input should be 'constant'"),
@@ -41,7 +41,7 @@ def test_a_space_with_impossible_configurations_is_refused(
 
 def test_a_start_outside_the_space_is_refused(dataset: Path, tmp_path: Path) -> None:
     for value in (99, 1.5, "two"):
-        with pytest.raises(ValueError, match="start_from gives values of the space"):
+        with pytest.raises(ValueError, match="is outside the domain of"):
             check_space(make_search(tmp_path, dataset, start_from=[{"model.latent_dim": value}]), open_dataset(dataset))
 
 
@@ -63,7 +63,7 @@ def test_a_person_reads_one_message(dataset: Path, tmp_path: Path, capsys: pytes
     )
     assert run_verb("search", [str(file)]) == 1
     said = capsys.readouterr().err
-    assert said.startswith("error: space: model.latent_dmi: there is no such setting")
+    assert said.startswith("error: space: model.latent_dmi: unknown setting")
     assert "Traceback" not in said
     assert not (tmp_path / "runs").exists()
     file.write_text('name = "s"\ntrials = 2\nbase = "nowhere.toml"\n')

@@ -170,9 +170,9 @@ def test_a_trial_that_fails_is_recorded_and_the_study_goes_on(large: Path, tmp_p
     assert child.info.status == "FAILED"
     assert child.data.tags["mlflow.parentRunId"] == found.run_id
     hopeless = make_search(tmp_path, large, "hopeless", space={"optim.learning_rate": {"values": [1e300]}}, trials=1)
-    with pytest.raises(RunError, match=r"none of 1 was\. failed: a loss is finite"):
+    with pytest.raises(RunError, match="No trial out of 1 finished"):
         search(hopeless, quiet)
     greedy = make_search(tmp_path, large, "greedy", max_concurrent=99)
-    with pytest.raises(RunError, match="trials at a time have room on the cluster; got 99"):
+    with pytest.raises(RunError, match="max_concurrent=99 does not fit"):
         search(greedy, quiet)
     assert not (tmp_path / "runs" / "greedy").exists()
