@@ -25,6 +25,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
 from mlflow.exceptions import MlflowException
 
 from dmvae.config.tracking import TrackingConfig
+from dmvae.platform.resume import flatten
 from dmvae.platform.tracking.delivery_log import TrackingError, UnreachableError, hold
 from dmvae.platform.tracking.mlflow_delivery import RefusedError, answers, connect, is_gone, sqlite_path
 from dmvae.platform.tracking.outbox import RUN_FILE, Ending, TrackedRun, brisk_requests, record_run, scrub
@@ -69,16 +70,13 @@ def tracking_uri(config: TrackingConfig) -> str:
     return uri if database is None else f"sqlite:///{database.absolute()}"
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Return `{"optim": {"learning_rate": 1e-3}}` as `{"optim.learning_rate": "0.001"}`; lists become JSON."""
-    flat: dict[str, str] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            text = json.dumps(value, default=str) if isinstance(value, list | tuple | Mapping) else str(value)
-            flat[f"{prefix}{key}"] = _shorten(scrub(text), _PARAM_LENGTH)
-    return flat
+def format_params(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Return settings as MLflow's parameters: `optim.learning_rate` is "0.001"; lists are JSON; secrets are removed."""
+    return {key: _shorten(scrub(_text(value)), _PARAM_LENGTH) for key, value in flatten(settings).items()}
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, default=str) if isinstance(value, list | tuple | Mapping) else str(value)
 
 
 @contextmanager
@@ -106,7 +104,7 @@ def open_run(
             client, experiment_id = _within(_patience(uri), lambda: _open_experiment(uri, config.experiment))
             with answers(uri):
                 run_id = _take_up(client, uri, spool_dir) or _create(client, experiment_id, name, uri, spool_dir)
-                _describe(client, run_id, flatten(params), {**_environment(), **(tags or {})}, dataset)
+                _describe(client, run_id, format_params(params), {**_environment(), **(tags or {})}, dataset)
         run = TrackedRun(uri, run_id, spool_dir)
         status: Ending = "KILLED"
         reason = "interrupted"

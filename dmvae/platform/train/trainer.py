@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,7 @@ from ray.train import (
 from ray.train.torch import TorchTrainer
 from torch import nn
 
-from dmvae.config.errors import UserError
 from dmvae.config.model import COUNT_DISTS
-from dmvae.config.section import Section
 from dmvae.config.training import TrainConfig
 from dmvae.data.files import write_atomically
 from dmvae.data.format.manifest import Manifest
@@ -30,9 +28,11 @@ from dmvae.data.reading.dataset import Dataset, open_dataset
 from dmvae.data.storage import location as place
 from dmvae.model.dmvae import DMVAE
 from dmvae.platform.cluster import limits, local_cluster, messages, resources
+from dmvae.platform.errors import RunError
 from dmvae.platform.evaluate.checks import check_data
 from dmvae.platform.evaluate.evaluate import Extras, judge
 from dmvae.platform.remote_fs import Remote, home_of
+from dmvae.platform.resume import ResumeRules
 from dmvae.platform.tracking.outbox import TrackedRun, scrub
 from dmvae.platform.tracking.runs import DatasetRecord, open_run, tracking_uri
 from dmvae.platform.train import local_checkpoints as shelf
@@ -44,22 +44,22 @@ from dmvae.training import checkpoint
 _RESULT = "result.json"
 _CHECKPOINTS = "checkpoints"
 _NONE_WHOLE = "a finished run has a whole checkpoint with a finite validation figure; {} has none. Train it again."
-# a dataset is known by its fingerprint, wherever it lies
-_MAY_CHANGE = (
-    "training.patience",
-    "training.log_steps",
-    "training.checkpoint_",
-    "training.skip_nonfinite",
-    "training.compile",
-    "workers.",
-    "tracking.",
-    "runs_dir",
-    "data.dataset",
+_RULES = ResumeRules(
+    "run",
+    TrainConfig,
+    may_change=(
+        "training.patience",
+        "training.log_steps",
+        "training.checkpoint_*",
+        "training.skip_nonfinite",
+        "training.compile",
+        "workers.*",
+        "tracking.*",
+        "runs_dir",
+        "data.dataset",  # a dataset is identified by its fingerprint, wherever it is stored
+    ),
+    may_grow=("training.epochs",),
 )
-
-
-class RunError(UserError):
-    """A run cannot start, go on or end, for a reason that a person can do something about."""
 
 
 @dataclass(frozen=True)
@@ -222,50 +222,12 @@ def run_record(config: TrainConfig, manifest: Manifest) -> dict[str, Any]:
 
 
 def _check_same_run(run_dir: Path, record: Mapping[str, Any], where: str) -> None:
-    """Refuse to go on with another run's folder, saying what differs."""
-    file = run_dir / checkpoint.RUN_CONFIG
-    if not file.is_file():
-        return
-    before, now = leaves(json.loads(file.read_text())), leaves(record)
-    before |= {key: default_of(TrainConfig, key) for key in now.keys() - before.keys()}
-    differing = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
-    # what a run is judged by may be mended until it has been judged
-    free = _MAY_CHANGE if (run_dir / _RESULT).is_file() else (*_MAY_CHANGE, "evaluation.")
-    refused = [key for key in differing if not key.startswith(free) and key != "training.epochs"]
-    if now["training.epochs"] < before["training.epochs"]:
-        refused.append("training.epochs")
-    if refused:
-        lines = "\n".join(f"  {key}: {before.get(key)!r} in the run, {now.get(key)!r} asked for" for key in refused)
-        is_empty = not place.is_uri(where) and not any((run_dir / _CHECKPOINTS).glob("*/"))
-        way_out = f"remove {run_dir}, which has no checkpoint yet" if is_empty else "choose another name"
-        raise RunError(
-            f"a run goes on with the settings that it began with (epochs may grow; workers, tracking, patience, "
-            f"log_steps, checkpoint_*, compile and skip_nonfinite may change); {where} differs:\n{lines}\nChange them "
-            f"back, or {way_out}."
-        )
-
-
-def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return `{"optim": {"learning_rate": 1e-3}}` as `{"optim.learning_rate": 1e-3}`."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
-
-
-def default_of(section: type[Section], key: str) -> Any:
-    """Return the default of a setting such as `data.unit`: what a record from before there was such a setting means.
-
-    None where a section's keys are the user's own, or no setting has that name.
-    """
-    first, _, rest = key.partition(".")
-    field = section.model_fields.get(first)
-    if field is None:
-        return None
-    if not rest:
-        return None if field.is_required() else field.get_default(call_default_factory=True)
-    inner = field.annotation
-    return default_of(inner, rest) if isinstance(inner, type) and issubclass(inner, Section) else None
+    """Check that the run in `run_dir`, if there is one, may resume with the settings in `record`."""
+    is_scored = (run_dir / _RESULT).is_file()
+    rules = _RULES if is_scored else replace(_RULES, may_change=(*_RULES.may_change, "evaluation.*"))
+    is_empty = not place.is_uri(where) and not any((run_dir / _CHECKPOINTS).glob("*/"))
+    remedy = f"remove {run_dir}, which has no checkpoint yet" if is_empty else "choose another name"
+    rules.check(run_dir / checkpoint.RUN_CONFIG, record, where, remedy)
 
 
 def _result(config: TrainConfig, metrics: dict[str, float], tracked: TrackedRun) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,14 @@ from dmvae.data.files import write_atomically
 from dmvae.data.reading.dataset import Dataset, open_dataset
 from dmvae.evaluation import search_objectives
 from dmvae.platform.cluster import local_cluster, messages
+from dmvae.platform.errors import RunError
+from dmvae.platform.resume import ResumeRules
 from dmvae.platform.tracking.outbox import TrackedRun
 from dmvae.platform.tracking.runs import open_run, sync, tracking_uri
 from dmvae.platform.train.trainer import (
-    RunError,
     TrainSummary,
     absolute,
     dataset_record,
-    default_of,
-    leaves,
     train_run,
 )
 from dmvae.platform.tune import study
@@ -35,8 +34,13 @@ from dmvae.platform.tune.trials import run_trials
 
 _STUDY = "study.json"
 _BEST_TOML = "best.toml"
-# settings that may change when a study resumes: they alter no trial's result
-_MAY_CHANGE = ("trials", "max_concurrent", "retrain.", "runs_dir", "gpus_per_trial", "base.tracking.", "earlier_study")
+_RULES = ResumeRules(
+    "study",
+    SearchConfig,
+    # settings that alter no trial's result
+    may_change=("max_concurrent", "retrain.*", "runs_dir", "gpus_per_trial", "base.tracking.*", "earlier_study"),
+    may_grow=("trials",),
+)
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ def search(config: SearchConfig, progress: Callable[[str], None]) -> SearchSumma
     search_objectives.check(dataset, data.train_split, data.val_split, config.objectives, config.judged_rows)
     study_dir = Path(config.runs_dir, config.name).absolute()
     record = {**config.model_dump(mode="json"), "dataset": {"fingerprint": dataset.manifest.fingerprint}}
-    _check_same_study(study_dir, record)
+    _RULES.check(study_dir / _STUDY, record, str(study_dir))
     earlier = _earlier(config)
     placed = config.model_copy(update={"base": _placed(config)})
     num = max(config.workers_per_trial, config.retrain.workers or config.base.workers.num)
@@ -103,26 +107,6 @@ def search(config: SearchConfig, progress: Callable[[str], None]) -> SearchSumma
             _record_study(config, trials, study_dir, tracked, progress)
             retrained = _retrain(config, found, best[0], study_dir, dataset, tracked, progress)
     return SearchSummary(study_dir, trials, best, retrained, tracked.run_id, tracking_uri(config.base.tracking))
-
-
-def _check_same_study(study_dir: Path, record: Mapping[str, Any]) -> None:
-    """Refuse to go on with another study's folder, saying what differs."""
-    file = study_dir / _STUDY
-    if not file.is_file():
-        return
-    before, now = leaves(json.loads(file.read_text())), leaves(record)
-    before |= {key: default_of(SearchConfig, key) for key in now.keys() - before.keys()}
-    differing = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
-    refused = [key for key in differing if not key.startswith(_MAY_CHANGE)]
-    if now["trials"] < before["trials"]:
-        refused.append("trials")
-    if refused:
-        lines = "\n".join(f"  {key}: {before.get(key)!r} in the study, {now.get(key)!r} asked for" for key in refused)
-        raise RunError(
-            f"a study goes on with the settings that it began with (trials may grow; max_concurrent, retrain, "
-            f"gpus_per_trial and tracking may change); {study_dir} differs:\n{lines}\nChange them back, or choose "
-            "another name."
-        )
 
 
 def _why_none(trials: list[Trial], study_dir: Path) -> str:

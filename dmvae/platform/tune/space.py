@@ -8,7 +8,8 @@ from pydantic import ValidationError
 from dmvae.config.search import Domain, SearchConfig, lay_over
 from dmvae.data.reading.dataset import Dataset
 from dmvae.platform.cluster import limits, resources
-from dmvae.platform.train.trainer import RunError, resolve
+from dmvae.platform.errors import RunError
+from dmvae.platform.train.trainer import resolve
 from dmvae.platform.tune import study
 
 _CHECKED_POINTS = 16

@@ -18,10 +18,11 @@ from dmvae.config.training import TrainConfig
 from dmvae.data.reading.dataset import open_dataset
 from dmvae.evaluation.search_objectives import Estimate, ObjectiveEvaluator
 from dmvae.model.dmvae import DMVAE
+from dmvae.platform.errors import RunError
 from dmvae.platform.tracking.outbox import TrackedRun
 from dmvae.platform.tracking.runs import open_run
 from dmvae.platform.train import local_checkpoints as shelf
-from dmvae.platform.train.trainer import RunError, fit, keep_checkpoints, resolve, run_record
+from dmvae.platform.train.trainer import fit, keep_checkpoints, resolve, run_record
 from dmvae.platform.train.worker import WorkerData, WorkerTask, build_state
 from dmvae.platform.tune.study import PARAMS, RESULT, TrialResult, write_result
 from dmvae.platform.tune.trial_checkpoints import BEST, TrialCheckpoints

@@ -21,7 +21,7 @@ from dmvae.config.tracking import TrackingConfig
 from dmvae.platform.remote_fs import Remote
 from dmvae.platform.tracking.delivery_log import TrackingError
 from dmvae.platform.tracking.outbox import Outbox, TrackedRun, scrub
-from dmvae.platform.tracking.runs import DatasetRecord, flatten, open_run, sync, tracking_uri
+from dmvae.platform.tracking.runs import DatasetRecord, format_params, open_run, sync, tracking_uri
 from dmvae.platform.train.remote_checkpoints import fetch_record
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:The ``noload`` loader strategy is deprecated:DeprecationWarning")
@@ -63,7 +63,7 @@ def test_a_run_records_settings_data_metrics_and_files(database: TrackingConfig,
     record = stored(run)
     assert record.info.run_name == "first"
     assert record.info.status == "FINISHED"
-    assert record.data.params == flatten(PARAMS)
+    assert record.data.params == format_params(PARAMS)
     assert len(record.data.tags.get("mlflow.source.git.commit", "a" * 40)) == 40  # only in a checkout
     assert record.data.tags["version.torch"]
     assert record.data.tags["origin"] == "https://host/repository"
@@ -288,10 +288,10 @@ def test_urls_lose_their_secrets() -> None:
     assert scrub("get https://me:p@ss@host:1/x?a=1&token=abc&b=2 now") == "get https://host:1/x?a=1&token=***&b=2 now"
 
 
-def test_settings_are_flattened() -> None:
-    assert flatten({"optim": {"learning_rate": 1e-3}}) == {"optim.learning_rate": "0.001"}
-    assert flatten({"a": {"b": None, "c": {}}, "d": (1, 2)}) == {"a.b": "None", "a.c": "{}", "d": "[1, 2]"}
-    assert len(flatten({"long": "x" * 7000})["long"]) == 6000
+def test_settings_become_parameters() -> None:
+    assert format_params({"optim": {"learning_rate": 1e-3}}) == {"optim.learning_rate": "0.001"}
+    assert format_params({"a": {"b": None, "c": {}}, "d": (1, 2)}) == {"a.b": "None", "a.c": "{}", "d": "[1, 2]"}
+    assert len(format_params({"long": "x" * 7000})["long"]) == 6000
 
 
 TRAINER = """

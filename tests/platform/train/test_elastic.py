@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from dmvae.config.training import TrainConfig
-from dmvae.platform.train.trainer import RunError, train_run
+from dmvae.platform.errors import RunError
+from dmvae.platform.train.trainer import train_run
 from tests.kills import KillAt, metrics_of
 from tests.runs import make_config, make_dataset, train_here
 

@@ -19,7 +19,8 @@ import torch
 from safetensors.torch import load_file
 
 from dmvae.config.training import TrainConfig
-from dmvae.platform.train.trainer import RunError, train_run
+from dmvae.platform.errors import RunError
+from dmvae.platform.train.trainer import train_run
 from dmvae.training import checkpoint
 from tests.kills import (
     KillAt,

@@ -15,7 +15,8 @@ from dmvae.config.data import PrepareConfig
 from dmvae.config.training import TrainConfig
 from dmvae.data.preparation.prepare import prepare
 from dmvae.data.reading.dataset import open_dataset
-from dmvae.platform.train.trainer import RunError, _check_same_run, resolve, run_record, train_run
+from dmvae.platform.errors import RunError
+from dmvae.platform.train.trainer import _check_same_run, resolve, run_record, train_run
 from tests.runs import make_config, make_dataset
 
 
@@ -100,8 +101,8 @@ def test_a_run_does_not_go_on_with_another_dataset_or_model(dataset: Path, tmp_p
     now = open_dataset(other).manifest.fingerprint
     with pytest.raises(RunError) as refusal:
         train_run(make_config(tmp_path, other, model={"latent_dim": 16}), print)
-    assert f"dataset.fingerprint: '{opened.manifest.fingerprint}' in the run, '{now}' asked for" in str(refusal.value)
-    assert "model.latent_dim: 2 in the run, 16 asked for" in str(refusal.value)
+    assert f"dataset.fingerprint: '{opened.manifest.fingerprint}' in the run, '{now}' requested" in str(refusal.value)
+    assert "model.latent_dim: 2 in the run, 16 requested" in str(refusal.value)
 
 
 def test_a_setting_that_is_newer_than_a_run_had_its_default_there(dataset: Path, tmp_path: Path) -> None:
@@ -112,7 +113,7 @@ def test_a_setting_that_is_newer_than_a_run_had_its_default_there(dataset: Path,
     (tmp_path / "run.json").write_text(json.dumps(before))
     _check_same_run(tmp_path, record, str(tmp_path))
     record["data"]["unit"] = "shard"
-    with pytest.raises(RunError, match=r"data\.unit: 'batch' in the run, 'shard' asked for"):
+    with pytest.raises(RunError, match=r"data\.unit: 'batch' in the run, 'shard' requested"):
         _check_same_run(tmp_path, record, str(tmp_path))
 
 

@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 
 from dmvae.config.training import TrainConfig
 from dmvae.model.dmvae import DMVAE
+from dmvae.platform.errors import RunError
 from dmvae.platform.evaluate.nll_table import Task, evaluate_nll
-from dmvae.platform.train.trainer import RunError, TrainSummary, train_run
+from dmvae.platform.train.trainer import TrainSummary, train_run
 from tests.kills import KillAt, logged, start_driver, wait_for
 from tests.runs import make_config, train_here
 
@@ -114,7 +115,7 @@ def test_a_finished_run_says_so_and_goes_on_only_with_more_epochs(
     changed = {"training": {"epochs": 2, "batch_size": 16}, "model": {"latent_dim": 3}}
     with pytest.raises(RunError) as refusal:
         train_run(make_config(folder, dataset, **changed), Screen())
-    for words in ("latent_dim: 2 in the run, 3 asked for", "batch_size: 32 in the run, 16", "epochs: 6 in the run, 2"):
+    for words in ("latent_dim: 2 in the run, 3 requested", "batch_size: 32 in the run, 16", "epochs: 6 in the run, 2"):
         assert words in str(refusal.value)
 
 

@@ -14,7 +14,7 @@ import pytest
 from mlflow import MlflowClient
 
 from dmvae.config.training import TrainConfig
-from dmvae.platform.train.trainer import RunError
+from dmvae.platform.errors import RunError
 from dmvae.platform.tune.search import search
 from dmvae.platform.tune.study import trials_of
 from tests.kills import wait_for
@@ -72,7 +72,7 @@ def test_a_search_finds_records_and_trains_the_best(large: Path, tmp_path: Path)
     more = search(config.model_copy(update={"trials": 5}), quiet)
     assert [trial.number for trial in more.trials] == [0, 1, 2, 3, 4]
     assert all(before[number] == more.trials[number] for number in before)
-    with pytest.raises(RunError, match=r"judged_rows: 200 in the study, 100 asked for"):
+    with pytest.raises(RunError, match=r"judged_rows: 200 in the study, 100 requested"):
         search(config.model_copy(update={"judged_rows": 100}), quiet)
 
 
