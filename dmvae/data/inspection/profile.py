@@ -1,6 +1,5 @@
 """One pass over a dataset: what its values are, what is missing together, its labels, and hashes to find copies by."""
 
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ import numpy as np
 from dmvae.data.format.shard import MappedShard
 from dmvae.data.inspection.duplicates import Hashes, RowHash, SplitOverlap, hash_ids
 from dmvae.data.inspection.value_stats import Values
+from dmvae.data.preparation.progress import Progress
 from dmvae.data.reading.dataset import Dataset
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -19,7 +19,6 @@ Array = np.ndarray[Any, np.dtype[Any]]
 TELLING_BITS = 64
 """Of a row's values, from which equal ones are no everyday coincidence."""
 _MAX_KINDS = 1 << 16
-_SAY_SECONDS = 5.0
 
 
 class Tally:
@@ -178,7 +177,7 @@ class _Reader:
     """Reads split after split into a census."""
 
     def __init__(self, census: Census, total: int, progress: Callable[[str], None]) -> None:
-        self._census, self._total, self._progress = census, total, progress
+        self._census = census
         self._manifest = census.dataset.manifest
         modalities = self._manifest.modalities
         self._hash = {
@@ -186,8 +185,7 @@ class _Reader:
         }
         self._hash_row = RowHash(8 * len(modalities), 0)
         self._first: dict[str, Values] = {}
-        self._done, self._start = 0, time.monotonic()
-        self._said = self._start
+        self._done, self._progress = 0, Progress(progress, "read", total)
 
     def read(self, name: str, *, keep_values: bool) -> None:
         split, modalities = self._census.splits[name], self._manifest.modalities
@@ -196,7 +194,8 @@ class _Reader:
         for shard in self._census.dataset.split(name).shards():
             for rows in _blocks(shard):
                 self._read_block(split, shard, rows, start)
-                self._say(len(rows))
+                self._done += len(rows)
+                self._progress.update(self._done)
             start += shard.rows
 
     def _read_block(self, split: SplitCensus, shard: MappedShard, rows: Array, start: int) -> None:
@@ -231,14 +230,6 @@ class _Reader:
         if modality not in split.values:
             split.values[modality] = Values(self._first[modality])
         split.values[modality].add(values, positions)
-
-    def _say(self, rows: int) -> None:
-        self._done += rows
-        now = time.monotonic()
-        if now - self._said >= _SAY_SECONDS:
-            self._said = now
-            rate = self._done / (now - self._start)
-            self._progress(f"read {self._done:,} of {self._total:,} rows, {rate:,.0f} rows/s")
 
 
 def _blocks(shard: MappedShard) -> Iterator[Array]:

@@ -22,7 +22,7 @@ from dmvae.config.data import (
 from dmvae.data.errors import DatasetError
 from dmvae.data.format.manifest import save_manifest
 from dmvae.data.preparation.build_manifest import survey
-from dmvae.data.preparation.progress import Pace
+from dmvae.data.preparation.progress import Progress
 from dmvae.data.preparation.rows import Rows
 from dmvae.data.preparation.scan import Scan
 from dmvae.data.preparation.sources.csv import read_csv
@@ -110,7 +110,7 @@ def _write(scan: Scan, folder: Path, shard_bytes: int, progress: Callable[[str],
     """Write the rows to the folders of their splits, in the order of the shuffle."""
     means = {name: _training_mean(scan, name) for name in scan.filled}
     observed = {split: dict.fromkeys(scan.columns.modalities, 0) for split in scan.names}
-    pace, done = Pace(progress, "wrote", len(scan.codes)), 0
+    written, done = Progress(progress, "wrote", len(scan.codes)), 0
     with ExitStack() as stack:
         writers = [stack.enter_context(SplitWriter(folder / split, scan.columns, shard_bytes)) for split in scan.names]
         for rows, numbers in scan.shuffle.sorted():
@@ -122,7 +122,7 @@ def _write(scan: Scan, folder: Path, shard_bytes: int, progress: Callable[[str],
                 for name, mask in chosen.present.items():
                     observed[split][name] += int(mask.sum())
             done += len(rows)
-            pace(done)
+            written.update(done)
     for code, (split, counts) in enumerate(observed.items()):
         num = int((scan.codes == code).sum())
         shares = ", ".join(f"{name} in {count / max(num, 1):.1%}" for name, count in counts.items())

@@ -1,33 +1,52 @@
-"""How far a long piece of work is, in lines for a person."""
+"""Progress lines of a long task: how much is done, how fast, and the time left."""
 
 import time
 from collections.abc import Callable
 
-_SECONDS = 5.0
+_INTERVAL_SECONDS = 5.0
 
 
-class Pace:
-    """Tells, every few seconds, how many rows are done, how fast, and how long it will take.
+class Progress:
+    """Logs a line every few seconds while a task runs.
 
     Args:
-        say: takes the line.
-        what: is done with the rows.
-        total: how many there are; None: unknown, and then no time is told.
+        log: called with each line.
+        task: begins each line, such as "read".
+        total: units in the whole task; None if unknown, and then no line gives the time left.
+        unit: what is counted.
+        already_done: units that an earlier process finished; they do not count towards the speed.
     """
 
-    def __init__(self, say: Callable[[str], None], what: str, total: int | None) -> None:
-        self._say, self._what, self._total = say, what, total
-        self._start = self._said = time.monotonic()
+    def __init__(
+        self,
+        log: Callable[[str], None],
+        task: str,
+        total: int | None = None,
+        unit: str = "rows",
+        already_done: int = 0,
+    ) -> None:
+        self._log, self._task, self._total, self._unit = log, task, total, unit
+        self._first = already_done
+        self._start = self._logged = time.monotonic()
 
-    def __call__(self, done: int) -> None:
-        """Note that `done` rows are done."""
+    def update(self, done: int) -> None:
+        """Note that `done` units of the whole task are finished, and log a line if one is due.
+
+        The last unit is not logged: the caller says what came of the task.
+        """
         now = time.monotonic()
-        if now - self._said < _SECONDS or done == self._total:
-            return
-        self._said = now
-        rate = done / (now - self._start)
-        line = f"{self._what} {done:,} rows, {rate:,.0f} a second"
-        if self._total:
-            left = int((self._total - done) / max(rate, 1e-9))
-            line += f", {left // 60}:{left % 60:02d} left"
-        self._say(line)
+        if now - self._logged >= _INTERVAL_SECONDS and done != self._total:
+            self._logged = now
+            self._log(self.line(done))
+
+    def line(self, done: int) -> str:
+        """Return the line for `done` units."""
+        speed = (done - self._first) / max(time.monotonic() - self._start, 1e-9)
+        of_total = "" if self._total is None else f" of {self._total:,}"
+        left = "" if self._total is None or not speed else f", {minutes((self._total - done) / speed)} left"
+        return f"{self._task} {done:,}{of_total} {self._unit}, {speed:,.0f} {self._unit}/s{left}"
+
+
+def minutes(seconds: float) -> str:
+    """Return a duration as minutes and seconds, such as `3:05`."""
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

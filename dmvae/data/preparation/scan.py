@@ -15,7 +15,7 @@ from dmvae.data.errors import DatasetError
 from dmvae.data.format.schema import Columns
 from dmvae.data.preparation.build_manifest import check_settings
 from dmvae.data.preparation.external_shuffle import Shuffle, hash_keys
-from dmvae.data.preparation.progress import Pace
+from dmvae.data.preparation.progress import Progress
 from dmvae.data.preparation.rows import Rows
 from dmvae.data.preparation.splitting import divide, divide_groups
 from dmvae.data.preparation.stream import Chunk, SourceLocation, Stream
@@ -64,7 +64,7 @@ class Scan:
         self._starts: list[int] = []
         self._own_names: dict[str, int] = {}
         self._partial: dict[str, tuple[int, str]] = {}
-        pace = Pace(progress, "read", stream.num_rows)
+        reading = Progress(progress, "read", stream.num_rows)
         num = 0
         for chunk in stream.chunks:
             if not self._held:
@@ -74,7 +74,7 @@ class Scan:
             self._starts.append(num)
             self._add(chunk, num)
             num += len(chunk.rows)
-            pace(num)
+            reading.update(num)
         if not num:
             raise DatasetError(f"a source has rows; got none from {config.source.kind}. Correct the source.")
         self.keys = np.concatenate([held.keys for held in self._held])
