@@ -1,1 +1,5 @@
-"""The settings of every part, one file a section; nothing here imports torch."""
+"""The settings of every command, one file per section, and how they are read from TOML and flags.
+
+Everything else may import this folder; it imports nothing of the project, and neither torch nor numpy, so that
+`--help` is fast.
+"""

@@ -1,10 +1,10 @@
-"""Where the shipped configurations are written to."""
+"""Where `dmvae init` writes the example configurations."""
 
 from dmvae.config.section import Section
 
 
 class InitConfig(Section):
-    """What `dmvae init` writes."""
+    """The target of `dmvae init`."""
 
     folder: str = "configs"
-    """The folder; a file that is there already stays as it is."""
+    """Target folder; existing files are kept."""

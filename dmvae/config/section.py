@@ -1,4 +1,4 @@
-"""What every section of a configuration has in common."""
+"""The base class and the field types that all configuration sections share."""
 
 import re
 from pathlib import Path
@@ -11,26 +11,26 @@ RESERVED_NAMES = frozenset({"all", "joint", "shared", "id", "label", "size_facto
 
 
 class Section(BaseModel):
-    """A frozen group of settings in which a misspelt key is refused."""
+    """A frozen group of settings that rejects unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
 
     @classmethod
     def located(cls, tree: dict[str, Any], folder: Path) -> dict[str, Any]:
-        """Return a TOML file's content with names of other configurations read from the file's own folder."""
+        """Return a TOML file's content with references to other files resolved against the file's folder."""
         return tree
 
 
 def check_modality_name(name: str) -> str:
-    """Return `name` if a modality may be called so.
+    """Return `name` if it is a valid name for a modality.
 
     Raises:
-        ValueError: if it is not a letter followed by letters, digits, `_` or `-`, or is a reserved word.
+        ValueError: if it is not a letter followed by letters, digits, `_` or `-`, or is reserved.
     """
     if not _MODALITY.fullmatch(name) or name in RESERVED_NAMES:
         raise ValueError(
-            f"a modality's name is a letter followed by letters, digits, '_' or '-', and none of "
-            f"{', '.join(sorted(RESERVED_NAMES))}; got {name!r}. Rename it."
+            f"Invalid modality name {name!r}: it must be a letter followed by letters, digits, '_' or '-', and cannot "
+            f"be one of {', '.join(sorted(RESERVED_NAMES))}. Rename the modality."
         )
     return name
 
@@ -39,13 +39,13 @@ ModalityName = Annotated[str, AfterValidator(check_modality_name)]
 
 
 def check_name(name: str) -> str:
-    """Return `name` if a run, a dataset or a split may be called so.
+    """Return `name` if it is a valid name for a run, a study or a split.
 
     Raises:
-        ValueError: if it is not letters, digits, `.`, `_` or `-`.
+        ValueError: if it has other characters than letters, digits, `.`, `_` and `-`.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise ValueError(f"a name is letters, digits, '.', '_' or '-', without a path; got {name!r}. Rename it.")
+        raise ValueError(f"Invalid name {name!r}: it can only have letters, digits, '.', '_' and '-', and no path.")
     return name
 
 
@@ -53,7 +53,7 @@ Name = Annotated[str, AfterValidator(check_name)]
 
 
 def has_password(uri: str) -> bool:
-    """Tell whether a URI carries credentials."""
+    """Return whether a URI contains credentials."""
     option = r"(?i)[?&][^=&\s]*(?:token|password|secret|signature|sig|(?:access|account|secret)_key)="
     return re.search(r"://[^/\s]*:[^/\s]*@", uri) is not None or re.search(option, uri) is not None
 
@@ -61,8 +61,8 @@ def has_password(uri: str) -> bool:
 def _check_runs_dir(place: str) -> str:
     if has_password(place):
         raise ValueError(
-            "a URI in a configuration carries no keys, because configurations are recorded; got one that does. "
-            "Set them in the environment, as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
+            "The URI contains credentials, and configurations are recorded. Remove them, and set AWS_ACCESS_KEY_ID "
+            "and AWS_SECRET_ACCESS_KEY in the environment."
         )
     return place
 
@@ -70,15 +70,16 @@ def _check_runs_dir(place: str) -> str:
 RunsDir = Annotated[str, Field(min_length=1), AfterValidator(_check_runs_dir)]
 
 
-def _check_is_no_truth_value(number: Any) -> Any:
+def _refuse_bool(number: Any) -> Any:
     if isinstance(number, bool):
-        raise ValueError(f"a number is no truth value; got {number}. Write, say, {int(number)}.")
+        raise ValueError(f"expected a number, got {str(number).lower()}. Write {int(number)}.")
     return number
 
 
-_NoTruthValue = BeforeValidator(_check_is_no_truth_value)
-Size = Annotated[int, _NoTruthValue, Field(gt=0, lt=2**31)]
-"""Of what there is at least one of."""
-Count = Annotated[int, _NoTruthValue, Field(ge=0, lt=2**31)]
-"""Of what there may be none of."""
-Seed = Annotated[int, _NoTruthValue, Field(ge=0, lt=2**63)]
+_NotBool = BeforeValidator(_refuse_bool)
+Size = Annotated[int, _NotBool, Field(gt=0, lt=2**31)]
+"""A whole number of at least 1."""
+Count = Annotated[int, _NotBool, Field(ge=0, lt=2**31)]
+"""A whole number of at least 0."""
+Seed = Annotated[int, _NotBool, Field(ge=0, lt=2**63)]
+"""A seed of random numbers."""

@@ -1,4 +1,4 @@
-"""Where runs are recorded."""
+"""Where runs are recorded in MLflow."""
 
 from typing import Annotated
 
@@ -10,28 +10,26 @@ from dmvae.config.section import Name, Section, has_password
 def _check_uri(uri: str | None) -> str | None:
     if uri is not None and has_password(uri):
         raise ValueError(
-            "a tracking URI in a configuration carries no password, because configurations are recorded; got one "
-            "that does. Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or leave `uri` out and put the "
-            "whole URI in MLFLOW_TRACKING_URI."
+            "The tracking URI contains a password, and configurations are recorded. Set MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD instead, or remove `uri` and put the whole URI in MLFLOW_TRACKING_URI."
         )
     return uri
 
 
 class TrackingConfig(Section, hide_input_in_errors=True):
-    """The MLflow server and the experiment that a run belongs to.
+    """The MLflow server and the experiment of a run.
 
-    Without `uri` the environment's MLFLOW_TRACKING_URI is used and, if that is not set either, `mlflow.db` in the
-    working directory.
+    Without `uri`, MLFLOW_TRACKING_URI is used; without both, `mlflow.db` in the working directory.
     """
 
     experiment: str = Field("dmvae", min_length=1, max_length=500)
     uri: Annotated[str | None, AfterValidator(_check_uri)] = Field(None, min_length=1)
     register_as: Name | None = None
-    """Of a registered model whose next version a finished run's best model becomes."""
+    """Register the best model of a finished run as the next version of this registered model."""
 
 
 class SyncConfig(Section):
-    """What `jobs.sync` brings into MLflow."""
+    """What `jobs.sync` delivers to MLflow."""
 
     folder: str = "runs"
-    """A run's folder, or one that holds several."""
+    """Folder of one run or of several."""

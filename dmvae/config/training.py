@@ -1,4 +1,4 @@
-"""A training run: what `jobs.train` reads."""
+"""The settings of a training run, which `jobs.train` reads."""
 
 from typing import Annotated, Literal
 
@@ -15,115 +15,118 @@ class OptimConfig(Section):
     """The optimiser and its learning rate."""
 
     algorithm: Literal["adam", "adamw"] = "adam"
-    """`adamw` decays weights apart from the gradient."""
+    """`adamw` decouples weight decay from the gradient."""
     learning_rate: PositiveFloat = 1e-3
-    """The highest rate of the schedule."""
+    """The peak learning rate of the schedule."""
     weight_decay: NonNegativeFloat = 0.0
-    """Decoupled; of adamw only."""
+    """Decoupled weight decay; needs adamw."""
     schedule: Literal["constant", "cosine", "plateau"] = "cosine"
-    """`cosine` falls to zero at the last step; `plateau` halves after `plateau_epochs` without a better figure."""
+    """`cosine` decays to zero at the last step; `plateau` halves the rate after `plateau_epochs` epochs without
+    improvement."""
     plateau_epochs: Size = 5
-    """Of the plateau schedule only."""
+    """Patience of the plateau schedule, in epochs."""
     warmup_steps: Count = 0
-    """Steps of linear warm-up of the learning rate."""
+    """Steps over which the learning rate grows linearly from 0."""
     clip_norm: PositiveFloat | None = None
-    """Largest norm of the whole gradient; a longer one is scaled down."""
+    """Clip the norm of the whole gradient to this value. None: no clipping."""
 
     @model_validator(mode="after")
     def _check(self) -> "OptimConfig":
         if self.weight_decay and self.algorithm != "adamw":
             raise ValueError(
-                f'weight_decay takes effect with algorithm="adamw"; got {self.weight_decay} with {self.algorithm!r}. '
-                "Change one of them."
+                f"weight_decay={self.weight_decay} has no effect with algorithm={self.algorithm!r}. "
+                'Set algorithm = "adamw", or remove weight_decay.'
             )
         if "plateau_epochs" in self.model_fields_set and self.schedule != "plateau" and self.plateau_epochs != 5:
             raise ValueError(
-                f'plateau_epochs takes effect with schedule="plateau"; got schedule={self.schedule!r}. Remove it.'
+                f"plateau_epochs has no effect with schedule={self.schedule!r}. "
+                'Set schedule = "plateau", or remove plateau_epochs.'
             )
         return self
 
 
 class TrainingConfig(Section):
-    """The loop: how long, in what batches, and when to stop."""
+    """The training loop: epochs, batches, validation, checkpoints and early stopping."""
 
     epochs: Size = 20
-    """Times that every training row is seen; a finished run goes on when this grows."""
+    """Passes over the training rows; raise it to train a finished run further."""
     batch_size: Size = 128
-    """Rows of one step over all workers."""
+    """Rows per step, over all workers together."""
     micro_batch_size: Size | None = None
-    """Rows that a worker decodes at once; bounds memory and changes no result (without dropout and batch
-    normalisation)."""
+    """Rows that a worker decodes at once; bounds memory without changing the result (unless networks have
+    dropout or batch normalisation)."""
     precision: Literal["float32", "float64", "bfloat16"] = "float32"
-    """`bfloat16` is autocast over float32 weights."""
+    """`bfloat16` is autocast with float32 weights."""
     compile: bool = False
-    """Compile the networks with torch.compile whenever a worker starts; needs a C compiler on every node. For GPUs: on
-    CPUs it is no faster. Results agree to rounding."""
+    """Compile the networks with torch.compile when a worker starts; needs a C compiler on every node. Meant for GPUs:
+    on CPUs it is not faster. Results agree up to rounding."""
     divergence_warmup_steps: Count = 0
-    """Steps over which every beta grows linearly from 0 to its value."""
+    """Steps over which every beta grows linearly from 0 (KL annealing)."""
     monitor: str = "loss"
-    """The validation figure, smaller is better, that chooses the best checkpoint: `loss`, `joint` or another source."""
+    """Validation metric that selects the best checkpoint, smaller is better: `loss`, `joint` or another source."""
     patience: Size | None = None
-    """Epochs without a better figure after which training stops."""
+    """Early stopping: epochs without improvement before training stops. None: never."""
     checkpoint_steps: Size | None = None
-    """Checkpoint also every so many steps within an epoch."""
+    """Also checkpoint within an epoch, every this many steps."""
     checkpoint_seconds: PositiveFloat | None = None
-    """Checkpoint also about so many seconds after the last checkpoint, within an epoch."""
+    """Also checkpoint within an epoch, about this many seconds after the last checkpoint."""
     skip_nonfinite: Count = 0
-    """Steps of a run that may be left out because their loss or gradient is not finite; one more ends the run."""
+    """Steps with a non-finite loss or gradient that a run may skip; one more ends the run."""
     log_steps: Size = 50
-    """Record the training terms every so many steps."""
+    """Log the training metrics every this many steps."""
 
 
 class WorkersConfig(Section):
-    """The processes that train."""
+    """The worker processes that train."""
 
     num: Size = 1
-    """How many; the result does not depend on it but for rounding."""
+    """Number of workers; the result does not depend on it, up to rounding."""
     min_num: Size | None = None
-    """Elastic training: start, and go on after a loss, with as few as this, and with up to `num` when there is room."""
+    """Elastic training: start, or continue after losing workers, with as few as this, and grow to `num` when the
+    cluster has room."""
     resize_seconds: PositiveFloat = 60.0
-    """How often an elastic run looks whether there is room for other numbers of workers."""
+    """Seconds between checks of whether an elastic run can grow."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
-    """`auto` takes GPUs when the cluster has one per worker."""
+    """`auto` uses GPUs if the cluster has one per worker."""
     cpus: Annotated[float, Field(gt=0, le=4096)] = 1.0
-    """CPUs of each worker."""
+    """CPUs per worker."""
     max_failures: Count = 3
-    """Times that training starts again from its last checkpoint when a worker or a node is lost."""
+    """Times that training restarts from its last checkpoint after losing a worker or a node."""
 
     @model_validator(mode="after")
     def _check(self) -> "WorkersConfig":
         if self.min_num is not None and self.min_num > self.num:
-            raise ValueError(f"min_num is at most num; got min_num={self.min_num} and num={self.num}. Raise num.")
+            raise ValueError(f"min_num={self.min_num} must not exceed num={self.num}. Raise num or lower min_num.")
         if "resize_seconds" in self.model_fields_set and self.min_num is None and self.resize_seconds != 60.0:
             raise ValueError(
-                f"resize_seconds takes effect with min_num; got {self.resize_seconds} alone. Set min_num, or remove it."
+                f"resize_seconds={self.resize_seconds} has no effect without min_num. Set min_num, or remove it."
             )
         return self
 
 
 class TrainConfig(Section, hide_input_in_errors=True):
-    """A training run from data to recorded model."""
+    """A training run, from dataset to recorded model."""
 
     name: Name
-    """Of the run: its folder is `runs_dir/name`, and the same name resumes it."""
+    """Name of the run: its folder is `runs_dir/name`, and the same name resumes it."""
     seed: Seed = 0
-    """Of the weights, the order of rows and all noise."""
+    """Seed of the weights, the order of rows and all noise."""
     runs_dir: RunsDir = "runs"
-    """The folder of all runs, or a URI (`s3://BUCKET/runs`) where a run's checkpoints and records are kept, for every
-    node to go on from; its keys and endpoint come from the environment."""
+    """Folder of all runs, or a URI (`s3://BUCKET/runs`) from which any node can resume; credentials and endpoint come
+    from the environment."""
     init_from: str | None = None
-    """A model's or checkpoint's folder whose weights a new run starts from."""
+    """Folder of a model or checkpoint whose weights a new run starts from."""
     data: DataConfig
-    """The dataset and how it is read."""
+    """The dataset, and how it is read."""
     model: DMVAEConfig = DMVAEConfig()
-    """`input_dims` comes from the dataset; what is not named has the likelihood that the dataset proposes."""
+    """The model; `input_dims` and the likelihoods that are left out come from the dataset."""
     optim: OptimConfig = OptimConfig()
     """The optimiser."""
     training: TrainingConfig = TrainingConfig()
-    """The loop."""
+    """The training loop."""
     workers: WorkersConfig = WorkersConfig()
-    """The processes."""
+    """The worker processes."""
     evaluation: EvaluationConfig = EvaluationConfig()
-    """The estimate of the negative log-likelihood at the end."""
+    """The NLL estimate at the end of training."""
     tracking: TrackingConfig = TrackingConfig()
-    """The MLflow record."""
+    """Where the run is recorded in MLflow."""

@@ -47,8 +47,8 @@ class Remote:
         """
         if has_password(uri):
             raise ValueError(
-                "a URI carries no keys, because it is recorded; got one that does. Set them in the environment, as "
-                "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
+                "The URI contains credentials, and URIs are recorded. Remove them, and set AWS_ACCESS_KEY_ID and "
+                "AWS_SECRET_ACCESS_KEY in the environment."
             )
         try:
             return cls(uri, *FileSystem.from_uri(uri))

@@ -162,7 +162,7 @@ def test_the_reserved_names_are_the_documented_ones() -> None:
 
 @pytest.mark.parametrize("name", ["", "1a", "_a", "a b", "a.b", "a/b", "ä", "a\n", "-a"])
 def test_illegal_names_are_no_modalities(name: str) -> None:
-    with pytest.raises(ValueError, match="a modality's name is"):
+    with pytest.raises(ValueError, match="Invalid modality name"):
         DMVAEConfig(input_dims={name: (3,)})
 
 

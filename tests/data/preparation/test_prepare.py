@@ -234,7 +234,7 @@ def test_a_source_without_values_or_with_a_split_for_every_row_is_refused(tmp_pa
         ({"id": np.zeros(100)}, {}, r"id is \(rows,\) strings"),
         ({"x": np.array([None] * 100)}, {}, "of numbers and strings"),
         ({"x": np.array(1.0)}, {}, "a single number"),
-        ({"joint": np.zeros((100, 1))}, {}, "Rename it"),
+        ({"joint": np.zeros((100, 1))}, {}, "Rename the modality"),
         ({}, {"scaling": {"y": "standardise"}}, r"got \['y'\]"),
         ({}, {"likelihood": {"y": "normal"}}, r"got \['y'\]"),
         ({}, {"scaling": {"image": "standardise"}}, "floats can be scaled"),

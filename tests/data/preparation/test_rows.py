@@ -68,7 +68,7 @@ def test_a_missing_slot_is_null_and_zero_underneath() -> None:
         ({"data": {"a": np.zeros((2, 1), dtype=np.int16)}}, "elements are uint8"),
         ({"data": {"a": np.zeros(2)}}, r"Reshape it to \(rows, 1\)"),
         ({"data": {"a": np.zeros((2, 0))}}, r"is \(rows, \*shape\)"),
-        ({"data": {"label": np.zeros((2, 1))}, "present": {"label": np.ones(2, dtype=bool)}}, "Rename it"),
+        ({"data": {"label": np.zeros((2, 1))}, "present": {"label": np.ones(2, dtype=bool)}}, "Rename the modality"),
     ],
 )
 def test_arrays_that_do_not_fit_together_are_refused(change: dict[str, Any], message: str) -> None:

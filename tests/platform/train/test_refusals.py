@@ -120,9 +120,9 @@ def test_a_setting_that_is_newer_than_a_run_had_its_default_there(dataset: Path,
 @pytest.mark.parametrize(
     ("workers", "words"),
     [
-        ({"num": 2, "min_num": 3}, "min_num is at most num; got min_num=3 and num=2"),
-        ({"num": 2, "resize_seconds": 5.0}, "resize_seconds takes effect with min_num"),
-        ({"num": True}, "a number is no truth value"),
+        ({"num": 2, "min_num": 3}, "min_num=3 must not exceed num=2"),
+        ({"num": 2, "resize_seconds": 5.0}, "has no effect without min_num"),
+        ({"num": True}, "expected a number, got true"),
         ({"cpus": 1e300}, "less than or equal to 4096"),
     ],
 )

@@ -27,8 +27,8 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"model.latent_dim": {"low": 0, "high": 4}}, r"space: model\.latent_dim: Input should be greater than 0"),
         ({"optim.schedule": {"values": ["cosine", "linear"]}}, r"space: optim\.schedule: Input should be 'constant'"),
         ({"model.modalities_specific_dim.up": {"low": 1, "high": 4}}, r"modalities_specific_dim names modalities"),
-        ({"optim.schedule.warm": {"low": 1, "high": 4}}, r"has no parts"),
-        ({"optim.weight_decay": {"low": 0.1, "high": 0.2}}, r"weight_decay takes effect with"),
+        ({"optim.schedule.warm": {"low": 1, "high": 4}}, r"is a value, not a section"),
+        ({"optim.weight_decay": {"low": 0.1, "high": 0.2}}, r"weight_decay=0.1 has no effect with"),
         ({"training.monitor": {"values": ["loss", "middle"]}}, r"training\.monitor names a validation figure"),
     ],
 )

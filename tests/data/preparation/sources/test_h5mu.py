@@ -127,7 +127,7 @@ def test_elements_that_are_stored_twice_add_up(path: str, layer: str) -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ({}, "cells.h5mu: a modality's name is a letter.*got 'prot:adt'"),
+        ({}, "cells.h5mu: Invalid modality name 'prot:adt'"),
         ({"modalities": {"atac": {}}}, r"one of the file's; got 'atac'. There are \['prot:adt', 'rna'\]"),
         ({"modalities": {"rna": {"layer": "raw"}}}, r"a layer is one of \['by_gene', 'counts'\]; got 'raw'"),
         ({"modalities": {"rna": {"features": "best"}}}, "a column of var; got 'best'"),

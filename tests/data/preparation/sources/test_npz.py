@@ -185,11 +185,11 @@ def bad_image(folder: Path) -> dict[str, Any]:
         (lambda f: bad_parquet(f, x=[1.0, 2, 3], label=["0", "1", "cat"]), r"bad.parquet, row 2: labels are .*'cat'"),
         (lambda f: bad_parquet(f, x=[1.0, 2, 3], label=[0, 1.0, 0.5]), r"bad.parquet, row \d: labels are integers"),
         (lambda f: bad_csv(f, "id,x\nu,1\nv,2\n", "id,label\nu,0\nv,a\n"), r"rows.csv, line 3: labels are .*'a'"),
-        (lambda f: bad_parquet(f, x=[1.0], joint=[1.0]), r"bad.parquet: a modality's name .*joint.*source.modalities"),
+        (lambda f: bad_parquet(f, x=[1.0], joint=[1.0]), r"Invalid modality name 'joint'.*source.modalities"),
         (lambda f: bad_csv(f, "id,x\nu,1\nv,two\n"), r"bad.csv, modality 'a': .*Row #3: .*'two'"),
         (lambda f: bad_parquet(f, x=[[1.0], [2], [3], [np.inf]]), r"bad.parquet, row 3: an observed value is finite"),
         (lambda f: bad_parquet(f, x=[[1.0, 1], [np.nan, 1]]), r"1 rows in which .*the first in .*bad.parquet, row 1 "),
-        (lambda f: bad_parquet(f, x=[1.0, 2.0], split=["train", "../up"]), r"bad.parquet, row 1, split: a name is"),
+        (lambda f: bad_parquet(f, x=[1.0, 2.0], split=["train", "../up"]), r"bad.parquet, row 1, split: Invalid name"),
     ],
 )  # fmt: skip
 def test_bad_input_is_named_by_file_and_row_and_leaves_no_half_dataset(

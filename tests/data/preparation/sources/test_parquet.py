@@ -118,7 +118,7 @@ def test_labels_may_be_whole_floats_as_pandas_writes_integers_with_gaps(tmp_path
         ({"x": [1.0, 2.0], "id": [3, None]}, "row 1: an id is not null"),
         ({"x": [1.0], "id": pa.array([2**63], pa.uint64())}, "bad.parquet: .* 9223372036854775808 not in range"),
         ({"x": ["a", "b"]}, "modalities are numbers, lists of them or fixed-size binary; got string"),
-        ({"x": [1.0], "joint": [1.0]}, "a modality's name is .*got 'joint'"),
+        ({"x": [1.0], "joint": [1.0]}, "Invalid modality name 'joint'"),
         ({"x": [1.0, 2.0], "size_factor": [1.0, 0.0]}, "row 1: a size factor is positive and finite; got 0.0"),
         ({"id": [1]}, "at least one modality"),
     ],
