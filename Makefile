@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: setup demo test acceptance bench lint
+.PHONY: setup demo test acceptance bench lint docs
 
 setup: $(READY)
 
@@ -25,6 +25,9 @@ lint: $(READY)
 
 test: lint
 	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder # the long ones, on Ray, first
+
+docs: $(READY)
+	$(BIN)/mkdocs build --strict --quiet
 
 bench: $(READY)
 	$(BIN)/python -m tests.benchmarks
