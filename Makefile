@@ -27,7 +27,7 @@ test: lint
 	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder # the long ones, on Ray, first
 
 docs: $(READY)
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: $(READY)
 	$(BIN)/python -m tests.benchmarks
