@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
     ROOT / "cluster" / "README.md",
     *(page for page in sorted((ROOT / "docs").glob("*.md")) if not page.is_symlink()),
 ]
