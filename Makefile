@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: setup demo test acceptance bench lint docs
+.PHONY: setup demo check test acceptance bench lint docs
 
 setup: $(READY)
 
@@ -23,7 +23,11 @@ lint: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: lint
+# For every commit: no Ray, and no test that takes seconds by itself.
+check: lint
+	$(BIN)/pytest -m "not acceptance and not ray and not slow" --numprocesses 2 --dist loadfile
+
+test: lint docs
 	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder # the long ones, on Ray, first
 
 docs: $(READY)
