@@ -88,7 +88,7 @@ def _init(config: Any) -> None:
 
     folder = Path(config.folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for shipped in sorted(files("dmvae").joinpath("configs").iterdir(), key=lambda entry: entry.name):
+    for shipped in sorted(files("dmvae.config").joinpath("examples").iterdir(), key=lambda entry: entry.name):
         target = folder / shipped.name
         if target.exists():
             _print(f"kept      {target}")

@@ -37,7 +37,7 @@ def test_a_wheel_holds_the_package_and_its_configurations_and_nothing_else(wheel
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         for file in CONFIGS:
-            assert archive.read(f"dmvae/configs/{file.name}") == file.read_bytes()
+            assert archive.read(f"dmvae/config/examples/{file.name}") == file.read_bytes()
     modules = {str(file.relative_to(ROOT)) for file in (ROOT / "dmvae").rglob("*.py")}
     assert modules <= names
     assert {name.split("/")[0] for name in names} == {"dmvae", f"{'-'.join(wheel.name.split('-')[:2])}.dist-info"}
