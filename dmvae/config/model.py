@@ -5,26 +5,14 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, model_validator
 
+from dmvae.config.likelihoods import SPECS
 from dmvae.config.section import ModalityName, Section, Size
 
 Shape = tuple[Size, ...]
-Parameter = NonNegativeInt | NonNegativeFloat | Literal["learned"]
+Parameter = NonNegativeInt | NonNegativeFloat | str
 T = TypeVar("T", int, float)
 
 DEFAULT_SUBSETS = 2
-
-COUNT_DISTS = frozenset({"poisson", "negative_binomial"})
-"""Likelihoods of counts: non-negative whole numbers, their mean proportional to the row's size factor."""
-
-_DIST_PARAMS: dict[str, frozenset[str]] = {
-    "normal": frozenset({"scale"}),
-    "laplace": frozenset({"scale"}),
-    "bernoulli": frozenset(),
-    "categorical": frozenset({"classes", "pad"}),
-    "poisson": frozenset({"size_factor", "rate"}),
-    "negative_binomial": frozenset({"dispersion", "size_factor", "rate"}),
-}
-_LEARNABLE = frozenset({"scale", "dispersion"})
 
 
 class ArchitectureConfig(Section):
@@ -131,27 +119,11 @@ class DMVAEConfig(Section):
                 raise ValueError(f"{field} has an entry for every modality; {absent} have none.")
 
     def _check_params(self, name: str, dist: str) -> None:
-        params = (self.decoder_dist_params or {}).get(name, {})
-        if dist not in _DIST_PARAMS:
-            return  # a registered likelihood checks its own
-        stray = sorted(params.keys() - _DIST_PARAMS[dist])
-        if stray:
-            known = sorted(_DIST_PARAMS[dist]) or "none"
-            raise ValueError(f"decoder_dist_params of a {dist} modality are {known}; got {stray} for {name!r}.")
-        for key, value in params.items():
-            if (value == 0 and key != "pad") or (value == "learned" and key not in _LEARNABLE):
-                raise ValueError(f"decoder_dist_params.{name}.{key} is a number greater than 0; got {value!r}.")
-        classes = params.get("classes")
-        if dist == "categorical" and (not isinstance(classes, int) or classes < 2):
-            raise ValueError(
-                f"a categorical modality needs classes, a whole number of 2 or more; got {classes!r} for {name!r}. "
-                f"Set decoder_dist_params.{name}.classes."
-            )
-        pad = params.get("pad")
-        if isinstance(classes, int) and pad is not None and pad not in range(classes):
-            raise ValueError(
-                f"padding is one of the classes, 0 to {classes - 1}; got {pad!r}. Set decoder_dist_params.{name}.pad."
-            )
+        if dist not in SPECS:
+            return  # a likelihood registered without a spec; it is checked when the model is built
+        fault = SPECS[dist].fault(self.dist_params(name))
+        if fault is not None:
+            raise ValueError(f"decoder_dist_params.{name} ({dist}): {fault}")
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

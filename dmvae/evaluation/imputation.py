@@ -11,7 +11,6 @@ from torch import Tensor
 
 from dmvae.data.batch import Batch, has
 from dmvae.distributions.gaussian_mixture import FittedPrior
-from dmvae.distributions.likelihoods import Laplace, Normal
 from dmvae.evaluation.baselines import ProbabilisticPCA
 from dmvae.evaluation.masking import mask_modalities
 from dmvae.evaluation.metrics import batches, generator_of
@@ -182,7 +181,7 @@ def join(parts: Iterable[Batch]) -> Batch:
 def _check_modality(model: DMVAE, modality: str) -> None:
     if modality not in model.config.modalities:
         raise ValueError(f"a modality is one of {list(model.config.modalities)}; got {modality!r}.")
-    if model.config.distributions[modality] == "categorical":
+    if model.likelihoods[modality].classes is not None:
         raise ValueError(f"an error is one of floating-point values; {modality!r} is categorical.")
 
 
@@ -200,15 +199,10 @@ def _intervals(
     model: DMVAE, modality: str, mean: Tensor, truth: Tensor, generator: torch.Generator
 ) -> tuple[float, ...]:
     """Count the values inside the central intervals of draws `(draw, row, *shape)` of the values."""
-    likelihood, noise = model.likelihoods[modality], torch.empty_like(mean)
-    if isinstance(likelihood, Normal):
-        noise.normal_(generator=generator)
-    elif isinstance(likelihood, Laplace):
-        noise.exponential_(generator=generator).mul_(torch.empty_like(mean).bernoulli_(generator=generator) * 2 - 1)
-    else:
+    likelihood = model.likelihoods[modality]
+    if not likelihood.is_continuous:
         return (math.nan,) * len(INTERVALS)
-    log_scale = torch.as_tensor(likelihood.log_scale).detach().to(mean)
-    draws = mean.add_(noise.mul_(log_scale.exp())).sort(0).values
+    draws = likelihood.sample(mean, generator).sort(0).values
     inside = []
     for share in INTERVALS:
         # the truth is as likely in each of the gaps between n draws: that makes the count exact for any n

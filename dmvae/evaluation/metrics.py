@@ -15,7 +15,6 @@ from torch import Tensor
 
 from dmvae.data.batch import Batch, has
 from dmvae.distributions.gaussian_mixture import FittedPrior
-from dmvae.distributions.likelihoods import Categorical
 from dmvae.distributions.noise import chain, row_keys
 from dmvae.model.dmvae import DMVAE, Modalities
 from dmvae.model.encoding import ACTIVE_VARIANCE
@@ -207,7 +206,7 @@ def _shown(model: DMVAE, name: str, output: Tensor, given: Batch | None = None, 
     Counts are at the size factors of what is `given`; where `rows` themselves have padding it is shown.
     """
     likelihood = model.likelihoods[name]
-    if not isinstance(likelihood, Categorical):
+    if likelihood.classes is None:
         return model.means(output, name, given)
     if rows is None or name not in rows.data:
         return likelihood.likeliest(output)

@@ -1,8 +1,7 @@
 """DMVAE: the model that a person holds; thin methods over the mathematics beside it."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,42 +11,21 @@ from torch import Tensor, nn
 
 from dmvae.config.model import DMVAEConfig
 from dmvae.data.batch import Batch, MultimodalRows
-from dmvae.distributions import likelihoods as likelihood
 from dmvae.distributions.gaussian import DiagGaussian
 from dmvae.distributions.gaussian_mixture import FittedPrior
+from dmvae.model.assembly import assemble
 from dmvae.model.encoding import combine, conform, observe, present, size_factors
-from dmvae.model.generation import ModelOutput as ModelOutput
-from dmvae.model.generation import decode_latents, draw_latents, draw_seed, sample_latents
-from dmvae.model.loss import Decode, Noise, Observed, TermSums, multimodal_elbo_loss
+from dmvae.model.generation import decode_latents, draw_latents, draw_seed, inference_mode, sample_latents
+from dmvae.model.loss import Decode, Noise, Observed, multimodal_elbo_loss
 from dmvae.model.nll.estimate import NLLEstimate, joint_nll
+from dmvae.model.outputs import DMVAEOutput, ModelOutput
 from dmvae.model.serialization import MODEL_CONFIG as MODEL_CONFIG
 from dmvae.model.serialization import MODEL_WEIGHTS as MODEL_WEIGHTS
 from dmvae.model.serialization import check_weights, read_folder, write_folder
-from dmvae.nn import networks
 from dmvae.nn.batched import Decoder
 
 Modalities = str | Iterable[str]
 """`"all"`, one modality's name, or several names."""
-
-
-@dataclass(frozen=True, eq=False)
-class DMVAEOutput:
-    """What a forward pass returns.
-
-    Attributes:
-        loss: mean over all rows of the row loss, in nats.
-        row_loss: per row, in nats; the sum of the negative bounds of its sources.
-        terms: the named terms as sums and counts, which add over batches and workers.
-    """
-
-    loss: Float[Tensor, ""]
-    row_loss: Float[Tensor, " row"]
-    terms: TermSums
-
-    @property
-    def metrics(self) -> dict[str, Tensor]:
-        """Each named term's mean, in nats per row."""
-        return self.terms.means()
 
 
 class DMVAE(nn.Module):
@@ -81,20 +59,9 @@ class DMVAE(nn.Module):
         decoders: Mapping[str, nn.Module] | None = None,
     ) -> None:
         super().__init__()
-        given = {"encoders": dict(encoders or {}), "decoders": dict(decoders or {})}
-        custom = tuple(f"{kind}.{name}" for kind, modules in given.items() for name in sorted(modules))
-        _check_custom(config, custom)
-        self.config = config.model_copy(update={"custom_architectures": custom})
-        self.likelihoods: dict[str, likelihood.Likelihood] = {}
-        self.encoders: dict[str, nn.Module] = {}
-        self.decoders: dict[str, nn.Module] = {}
-        for name in config.modalities:
-            self.likelihoods[name] = likelihood.build(config, name)
-            build_encoder, build_decoder = networks.builders(config.architecture(name).name)
-            architecture, dims = config.architecture(name), self._dimensions(name)
-            encoder, decoder = given["encoders"].get(name), given["decoders"].get(name)
-            self.encoders[name] = build_encoder(architecture, dims) if encoder is None else encoder
-            self.decoders[name] = build_decoder(architecture, dims) if decoder is None else decoder
+        parts = assemble(config, encoders, decoders)
+        self.config = config.model_copy(update={"custom_architectures": parts.custom})
+        self.likelihoods, self.encoders, self.decoders = parts.likelihoods, parts.encoders, parts.decoders
         # torch finds modules here. ModuleDict refuses names such as `type`, which are legal for modalities: hence the
         # prefix; and it is slow to ask, hence the plain dicts above
         for kind in ("likelihoods", "encoders", "decoders"):
@@ -210,7 +177,7 @@ class DMVAE(nn.Module):
         if N < 1:
             raise ValueError(f"N is the number of samples per row, at least 1; got N={N}.")
         batch = self._batch(inputs)
-        with _inference(self):
+        with inference_mode(self):
             observed = self.observe(batch, self._names(cond_mod, "cond_mod"))
             shared, private = self.combine(observed, len(batch))
         present = {name: part.present for name, part in observed.items()}
@@ -223,7 +190,7 @@ class DMVAE(nn.Module):
             the decoder's output per modality (logits for bernoulli and categorical, log-means for counts), with the
             latents' leading dimensions; `means` brings it to the data's scale.
         """
-        with _inference(self):
+        with inference_mode(self):
             return decode_latents(self._decode_functions_of(modalities, "modalities"), embedding)
 
     def predict(
@@ -249,10 +216,10 @@ class DMVAE(nn.Module):
         *output_shape)` of their rows, it is the row's own where it is known: as given, or the total of the counts
         that the row has.
         """
-        module = self.likelihoods[modality]
-        if inputs is None or not isinstance(module, likelihood.Counts):
-            return module.mean(output)
-        return module.mean_at(output, size_factors(self._batch(inputs), modality, module.size_factor, output))
+        likelihood = self.likelihoods[modality]
+        if inputs is None or not likelihood.are_counts:
+            return likelihood.mean(output)
+        return likelihood.mean_at(output, size_factors(self._batch(inputs), modality, likelihood.size_factor, output))
 
     def generate_from_prior(
         self, n_samples: int, generator: torch.Generator | None = None, density: FittedPrior | None = None
@@ -277,7 +244,7 @@ class DMVAE(nn.Module):
         are drawn from a fit to the row's posterior, or with `proposal="encoder"` from the encoders' posteriors.
         """
         batch = self._batch(inputs)
-        with _inference(self):
+        with inference_mode(self):
             return joint_nll(self, batch, K, batch_size_K, seed, self._names(modalities, "modalities"), proposal)
 
     def compute_joint_nll(
@@ -351,19 +318,6 @@ class DMVAE(nn.Module):
         model.load_state_dict(copies, assign=True)
         return model.eval()
 
-    def _dimensions(self, name: str) -> networks.Dimensions:
-        module = self.likelihoods[name]
-        return networks.Dimensions(
-            shape=self.config.shapes[name],
-            output_shape=module.output_shape,
-            shared_dim=self.config.latent_dim,
-            private_dim=self.config.private_dims[name],
-            classes=module.classes if isinstance(module, likelihood.Categorical) else None,
-            pad=module.pad if isinstance(module, likelihood.Categorical) else None,
-            counts=isinstance(module, likelihood.Counts),
-            start=module.start if isinstance(module, likelihood.Counts) else 0.0,
-        )
-
     def _batch(self, inputs: MultimodalRows) -> Batch:
         return conform(inputs, self.config, self.likelihoods, self.dtype, self.device)
 
@@ -382,26 +336,3 @@ class DMVAE(nn.Module):
     def _decode_functions_of(self, modalities: Modalities, argument: str) -> dict[str, Decode]:
         functions = self.decode_functions
         return {name: functions[name] for name in self._names(modalities, argument)}
-
-
-@contextmanager
-def _inference(model: nn.Module) -> Iterator[None]:
-    """Eval mode without a graph; afterwards each module has the mode it had."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def _check_custom(config: DMVAEConfig, custom: tuple[str, ...]) -> None:
-    known = {f"{kind}.{name}" for kind in ("encoders", "decoders") for name in config.modalities}
-    stray = sorted(set(custom) - known)
-    if stray:
-        raise ValueError(f"networks are given for modalities of the model {list(config.modalities)}; got {stray}.")
-    absent = sorted(set(config.custom_architectures) - set(custom))
-    if absent:
-        raise ValueError(f"this model was made with networks of its own; give them again: {', '.join(absent)}.")

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from dmvae.config.model import DMVAEConfig
 from dmvae.data.batch import Batch, MultimodalRows
-from dmvae.distributions import likelihoods as likelihood
 from dmvae.distributions.gaussian import DiagGaussian, at_least_float32, product_of_experts
+from dmvae.distributions.likelihoods import Likelihood
 from dmvae.model.loss import Observed
 from dmvae.nn.batched import encode_each
 
@@ -20,7 +20,7 @@ ACTIVE_VARIANCE = 0.01
 def conform(
     inputs: MultimodalRows,
     config: DMVAEConfig,
-    likelihoods: Mapping[str, likelihood.Likelihood],
+    likelihoods: Mapping[str, Likelihood],
     dtype: torch.dtype,
     device: torch.device,
 ) -> Batch:
@@ -37,7 +37,7 @@ def conform(
     for name, values in inputs.data.items():
         if tuple(values.shape[1:]) != config.shapes[name]:
             raise ValueError(f"a row of {name!r} has shape {config.shapes[name]}; got values {tuple(values.shape)}.")
-        categorical = isinstance(likelihoods[name], likelihood.Categorical)
+        categorical = likelihoods[name].classes is not None
         if categorical and values.is_floating_point():
             raise ValueError(f"a categorical modality's values are int64; got {values.dtype} for {name!r}.")
         data[name] = values.to(device, torch.int64 if categorical else dtype, non_blocking=is_gpu)
@@ -51,7 +51,7 @@ def conform(
 
 
 def observe(
-    batch: Batch, encoders: Mapping[str, nn.Module], likelihoods: Mapping[str, likelihood.Likelihood]
+    batch: Batch, encoders: Mapping[str, nn.Module], likelihoods: Mapping[str, Likelihood]
 ) -> dict[str, Observed]:
     """Encode each modality of the rows that have it; a modality that no row has is left out."""
     here: dict[str, tuple[Tensor, Tensor | None, Tensor, Tensor | None]] = {}

@@ -1,27 +1,31 @@
 """What a model's latents are drawn from, and what they are decoded to."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from dmvae.config.model import DMVAEConfig
 from dmvae.distributions.gaussian import DiagGaussian
 from dmvae.distributions.gaussian_mixture import FittedPrior
 from dmvae.model.loss import Decode
+from dmvae.model.outputs import ModelOutput
 
 
-class ModelOutput(dict[str, Any]):
-    """Named results, by key and by attribute."""
-
-    def __getattribute__(self, name: str) -> Any:
-        # before a dict's own methods: a modality may be called `values`
-        return self[name] if name in self else super().__getattribute__(name)
-
-    def __getattr__(self, name: str) -> Any:
-        raise AttributeError(f"no {name!r} among {sorted(self)}")
+@contextmanager
+def inference_mode(model: nn.Module) -> Iterator[None]:
+    """Switch to eval mode without a graph; afterwards each module has the mode it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def draw_latents(

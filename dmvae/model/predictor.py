@@ -16,7 +16,6 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, create_model
 from torch import Tensor
 
-from dmvae.config.model import COUNT_DISTS
 from dmvae.data.batch import Batch
 from dmvae.data.scaling import Scale
 from dmvae.model.dmvae import DMVAE
@@ -101,7 +100,7 @@ class Predictor:
     def __init__(self, model: DMVAE, units: Mapping[str, ModalitySpec]) -> None:
         self.model, self.units = model.eval(), dict(units)
         self.shapes: dict[str, tuple[int, ...]] = {name: unit.shape for name, unit in self.units.items()}
-        self.counts = [name for name in self.units if model.config.distributions[name] in COUNT_DISTS]
+        self.counts = [name for name in self.units if model.likelihoods[name].are_counts]
         if self.counts:
             self.shapes["size_factor"] = ()
         self.row = row_type(self.shapes)

@@ -204,7 +204,7 @@ def imputed_scatter(model: DMVAE, rows: Batch, density: FittedPrior | None) -> l
     for name in model.config.modalities:
         others = [other for other in model.config.modalities if other != name]
         chosen = rows[has(rows, name)][:300]
-        if is_image(model.config.shapes[name]) or model.config.distributions[name] == "categorical" or not others:
+        if is_image(model.config.shapes[name]) or model.likelihoods[name].classes is not None or not others:
             continue
         generator = torch.Generator(model.device).manual_seed(0)
         drawn = model.predict(chosen, others, name, N=20, generator=generator, density=density)[name]

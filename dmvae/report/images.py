@@ -104,7 +104,7 @@ def traversals(model: DMVAE, rows: Batch, scales: Scales) -> list[Picture]:
 
 
 def _images(model: DMVAE) -> list[str]:
-    floats = [name for name in model.config.modalities if model.config.distributions[name] != "categorical"]
+    floats = [name for name in model.config.modalities if model.likelihoods[name].classes is None]
     return [name for name in floats if is_image(model.config.shapes[name])]
 
 

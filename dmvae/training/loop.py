@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from dmvae.config.training import OptimConfig, TrainConfig
 from dmvae.data.batch import Batch
 from dmvae.distributions.noise import chain
-from dmvae.model.dmvae import DMVAE, DMVAEOutput
+from dmvae.model.dmvae import DMVAE
 from dmvae.model.encoding import ACTIVE_VARIANCE
 from dmvae.model.loss import TermSums, term_names
+from dmvae.model.outputs import DMVAEOutput
 from dmvae.training.checkpoint_schedule import CheckpointClock
 from dmvae.training.validation import autocast, draw_noise, validate
 

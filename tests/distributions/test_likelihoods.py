@@ -1,14 +1,21 @@
 import itertools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmvae import DMVAE, Batch, DMVAEConfig
-from dmvae.distributions import likelihoods as likelihood
-from dmvae.distributions.likelihoods import Bernoulli, Categorical, Laplace, Likelihood, Normal
+from dmvae.config.likelihoods import LikelihoodSpec, Param, ValueTraits
+from dmvae.config.likelihoods import suggest as suggest_for
+from dmvae.distributions.likelihoods import Likelihood, build, log_prob_each, register, registry
+from dmvae.distributions.likelihoods.bernoulli import Bernoulli
+from dmvae.distributions.likelihoods.categorical import Categorical
+from dmvae.distributions.likelihoods.laplace import Laplace
+from dmvae.distributions.likelihoods.normal import Normal
 
 SHAPE = (2, 3)
 
@@ -148,21 +155,26 @@ class Cauchy(Likelihood):
 
 
 @pytest.fixture
-def _empty_registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(likelihood, "_REGISTRY", dict(likelihood._REGISTRY))
+def _own_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+
+    before = dict(registry.SPECS)
+    yield
+    registry.SPECS.clear()
+    registry.SPECS.update(before)
 
 
-@pytest.mark.usefixtures("_empty_registry")
+@pytest.mark.usefixtures("_own_registry")
 def test_a_registered_likelihood_is_built_with_its_parameters() -> None:
-    likelihood.register("cauchy", Cauchy)
+    register("cauchy", Cauchy)
     config = DMVAEConfig(
         input_dims={"a": (3,)}, decoders_dist={"a": "cauchy"}, decoder_dist_params={"a": {"width": 2.5}}
     )
     built = DMVAE(config).likelihoods["a"]
     assert isinstance(built, Cauchy)
     assert built.width == 2.5
-    with pytest.raises(ValueError, match="once"):
-        likelihood.register("normal", Cauchy)
+    with pytest.raises(ValueError, match="already registered"):
+        register("normal", Cauchy)
 
 
 class Scaled(Cauchy):
@@ -181,18 +193,65 @@ class Scaled(Cauchy):
 def test_likelihoods_that_differ_in_what_is_private_to_them_are_not_taken_for_one(widths: tuple[Any, Any]) -> None:
     alone = [Scaled((3,), width) for width in widths]
     output, values = torch.randn(2, 4, 3), [torch.randn(4, 3), torch.randn(4, 3)]
-    found = likelihood.log_prob_each(alone, output, values)
+    found = log_prob_each(alone, output, values)
     for own, one, part, value in zip(found, alone, output, values, strict=True):
         torch.testing.assert_close(own, one.log_prob(part, value))
 
 
-@pytest.mark.usefixtures("_empty_registry")
+@pytest.mark.usefixtures("_own_registry")
 def test_what_makes_no_likelihood_is_refused_when_the_model_is_built() -> None:
-    likelihood.register("function", lambda shape: nn.Identity())
-    with pytest.raises(ValueError, match="Identity for 'function'"):
+    register("function", lambda shape: nn.Identity())
+    with pytest.raises(ValueError, match=r"'function' must return .*, but got Identity"):
         DMVAE(DMVAEConfig(input_dims={"a": (3,)}, decoders_dist={"a": "function"}))
 
 
 def test_an_unknown_likelihood_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"'gauss' for 'a'.*normal, laplace, bernoulli, categorical"):
+    with pytest.raises(ValueError, match=r"'gauss' for modality 'a'. Available: bernoulli, categorical, laplace"):
         DMVAE(DMVAEConfig(input_dims={"a": (3,)}, decoders_dist={"a": "gauss"}))
+
+
+@pytest.mark.usefixtures("_own_registry")
+def test_a_spec_lets_configurations_and_data_know_a_likelihood_of_ones_own() -> None:
+    def suggest(traits: ValueTraits) -> str | None:
+        return "very heavy tails" if traits.kurtosis > 100 else None
+
+    register("cauchy", Cauchy, LikelihoodSpec(values="real", params={"width": Param()}, suggest=suggest))
+    with pytest.raises(ValueError, match="width must be a number greater than 0, but got 0"):
+        DMVAEConfig(input_dims={"a": (3,)}, decoders_dist={"a": "cauchy"}, decoder_dist_params={"a": {"width": 0}})
+    assert suggest_for(ValueTraits("real", kurtosis=200.0)) == ("cauchy", "very heavy tails")
+    assert suggest_for(ValueTraits("real", kurtosis=6.0))[0] == "laplace"
+
+
+@pytest.mark.usefixtures("_own_registry")
+def test_parameters_that_a_likelihood_without_a_spec_does_not_take_are_refused_with_the_modality() -> None:
+    register("cauchy", Cauchy)
+    params = {"a": {"wdith": 2.0}}
+    config = DMVAEConfig(input_dims={"a": (3,)}, decoders_dist={"a": "cauchy"}, decoder_dist_params=params)
+    with pytest.raises(ValueError, match=r"'cauchy' for modality 'a': .*'wdith'\. Correct decoder_dist_params\.a"):
+        DMVAE(config)
+
+
+def test_every_likelihood_that_configurations_know_can_be_built_and_the_other_way_round() -> None:
+    assert registry.SPECS.keys() == registry._REGISTRY.keys()
+    for name, spec in registry.SPECS.items():
+        params = {"a": {"classes": 3}} if "classes" in spec.params else None
+        built = build(DMVAEConfig(input_dims={"a": (2,)}, decoders_dist={"a": name}, decoder_dist_params=params), "a")
+        assert built.are_counts == (spec.values == "counts")
+        assert (built.classes is not None) == (spec.values == "classes")
+
+
+@pytest.mark.parametrize("name", ["normal", "laplace", "bernoulli", "categorical", "poisson", "negative_binomial"])
+def test_draws_are_legal_and_have_the_mean_of_the_distribution(name: str) -> None:
+    params = {"categorical": {"classes": 3, "pad": 1}, "normal": {"scale": 0.5}}.get(name)
+    dims, dists = {"a": (2,)}, {"a": name}
+    likelihood = build(
+        DMVAEConfig(input_dims=dims, decoders_dist=dists, decoder_dist_params=params and {"a": params}), "a"
+    )
+    output = torch.randn(likelihood.output_shape, dtype=torch.float64).expand(20_000, *likelihood.output_shape)
+    drawn = likelihood.sample(output, torch.Generator().manual_seed(1))
+    assert likelihood.in_support(drawn)
+    values = F.one_hot(drawn, 3).double() if name == "categorical" else drawn
+    mean = likelihood.mean(output)[0]
+    error = values.std(0) / math.sqrt(len(values))
+    assert bool(((values.mean(0) - mean).abs() <= 5 * error).all())
+    assert torch.equal(drawn, likelihood.sample(output, torch.Generator().manual_seed(1)))

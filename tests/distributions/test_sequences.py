@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dmvae import DMVAE, Batch, DMVAEConfig
-from dmvae.distributions.likelihoods import Categorical
+from dmvae.distributions.likelihoods.categorical import Categorical
 from dmvae.evaluation.elbo import negative_elbo
 from dmvae.evaluation.metrics import predicted_class_share
 
@@ -123,9 +123,9 @@ def test_the_sequence_networks_read_and_write_every_place_in_its_order() -> None
 @pytest.mark.parametrize(
     ("params", "architecture", "message"),
     [
-        ({"classes": 4, "pad": 4}, "mlp", "padding is one of the classes, 0 to 3; got 4"),
-        ({"classes": 4, "pad": 0.5}, "mlp", "padding is one of the classes"),
-        ({"classes": 0}, "mlp", "greater than 0; got 0"),
+        ({"classes": 4, "pad": 4}, "mlp", "pad must be one of the classes, 0 to 3, but got 4"),
+        ({"classes": 4, "pad": 0.5}, "mlp", "pad must be a whole number"),
+        ({"classes": 0}, "mlp", "classes must be a whole number of 2 or more, but got 0"),
         ({"classes": 4}, "sequence", "categorical sequences"),
     ],
 )

@@ -13,7 +13,8 @@ from dmvae import DMVAE, Batch
 from dmvae.config.data import PrepareConfig
 from dmvae.data.preparation.prepare import prepare
 from dmvae.data.reading.dataset import open_dataset
-from dmvae.distributions.likelihoods import Likelihood, NegativeBinomial
+from dmvae.distributions.likelihoods import Likelihood
+from dmvae.distributions.likelihoods.negative_binomial import NegativeBinomial
 from tests.runs import make_config, train_here
 
 Arrays = dict[str, np.ndarray]

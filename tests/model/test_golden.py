@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from dmvae import DMVAE, Batch, DMVAEConfig
-from dmvae.model.dmvae import DMVAEOutput
 from dmvae.model.loss import Noise
+from dmvae.model.outputs import DMVAEOutput
 from tests.linear_gaussian import exact_log_prob
 
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / "dmvae_golden.json").read_text())

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from dmvae import DMVAE, Batch, DMVAEConfig
 from dmvae.config.model import ArchitectureConfig
-from dmvae.model.dmvae import DMVAEOutput
 from dmvae.model.loss import Noise
+from dmvae.model.outputs import DMVAEOutput
 from dmvae.nn.networks import Dimensions, EncoderOutput, MLPDecoder, MLPEncoder
 from tests.linear_gaussian import exact_log_prob, linear_model, sample_rows
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from dmvae.config.data import Scaling
-from dmvae.config.model import COUNT_DISTS
+from dmvae.config.likelihoods import values_of
 from dmvae.config.section import ModalityName, Name, Section
 from dmvae.data.errors import DatasetError
 from dmvae.data.files import write_atomically
@@ -56,7 +56,7 @@ class ModalityInfo(Section):
     def _check(self) -> "ModalityInfo":
         if min(self.shape, default=1) < 1:
             raise ValueError(f"a dimension is at least 1; got shape={self.shape}.")
-        categorical, counts = self.likelihood == "categorical", self.likelihood in COUNT_DISTS
+        categorical, counts = (values_of(self.likelihood) == kind for kind in ("classes", "counts"))
         if categorical != bool(self.classes) or (not counts and categorical != (self.dtype == "int64")):
             raise ValueError(
                 f"int64 modalities are categorical and have classes, or are counts; others are neither categorical nor "

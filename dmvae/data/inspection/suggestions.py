@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from dmvae.config.likelihoods import SPECS, ValueTraits, suggest
 from dmvae.config.training import TrainConfig
 from dmvae.data.format.manifest import ModalityInfo
 from dmvae.data.inspection.profile import Census
@@ -14,8 +15,6 @@ from dmvae.data.inspection.value_stats import Values
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-_HEAVY_TAILS = 4.2  # kurtosis: the geometric mean of a normal's 3 and a Laplace distribution's 6
-_POISSON_SPREAD = 1.5  # variance over mean; 1 of a Poisson distribution
 _ROW_VISITS = 400_000  # that a first run makes: epochs times training rows
 
 
@@ -35,31 +34,29 @@ def propose_likelihoods(census: Census) -> dict[str, LikelihoodSuggestion]:
 
 
 def _fit(info: ModalityInfo, values: Values | None) -> LikelihoodSuggestion:
-    learned = {"scale": "learned"}
-    if info.likelihood == "categorical":
-        return LikelihoodSuggestion("categorical", f"classes 0..{(info.classes or 1) - 1}", {})
-    if info.likelihood != "normal":
-        return LikelihoodSuggestion(
-            info.likelihood, "the dataset says so", learned if info.likelihood == "laplace" else {}
-        )
+    if info.likelihood not in ("normal", "categorical"):  # the manifest's defaults, which nobody chose
+        return _suggestion(info.likelihood, "the dataset says so")
+    return _suggestion(*suggest(_traits(info, values)))
+
+
+def _suggestion(likelihood: str, reason: str) -> LikelihoodSuggestion:
+    params = dict(SPECS[likelihood].suggested_params) if likelihood in SPECS else {}
+    return LikelihoodSuggestion(likelihood, reason, params)
+
+
+def _traits(info: ModalityInfo, values: Values | None) -> ValueTraits:
+    if info.classes is not None:
+        return ValueTraits("classes", classes=info.classes)
     if values is None or not values.rows:
-        return LikelihoodSuggestion("normal", "no row has it", learned)
-    low, high = float(values.low.min()), float(values.high.max())
+        return ValueTraits("unknown")
     if values.are_binary and info.scaling in ("none", "unit"):
-        return LikelihoodSuggestion("bernoulli", "every value is 0 or 1 when read", {})
-    if info.scaling == "unit" or (info.scaling == "none" and low >= 0 and high <= 1):
-        return LikelihoodSuggestion("normal", "grey values in [0, 1]: of these, bernoulli would be no density", learned)
+        return ValueTraits("binary")
+    if info.scaling == "unit" or (info.scaling == "none" and values.low.min() >= 0 and values.high.max() <= 1):
+        return ValueTraits("unit")
     if values.are_counts and info.scaling == "none":
         with np.errstate(all="ignore"):
-            spread = _typical(values.std**2 / values.mean)
-        reason = f"counts: whole numbers from 0, their variance {spread:.1f} times the mean"
-        return LikelihoodSuggestion("poisson" if spread <= _POISSON_SPREAD else "negative_binomial", reason, {})
-    if info.scaling == "log1p":
-        return LikelihoodSuggestion("normal", "read as log(1 + x), which has no heavy tails as a rule", learned)
-    kurtosis = _typical(values.kurtosis)
-    if kurtosis > _HEAVY_TAILS:
-        return LikelihoodSuggestion("laplace", f"heavy tails: kurtosis {kurtosis:.1f} (normal 3, laplace 6)", learned)
-    return LikelihoodSuggestion("normal", f"kurtosis {kurtosis:.1f} (normal 3, laplace 6)", learned)
+            return ValueTraits("counts", dispersion=_typical(values.std**2 / values.mean))
+    return ValueTraits("log" if info.scaling == "log1p" else "real", kurtosis=_typical(values.kurtosis))
 
 
 def _typical(figures: Array) -> float:

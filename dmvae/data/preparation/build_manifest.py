@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from dmvae.config.data import Scaling
-from dmvae.config.model import COUNT_DISTS
+from dmvae.config.likelihoods import values_of
 from dmvae.data.errors import DatasetError
 from dmvae.data.files import sha256_of
 from dmvae.data.format.manifest import Manifest, ModalityInfo, ShardInfo, SplitInfo
@@ -52,11 +52,11 @@ def survey(
     check_settings(first.columns, scaling, likelihood, classes)
     summaries = {name: Summary(first.columns.modalities[name].size) for name, how in scaling.items() if how in _FIGURES}
     logarithmic = [name for name, how in scaling.items() if how == "log1p"]
-    sizes = {name: Summary(2) for name, hint in likelihood.items() if hint in COUNT_DISTS}
+    sizes = {name: Summary(2) for name, hint in likelihood.items() if values_of(hint) == "counts"}
     largest = {
         name: 0
         for name, column in first.columns.modalities.items()
-        if column.dtype == "int64" and likelihood.get(name) not in COUNT_DISTS
+        if column.dtype == "int64" and values_of(likelihood.get(name)) != "counts"
     }
     splits: dict[str, list[ShardInfo]] = {name: [] for name in files}
     for split, path in ((split, path) for split, paths in files.items() for path in paths):
@@ -174,15 +174,16 @@ def _check_hints(name: str, dtype: str, scaling: str, likelihood: str | None, cl
             f"floats can be scaled, uint8 is read in [0, 1] and int64 as it is; got scaling={scaling!r} for {name!r} "
             f"of {dtype}. Leave its scaling out, or make it float32 in the source."
         )
-    hinted = classes is not None or likelihood == "categorical"
-    counts = likelihood in COUNT_DISTS
+    values = values_of(likelihood)
+    hinted, counts = classes is not None or values == "classes", values == "counts"
     if counts and (dtype == "uint8" or scaling != "none" or classes is not None):
         raise DatasetError(
             f"counts are floats or int64, not scaled, without classes; got likelihood={likelihood!r}, "
             f"scaling={scaling!r}, classes={classes} for {name!r} of {dtype}. Make them float32 in the source, "
             f"and leave scaling and classes out."
         )
-    if (dtype == "int64" and not counts and likelihood not in (None, "categorical")) or (dtype != "int64" and hinted):
+    is_other = likelihood is not None and not counts and values != "classes"
+    if (dtype == "int64" and is_other) or (dtype != "int64" and hinted):
         raise DatasetError(
             f"int64 modalities are categorical or counts, others are not categorical; got likelihood={likelihood!r}, "
             f"classes={classes} for {name!r} of {dtype}. Leave the hint out, or change the type in the source."

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dmvae.config.data import PrepareConfig
-from dmvae.config.model import COUNT_DISTS
+from dmvae.config.likelihoods import values_of
 from dmvae.config.section import check_name
 from dmvae.data.errors import DatasetError
 from dmvae.data.format.schema import Columns
@@ -152,7 +152,10 @@ class Scan:
         return rows
 
     def _refuse_out_of_range(self, rows: Rows, name: str, spot: SourceLocation) -> None:
-        values, counts = rows.data[name].reshape(len(rows), -1), self._config.likelihood.get(name) in COUNT_DISTS
+        values, counts = (
+            rows.data[name].reshape(len(rows), -1),
+            values_of(self._config.likelihood.get(name)) == "counts",
+        )
         if counts:
             _refuse_absent_factor(rows, name, spot)
             law = "a count is a whole number of 0 or more"
@@ -181,7 +184,7 @@ class Scan:
                     f"are NaN, the first in {first}. Set partial to 'drop' (the modality is missing in those rows) "
                     f"or 'mean' (they get the feature's training mean)."
                 )
-            if self._config.partial == "mean" and self._config.likelihood.get(name) in COUNT_DISTS:
+            if self._config.partial == "mean" and values_of(self._config.likelihood.get(name)) == "counts":
                 raise DatasetError(
                     f"a training mean is no count; got partial='mean' and {count} rows in which some counts of "
                     f"{name!r} are NaN, the first in {first}. Set partial to 'drop'."

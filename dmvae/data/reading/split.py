@@ -284,7 +284,7 @@ class _Scale:
 
     def __init__(self, info: ModalityInfo) -> None:
         self._scale = Scale(info)
-        self._floats = info.likelihood != "categorical"
+        self._floats = info.classes is None
 
     def __call__(self, values: Tensor, present: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Return the values, zero in the rows that are not present, where the stored ones are zero too.

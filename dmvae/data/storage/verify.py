@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dmvae.config.model import COUNT_DISTS
+from dmvae.config.likelihoods import values_of
 from dmvae.data.errors import DatasetError
 from dmvae.data.files import sha256_of
 from dmvae.data.format.manifest import Manifest, ShardInfo
@@ -38,7 +38,7 @@ def check_values(shard: MappedShard, classes: Mapping[str, int | None], likeliho
             label or a size factor that is not positive, or absent from a row with counts; it names the file, the
             column and the first such row.
     """
-    counts = [name for name in shard.columns.modalities if likelihood.get(name) in COUNT_DISTS]
+    counts = [name for name in shard.columns.modalities if values_of(likelihood.get(name)) == "counts"]
     for rows in row_blocks(shard):
         for name, column in shard.columns.modalities.items():
             if column.dtype != "uint8":

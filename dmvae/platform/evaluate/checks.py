@@ -3,12 +3,13 @@
 import torch
 
 from dmvae.config.evaluation import EvaluationConfig
-from dmvae.config.model import COUNT_DISTS, DMVAEConfig
+from dmvae.config.likelihoods import values_of
+from dmvae.config.model import DMVAEConfig
 from dmvae.config.training import TrainConfig
 from dmvae.data.reading.dataset import Dataset
 from dmvae.data.reading.loader import read_rows
 from dmvae.data.reading.split import Split
-from dmvae.distributions import likelihoods as likelihood
+from dmvae.distributions.likelihoods import Likelihood, build
 from dmvae.evaluation.suite import check_labels
 from dmvae.model.dmvae import DMVAE
 
@@ -37,14 +38,16 @@ def check_support(config: DMVAEConfig, split: Split, dtype: torch.dtype = torch.
     Raises:
         ValueError: naming the modality, its likelihood and the first row.
     """
-    likelihoods = {name: likelihood.build(config, name) for name in config.modalities}
-    # what may be any float or any class; uint8 is in [0, 1] when read
+    likelihoods = {name: build(config, name) for name in config.modalities}
+    # stored values are finite; uint8 is in [0, 1] when read
     doubtful = [
         name
         for name, info in split.manifest.modalities.items()
         if info.dtype == "float64"
-        or (info.dtype != "uint8" and config.distributions[name] in ("bernoulli", "categorical"))
-        or config.distributions[name] in COUNT_DISTS
+        or (
+            likelihoods[name].support != Likelihood.support
+            and not (info.dtype == "uint8" and values_of(config.distributions[name]) == "unit")
+        )
     ]
 
     def fits(name: str, values: torch.Tensor) -> bool:
@@ -60,10 +63,9 @@ def check_support(config: DMVAEConfig, split: Split, dtype: torch.dtype = torch.
                        if not fits(name, batch.data[name][i]))  # fmt: skip
             assert batch.ids is not None
             raise ValueError(
-                f"split {split.name!r}, column {name!r}, id {batch.ids[row]}: a value is out of the range of the "
-                f"{config.distributions[name]} likelihood (bernoulli: [0, 1]; categorical: 0 to classes - 1; "
-                f"counts: whole numbers of 0 or more; else finite in {dtype}). "
-                f"Choose another likelihood for it, or correct the data."
+                f"Value outside the support of the {config.distributions[name]} likelihood "
+                f"({likelihoods[name].support}, finite in {dtype}): split {split.name!r}, column {name!r}, "
+                f"id {batch.ids[row]}. Choose another likelihood for it, or correct the data."
             )
 
 

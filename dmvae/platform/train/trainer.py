@@ -20,7 +20,7 @@ from ray.train import (
 from ray.train.torch import TorchTrainer
 from torch import nn
 
-from dmvae.config.model import COUNT_DISTS
+from dmvae.config.likelihoods import values_of
 from dmvae.config.training import TrainConfig
 from dmvae.data.files import write_atomically
 from dmvae.data.format.manifest import Manifest
@@ -157,9 +157,9 @@ def resolve(config: TrainConfig, dataset: Dataset) -> TrainConfig:
     model["decoders_dist"] = proposed | (model.get("decoders_dist") or {})
     params = dict(model.get("decoder_dist_params") or {})
     for name, info in manifest.modalities.items():
-        if model["decoders_dist"][name] in COUNT_DISTS and info.size_factor and info.rate:
+        if values_of(model["decoders_dist"][name]) == "counts" and info.size_factor and info.rate:
             params[name] = {"size_factor": info.size_factor, "rate": info.rate} | params.get(name, {})
-        if model["decoders_dist"][name] != "categorical":
+        if values_of(model["decoders_dist"][name]) != "classes":
             continue
         if info.classes is None:
             raise ValueError(

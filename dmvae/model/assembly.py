@@ -1,0 +1,76 @@
+"""The likelihoods and networks of a model, built from its configuration."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from dmvae.config.model import DMVAEConfig
+from dmvae.distributions.likelihoods import Likelihood, build
+from dmvae.nn import networks
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """The modules of a model, by modality.
+
+    Attributes:
+        likelihoods: distributions of the values.
+        encoders: networks from values to posteriors.
+        decoders: networks from latents to the likelihoods' parameters.
+        custom: which networks were given by hand, as `encoders.image`.
+    """
+
+    likelihoods: dict[str, Likelihood]
+    encoders: dict[str, nn.Module]
+    decoders: dict[str, nn.Module]
+    custom: tuple[str, ...]
+
+
+def assemble(
+    config: DMVAEConfig, encoders: Mapping[str, nn.Module] | None, decoders: Mapping[str, nn.Module] | None
+) -> Parts:
+    """Build every likelihood, and the networks that are not given.
+
+    Raises:
+        ValueError: if the config lacks shapes, names an unknown architecture or likelihood, or networks are
+            given for a modality that it does not have.
+    """
+    given = {"encoders": dict(encoders or {}), "decoders": dict(decoders or {})}
+    custom = tuple(f"{kind}.{name}" for kind, modules in given.items() for name in sorted(modules))
+    _check_custom(config, custom)
+    parts = Parts({}, {}, {}, custom)
+    for name in config.modalities:
+        parts.likelihoods[name] = build(config, name)
+        build_encoder, build_decoder = networks.builders(config.architecture(name).name)
+        architecture, dims = config.architecture(name), _dimensions(config, name, parts.likelihoods[name])
+        encoder, decoder = given["encoders"].get(name), given["decoders"].get(name)
+        parts.encoders[name] = build_encoder(architecture, dims) if encoder is None else encoder
+        parts.decoders[name] = build_decoder(architecture, dims) if decoder is None else decoder
+    return parts
+
+
+def _dimensions(config: DMVAEConfig, name: str, likelihood: Likelihood) -> networks.Dimensions:
+    return networks.Dimensions(
+        shape=config.shapes[name],
+        output_shape=likelihood.output_shape,
+        shared_dim=config.latent_dim,
+        private_dim=config.private_dims[name],
+        classes=likelihood.classes,
+        pad=likelihood.pad,
+        counts=likelihood.are_counts,
+        start=likelihood.start,
+    )
+
+
+def _check_custom(config: DMVAEConfig, custom: tuple[str, ...]) -> None:
+    known = {f"{kind}.{name}" for kind in ("encoders", "decoders") for name in config.modalities}
+    unknown = sorted(set(custom) - known)
+    if unknown:
+        raise ValueError(f"Networks given for unknown modalities: {unknown}. Available: {list(config.modalities)}.")
+    absent = sorted(set(config.custom_architectures) - set(custom))
+    if absent:
+        raise ValueError(
+            f"Cannot build the model: {', '.join(absent)} were given by hand when it was made. Pass them again as "
+            "encoders={...} and decoders={...}."
+        )
