@@ -29,7 +29,9 @@ from dmvae.data.storage.verify import sha256_of
 from dmvae.model.dmvae import DMVAE
 from dmvae.platform.train.trainer import check_data, resolve
 from dmvae.platform.train.worker import WorkerData
-from dmvae.training.loop import Collectives, NonFiniteLossError, TrainState, build_optimizer, train
+from dmvae.training.loop import train
+from dmvae.training.state import TrainState, build_optimizer
+from dmvae.training.step import Collectives, NonFiniteLossError
 from tests.data.preparation.test_rows import make_rows
 
 SPLITS = ("train", "val", "test")

@@ -22,7 +22,9 @@ from dmvae.platform.tracking.runs import open_run
 from dmvae.platform.train.trainer import dataset_record, resolve, run_record
 from dmvae.platform.train.worker import WorkerData
 from dmvae.training import checkpoint
-from dmvae.training.loop import Collectives, MetricsLogged, TrainState, build_optimizer, train
+from dmvae.training.loop import MetricsLogged, train
+from dmvae.training.state import TrainState, build_optimizer
+from dmvae.training.step import Collectives
 
 
 def make_dataset(folder: Path, rows: int = 240, seed: int = 0, left_in_train: bool = True) -> Path:

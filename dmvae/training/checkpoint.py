@@ -1,6 +1,6 @@
-"""A training state on disk: a model's folder, the optimiser's moments, where training stood, and their checksums.
+"""Checkpoints on disk: a model folder, the optimiser's moments, the position in the run, and checksums.
 
-Nothing here is a pickle: tensors are safetensors, the rest is JSON.
+Tensors are safetensors and the rest is JSON; nothing is a pickle.
 """
 
 import json
@@ -13,9 +13,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from dmvae.data.files import flush, sha256_of
-from dmvae.model.dmvae import MODEL_CONFIG, MODEL_WEIGHTS
 from dmvae.model.loss import TermSums
-from dmvae.training.loop import Position, TrainState
+from dmvae.model.serialization import MODEL_CONFIG, MODEL_WEIGHTS
+from dmvae.training.state import Position, TrainState
 
 RUN_CONFIG = "run.json"
 _OPTIMIZER = "optimizer.safetensors"
@@ -25,20 +25,20 @@ _FILES = (MODEL_CONFIG, MODEL_WEIGHTS, _OPTIMIZER, RUN_CONFIG, STATE)
 
 
 class CheckpointError(ValueError):
-    """A checkpoint is not whole, or does not belong to what asks for it."""
+    """A checkpoint is damaged or incomplete, or belongs to another model."""
 
 
 def save(state: TrainState, run: dict[str, Any], folder: Path, report: dict[str, Any] | None = None) -> None:
-    """Write a checkpoint: `folder` appears whole, or not at all.
+    """Write a checkpoint atomically: `folder` appears complete, or not at all.
 
     Args:
         state: of the run.
-        run: the resolved configuration with the dataset's fingerprint, as `run.json` keeps it.
-        folder: must not exist; until it is whole, it is called `.NAME.partial`.
-        report: figures that belong to it, which `read_report` gives back.
+        run: the resolved configuration and the dataset's fingerprint, the content of `run.json`.
+        folder: must not exist; it is called `.NAME.partial` until it is complete.
+        report: metrics to keep with the checkpoint, which `read_report` returns.
 
     Raises:
-        OSError: if it cannot be written; what there is of it is removed.
+        OSError: if it cannot be written; the partial folder is removed.
     """
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -50,10 +50,10 @@ def save(state: TrainState, run: dict[str, Any], folder: Path, report: dict[str,
         flush(folder.parent)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise OSError(error.errno, f"a checkpoint could not be written ({error.strerror})", str(folder)) from error
-    except SafetensorError as error:  # its own word for an OSError
+        raise OSError(error.errno, f"Cannot write checkpoint: {error.strerror}", str(folder)) from error
+    except SafetensorError as error:  # how safetensors reports an OSError
         shutil.rmtree(partial, ignore_errors=True)
-        raise OSError(f"a checkpoint could not be written ({error}): {folder}") from error
+        raise OSError(f"Cannot write checkpoint {folder}: {error}") from error
 
 
 def _write(state: TrainState, run: dict[str, Any], report: dict[str, Any], folder: Path) -> None:
@@ -69,16 +69,16 @@ def _write(state: TrainState, run: dict[str, Any], report: dict[str, Any], folde
 
 
 def read_report(folder: Path) -> dict[str, Any]:
-    """Return the figures that a checkpoint was written with."""
+    """Return the metrics that were saved with a checkpoint."""
     report: dict[str, Any] = json.loads((folder / STATE).read_text())["report"]
     return report
 
 
 def load(state: TrainState, folder: Path) -> None:
-    """Bring a state of the same run back to where the checkpoint was written.
+    """Restore a state of the same run from a checkpoint.
 
     Raises:
-        CheckpointError: if the folder is not a whole checkpoint, or one of another model.
+        CheckpointError: if the checkpoint is damaged or incomplete, or belongs to another model.
     """
     verify(folder)
     weights = load_file(folder / MODEL_WEIGHTS)
@@ -87,7 +87,9 @@ def load(state: TrainState, folder: Path) -> None:
         name for name in own.keys() | weights.keys() if name not in weights or own.get(name) != weights[name].shape
     )
     if differing:
-        raise CheckpointError(f"{folder} is a checkpoint of another model; they differ in {differing[:5]}.")
+        raise CheckpointError(
+            f"Checkpoint {folder} belongs to another model: {differing[:5]} differ. Resume with the settings of its run."
+        )
     state.model.load_state_dict(weights)
     counters = json.loads((folder / STATE).read_text())
     _restore_moments(state, load_file(folder / _OPTIMIZER))
@@ -99,22 +101,22 @@ def load(state: TrainState, folder: Path) -> None:
 
 
 def verify(folder: Path) -> None:
-    """Check that a checkpoint is whole.
+    """Check that a checkpoint is complete and undamaged.
 
     Raises:
-        CheckpointError: naming the file that is missing or altered.
+        CheckpointError: if a file is missing or altered.
     """
     if not (folder / CHECKSUMS).is_file():
-        raise CheckpointError(f"a checkpoint has {CHECKSUMS}, written last; {folder} has none. It was cut off.")
+        raise CheckpointError(f"Checkpoint {folder} is incomplete: it has no {CHECKSUMS}, which is written last.")
     try:
         checksums = json.loads((folder / CHECKSUMS).read_text())
     except ValueError as error:
-        raise CheckpointError(f"{folder / CHECKSUMS} is not JSON ({error}). It was cut off or altered.") from None
+        raise CheckpointError(f"Checkpoint {folder} is damaged: {CHECKSUMS} is not JSON ({error}).") from None
     if not isinstance(checksums, dict) or checksums.keys() != set(_FILES):
-        raise CheckpointError(f"{folder / CHECKSUMS} does not list {', '.join(_FILES)}. It was altered.")
+        raise CheckpointError(f"Checkpoint {folder} is damaged: {CHECKSUMS} must list {', '.join(_FILES)}.")
     for name in _FILES:
         if not (folder / name).is_file() or sha256_of(folder / name) != checksums[name]:
-            raise CheckpointError(f"{folder / name} is not what was written (its checksum differs). It was altered.")
+            raise CheckpointError(f"Checkpoint {folder} is damaged: {name} is missing, or its checksum differs.")
 
 
 def _counters(state: TrainState) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""When a checkpoint within an epoch is due."""
+"""The schedule of checkpoints within an epoch."""
 
 from collections.abc import Callable
 
@@ -6,29 +6,29 @@ from dmvae.config.training import TrainingConfig
 
 
 class CheckpointClock:
-    """Tells when a checkpoint within an epoch is due, alike on all workers: by steps, or by one worker's clock.
+    """Decides when a checkpoint within an epoch is due, the same on all workers: by steps, or by one worker's clock.
 
-    The clock is shared, which costs a message; so the time left and the pace so far decide after how many steps it is
-    looked at again, at least halving what is left each time.
+    Reading that clock costs a message. The time left and the pace so far decide after how many steps it is read again,
+    so that each reading at least halves the time left.
     """
 
     def __init__(self, config: TrainingConfig, clock: Callable[[], float], done: int) -> None:
         self._steps, self._seconds, self._clock = config.checkpoint_steps, config.checkpoint_seconds, clock
         self._last = self._clock() if self._seconds is not None else 0.0
-        self._begun, self._look_at = done, done + 1
+        self._begun, self._next_reading = done, done + 1
 
     def is_due(self, done: int) -> bool:
-        """Tell whether the checkpoint after `done` steps of the run is one; to be asked after every step."""
+        """Tell whether a checkpoint is due after `done` steps of the run; must be called after every step."""
         by_steps = self._steps is not None and done % self._steps == 0
         return self._is_time(done) or by_steps
 
     def _is_time(self, done: int) -> bool:
-        if self._seconds is None or done < self._look_at:
+        if self._seconds is None or done < self._next_reading:
             return False
         now = self._clock()
         left, pace = self._seconds - (now - self._last), (now - self._last) / (done - self._begun)
-        self._look_at = done + max(1, int(left / max(pace, 1e-6) / 2))
+        self._next_reading = done + max(1, int(left / max(pace, 1e-6) / 2))
         if left > 0:
             return False
-        self._last, self._begun, self._look_at = now, done, done + 1
+        self._last, self._begun, self._next_reading = now, done, done + 1
         return True

@@ -1,4 +1,4 @@
-"""The figures of rows that are not trained on: the objective's terms, and how much of the latents is used."""
+"""Validation metrics: the terms of the objective, and the activity of the latent dimensions."""
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -24,21 +24,21 @@ def draw_noise(model: DMVAE, keys: Int64[Tensor, " row"]) -> Noise:
 
 
 def autocast(model: DMVAE, config: TrainConfig) -> AbstractContextManager[Any]:
-    """Return the context in which the model computes in the precision asked for."""
+    """Return the context in which the model computes in `training.precision`."""
     enabled = config.training.precision == "bfloat16"
     return torch.autocast(model.device.type, torch.bfloat16) if enabled else nullcontext()
 
 
 def validate(
-    model: DMVAE, blocks: Iterable[Batch], config: TrainConfig, add: Callable[[Tensor], Tensor]
+    model: DMVAE, blocks: Iterable[Batch], config: TrainConfig, all_reduce: Callable[[Tensor], Tensor]
 ) -> tuple[dict[str, float], dict[str, Float[Tensor, " dim"]]]:
-    """Evaluate the objective's terms on a split with noise that belongs to the rows, the same every epoch.
+    """Evaluate the objective's terms on a split; a row's noise is the same in every epoch.
 
     Args:
-        model: what is evaluated, in eval mode; it is left in training mode.
+        model: is put into eval mode, and left in training mode.
         blocks: this worker's rows, with ids.
-        config: the seed of the noise, and the precision.
-        add: sums a float64 tensor over the workers.
+        config: gives the seed of the noise and the precision.
+        all_reduce: sums a float64 tensor over the workers.
 
     Returns:
         `loss` and each named term in nats per row; and per latent block (`shared`, each modality) the variance over
@@ -62,10 +62,10 @@ def validate(
             for name, part in observed.items():
                 moments[name] += _moments(part.private.mean)
     model.train()
-    total, count = add(torch.stack((sums.total, sums.count)))
+    total, count = all_reduce(torch.stack((sums.total, sums.count)))
     means = {name: float(value) for name, value in TermSums(names, total, count).means().items()}
     loss = sum(means[source] for source in model.config.source_names)
-    return {**means, "loss": loss}, {name: _variance(add(table)) for name, table in moments.items()}
+    return {**means, "loss": loss}, {name: _variance(all_reduce(table)) for name, table in moments.items()}
 
 
 def _moments(mean: Float[Tensor, "row dim"]) -> Float[Tensor, "3 dim"]:

@@ -31,15 +31,9 @@ from dmvae.platform.tracking.runs import open_run
 from dmvae.platform.train import local_checkpoints as shelf
 from dmvae.platform.train.trainer import absolute, fit, resolve, run_record
 from dmvae.platform.train.worker import WorkerData, WorkerTask, build_state
-from dmvae.training.loop import (
-    CheckpointDue,
-    Collectives,
-    EpochEnded,
-    MetricsLogged,
-    WorkerBatch,
-    build_optimizer,
-    train,
-)
+from dmvae.training.loop import CheckpointDue, EpochEnded, MetricsLogged, train
+from dmvae.training.state import build_optimizer
+from dmvae.training.step import Collectives, WorkerBatch
 from tests.benchmarks.ratio import Result
 from tests.benchmarks.steps import mnist_svhn
 
@@ -178,8 +172,8 @@ def _shares(config: TrainConfig) -> str:
         spent[part] += time.perf_counter() - begun
 
     class Timed(WorkerData):
-        def shares(self, epoch: int, first_step: int) -> Iterator[WorkerBatch]:
-            rows = super().shares(epoch, first_step)
+        def batches(self, epoch: int, first_step: int) -> Iterator[WorkerBatch]:
+            rows = super().batches(epoch, first_step)
             while True:
                 with timed("reading"):
                     share = next(rows, None)

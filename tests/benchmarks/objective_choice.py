@@ -23,7 +23,8 @@ from dmvae.model.dmvae import DMVAE
 from dmvae.platform.train.trainer import resolve
 from dmvae.platform.train.worker import WorkerData, build_state
 from dmvae.platform.tune.study import draw
-from dmvae.training.loop import Collectives, EpochEnded, train
+from dmvae.training.loop import EpochEnded, train
+from dmvae.training.step import Collectives
 
 FIGURES = ("imputation", "conditional_nll", "joint_nll", "coherence")
 

@@ -36,7 +36,9 @@ from dmvae.evaluation.suite import first_rows
 from dmvae.model.dmvae import DMVAE
 from dmvae.platform.train.trainer import resolve
 from dmvae.platform.train.worker import WorkerData
-from dmvae.training.loop import Collectives, TrainState, build_optimizer, train
+from dmvae.training.loop import train
+from dmvae.training.state import TrainState, build_optimizer
+from dmvae.training.step import Collectives
 
 LEARNED = {"scale": "learned"}
 MODELS: dict[str, dict[str, Any]] = {

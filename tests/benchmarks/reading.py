@@ -35,7 +35,8 @@ from dmvae.data.reading.loader import read_epoch
 from dmvae.data.reading.sampler import EpochSampler
 from dmvae.data.reading.split import Split
 from dmvae.model.dmvae import DMVAE
-from dmvae.training.loop import Collectives, Position, TrainState, WorkerBatch, build_optimizer, train_epoch
+from dmvae.training.state import Position, TrainState, build_optimizer
+from dmvae.training.step import Collectives, WorkerBatch, train_epoch
 from tests.benchmarks.ratio import Result, compare, machine, markdown
 
 ROWS, BATCH = 1_000_000, 256

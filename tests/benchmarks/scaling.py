@@ -32,7 +32,8 @@ from dmvae.data.reading.loader import read_epoch
 from dmvae.data.reading.sampler import EpochSampler
 from dmvae.model.dmvae import DMVAE
 from dmvae.platform.train.worker import _distribute
-from dmvae.training.loop import Collectives, Position, TrainState, WorkerBatch, build_optimizer, train_epoch
+from dmvae.training.state import Position, TrainState, build_optimizer
+from dmvae.training.step import Collectives, WorkerBatch, train_epoch
 from tests.benchmarks.steps import make_batch, mnist_svhn
 from tests.platform.tracking.test_tracking import free_port
 

@@ -30,7 +30,8 @@ from dmvae.platform.train.trainer import resolve
 from dmvae.platform.tune.trial import RungEvaluator
 from dmvae.evaluation.search_objectives import Estimate
 from dmvae.platform.train.worker import WorkerData, build_state
-from dmvae.training.loop import Collectives, train
+from dmvae.training.loop import train
+from dmvae.training.step import Collectives
 config = SearchConfig.model_validate_json(Path(sys.argv[1]).read_text())
 dataset = open_dataset(config.base.data.dataset)
 for file in sys.argv[2:]:

@@ -8,7 +8,8 @@ from dmvae.config.model import DMVAEConfig
 from dmvae.config.training import TrainConfig
 from dmvae.data.batch import Batch
 from dmvae.model.dmvae import DMVAE
-from dmvae.training.loop import Collectives, Position, TrainState, WorkerBatch, build_optimizer, train_epoch
+from dmvae.training.state import Position, TrainState, build_optimizer
+from dmvae.training.step import Collectives, WorkerBatch, train_epoch
 from tests.benchmarks.multivae import inputs, reference
 from tests.benchmarks.ratio import Result, compare
 

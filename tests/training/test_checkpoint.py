@@ -13,7 +13,7 @@ from dmvae.config.training import OptimConfig
 from dmvae.model.dmvae import DMVAE
 from dmvae.training import checkpoint
 from dmvae.training.checkpoint import CheckpointError
-from dmvae.training.loop import Position, TrainState, build_optimizer
+from dmvae.training.state import Position, TrainState, build_optimizer
 
 
 def make_state(latent_dim: int = 3) -> TrainState:

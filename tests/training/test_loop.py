@@ -15,20 +15,9 @@ from dmvae.model.dmvae import DMVAE
 from dmvae.platform.train.trainer import resolve
 from dmvae.platform.train.worker import WorkerData
 from dmvae.training import checkpoint
-from dmvae.training.loop import (
-    CheckpointDue,
-    Collectives,
-    EpochEnded,
-    MetricsLogged,
-    NonFiniteLossError,
-    StepSkipped,
-    TrainState,
-    WorkerBatch,
-    build_optimizer,
-    learning_rate,
-    train,
-    train_epoch,
-)
+from dmvae.training.loop import CheckpointDue, EpochEnded, MetricsLogged, StepSkipped, train
+from dmvae.training.state import TrainState, build_optimizer, learning_rate
+from dmvae.training.step import Collectives, NonFiniteLossError, WorkerBatch, train_epoch
 from tests.runs import make_config, make_dataset
 
 
@@ -109,7 +98,7 @@ def test_gradients_of_workers_add_up_to_the_global_batch_whatever_their_number(d
             state = build(config)
             state.optimizer = _Still(state.model)
             workers = Collectives(state.model, num)
-            next(train_epoch(state, read(config, rank, num).shares(0, 5), config, workers, 6))
+            next(train_epoch(state, read(config, rank, num).batches(0, 5), config, workers, 6))
             for name, parameter in state.model.named_parameters():
                 if parameter.grad is not None:
                     total[name] = total.get(name, 0) + parameter.grad / num
@@ -133,7 +122,7 @@ def test_clipping_bounds_the_update_and_reports_the_norm_before_it(dataset: Path
     config = configure(dataset, optim={"clip_norm": 0.01})
     state = build(config)
     state.optimizer = _Still(state.model)
-    shares = read(config).shares(0, 0)
+    shares = read(config).batches(0, 0)
     report = next(train_epoch(state, shares, config, Collectives(state.model), 6))
     clipped = torch.sqrt(sum((p.grad**2).sum() for p in state.model.parameters() if p.grad is not None))
     assert report.gradient_norm > 1
@@ -189,7 +178,7 @@ def test_a_loss_that_is_not_finite_names_epoch_step_terms_and_rows_and_leaves_th
     before = weights(state)
 
     def spoil() -> Iterator[WorkerBatch]:
-        for share in read(config).shares(0, 0):
+        for share in read(config).batches(0, 0):
             left = share.batch.data["left"].clone()
             left[share.batch.masks["left"].nonzero()[0]] = 1e300
             yield replace(share, batch=replace(share.batch, data={**share.batch.data, "left": left}))
@@ -201,16 +190,16 @@ def test_a_loss_that_is_not_finite_names_epoch_step_terms_and_rows_and_leaves_th
 
 def spoilt(data: WorkerData, steps: set[int]) -> WorkerData:
     """Data in which one row of some steps of every epoch has a value that makes the loss infinite."""
-    original = data.shares
+    original = data.batches
 
-    def shares(epoch: int, first_step: int) -> Iterator[WorkerBatch]:
+    def batches(epoch: int, first_step: int) -> Iterator[WorkerBatch]:
         for share in original(epoch, first_step):
             left = share.batch.data["left"].clone()
             if share.step in steps:
                 left[share.batch.masks["left"].nonzero()[0]] = 1e300
             yield replace(share, batch=replace(share.batch, data={**share.batch.data, "left": left}))
 
-    data.shares = shares  # type: ignore[method-assign]
+    data.batches = shares  # type: ignore[method-assign]
     return data
 
 
@@ -287,7 +276,7 @@ def test_a_modality_that_a_batch_lacks_gets_no_update(dataset: Path) -> None:
     before = weights(state)
 
     def only_left() -> Iterator[WorkerBatch]:
-        for share in read(config).shares(0, 0):
+        for share in read(config).batches(0, 0):
             yield replace(share, batch=Batch({"left": share.batch.data["left"]}, ids=share.batch.ids))
 
     list(train_epoch(state, only_left(), config, Collectives(state.model), 6))

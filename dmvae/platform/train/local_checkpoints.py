@@ -16,7 +16,7 @@ from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAM
 
 from dmvae.data.files import write_atomically
 from dmvae.training import checkpoint
-from dmvae.training.loop import TrainState
+from dmvae.training.state import TrainState
 
 BEST = "best"
 SCORE = "score"

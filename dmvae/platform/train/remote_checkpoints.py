@@ -24,7 +24,7 @@ from dmvae.platform.remote_fs import Remote
 from dmvae.platform.tracking.outbox import RUN_FILE, set_aside
 from dmvae.platform.train import local_checkpoints as shelf
 from dmvae.training import checkpoint
-from dmvae.training.loop import TrainState
+from dmvae.training.state import TrainState
 
 _BEST = "best_"
 

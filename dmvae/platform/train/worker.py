@@ -34,19 +34,9 @@ from dmvae.platform.train import local_checkpoints as shelf
 from dmvae.platform.train import remote_checkpoints as depot
 from dmvae.platform.train.local_checkpoints import SCORE
 from dmvae.training import checkpoint
-from dmvae.training.loop import (
-    CheckpointDue,
-    Collectives,
-    EpochEnded,
-    MetricsLogged,
-    NonFiniteLossError,
-    StepSkipped,
-    TrainState,
-    WorkerBatch,
-    build_optimizer,
-    is_finished,
-    train,
-)
+from dmvae.training.loop import CheckpointDue, EpochEnded, MetricsLogged, StepSkipped, train
+from dmvae.training.state import TrainState, build_optimizer, is_finished
+from dmvae.training.step import Collectives, NonFiniteLossError, WorkerBatch
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.float32}
 _BLOCK_ROWS = 256
@@ -116,10 +106,10 @@ def _train(state: TrainState, data: "WorkerData", task: WorkerTask, workers: Col
     for event in train(state, data, task.config, workers):
         if isinstance(event, CheckpointDue):
             report = {"step": event.global_step, SCORE: score, **judged}
-            _report(state, task, report, is_best, workers.num, recorder)
+            _report(state, task, report, is_best, workers.world_size, recorder)
             score, is_best, judged = None, False, {}
         elif isinstance(event, StepSkipped):
-            fault = _agree(event.fault, workers.num)
+            fault = _agree(event.fault, workers.world_size)
             if recorder is not None:
                 recorder.say(f"warning: a step is left out ({state.skipped} so far): {fault}")
         else:
@@ -152,7 +142,7 @@ class WorkerData:
         )
         self.steps_per_epoch = self._order.num_batches
 
-    def shares(self, epoch: int, first_step: int) -> Iterator[WorkerBatch]:
+    def batches(self, epoch: int, first_step: int) -> Iterator[WorkerBatch]:
         """Return this worker's share of every global batch of an epoch, from a step on."""
         pin = self._device is not None and self._device.type == "cuda"
         for step, first, batch in read_epoch(

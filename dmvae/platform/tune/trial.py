@@ -26,14 +26,9 @@ from dmvae.platform.train.trainer import fit, keep_checkpoints, resolve, run_rec
 from dmvae.platform.train.worker import WorkerData, WorkerTask, build_state
 from dmvae.platform.tune.study import PARAMS, RESULT, TrialResult, write_result
 from dmvae.platform.tune.trial_checkpoints import BEST, TrialCheckpoints
-from dmvae.training.loop import (
-    Collectives,
-    EpochEnded,
-    MetricsLogged,
-    NonFiniteLossError,
-    is_finished,
-    train,
-)
+from dmvae.training.loop import EpochEnded, MetricsLogged, train
+from dmvae.training.state import is_finished
+from dmvae.training.step import Collectives, NonFiniteLossError
 
 TRIAL, EPOCH = "trial", "epoch"
 _SPEED = "train/rows_per_second"

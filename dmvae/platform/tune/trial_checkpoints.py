@@ -7,7 +7,7 @@ from typing import Any
 from dmvae.model.dmvae import DMVAE
 from dmvae.platform.train import local_checkpoints as shelf
 from dmvae.training import checkpoint
-from dmvae.training.loop import TrainState
+from dmvae.training.state import TrainState
 
 BEST = "best"
 

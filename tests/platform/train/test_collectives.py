@@ -14,7 +14,8 @@ from dmvae.config.training import TrainConfig
 from dmvae.data.batch import Batch
 from dmvae.model.dmvae import DMVAE, DMVAEConfig
 from dmvae.platform.train.worker import WorkerData, _distribute, build_state
-from dmvae.training.loop import Collectives, TrainState, WorkerBatch, build_optimizer, train_epoch
+from dmvae.training.state import TrainState, build_optimizer
+from dmvae.training.step import Collectives, WorkerBatch, train_epoch
 from tests.runs import make_config, make_dataset
 
 CASES = ("a last batch of one row", "nothing observed by one", "nothing observed by any", "one modality nowhere")
@@ -113,4 +114,4 @@ def test_compiling_without_a_compiler_is_one_error(monkeypatch: pytest.MonkeyPat
 def test_rows_are_handed_over_on_the_workers_device(tmp_path: Path) -> None:
     config = make_config(tmp_path, make_dataset(tmp_path))
     data = WorkerData(config, 0, 1, torch.float64, torch.device("meta"))
-    assert {values.device.type for share in data.shares(0, 0) for values in share.batch.data.values()} == {"meta"}
+    assert {values.device.type for share in data.batches(0, 0) for values in share.batch.data.values()} == {"meta"}
