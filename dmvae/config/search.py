@@ -1,7 +1,6 @@
 """The settings of a search over configurations, which `jobs.search` reads."""
 
 import json
-import math
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,10 +11,7 @@ from pydantic import Field, PositiveFloat, field_validator, model_validator
 from dmvae.config.section import Name, RunsDir, Section, Seed, Size
 from dmvae.config.training import TrainConfig
 
-Objective = Literal["imputation", "conditional_nll", "joint_nll", "coherence", "parameters", "seconds_per_step"]
 Value = bool | int | float | str | None | list[Any] | dict[str, Any]
-MAXIMISED: frozenset[str] = frozenset({"coherence"})
-"""Objectives that are maximised."""
 
 
 class Domain(Section):
@@ -103,8 +99,10 @@ class SearchConfig(Section, hide_input_in_errors=True):
     """The budget: number of configurations to try; raise it to continue a finished study."""
     space: dict[str, Domain] = Field(default_factory=lambda: dict(DEFAULT_SPACE))
     """What is searched: the path of a setting in the base configuration, and its domain."""
-    objectives: tuple[Objective, ...] = ("imputation",)
-    """Validation metrics by which trials are compared. Several without `weights`: their Pareto front."""
+    objectives: tuple[str, ...] = ("imputation",)
+    """Validation metrics by which trials are compared: imputation, conditional_nll, joint_nll, coherence, parameters,
+    seconds_per_step, or another entry of `dmvae.evaluation.search_objectives.OBJECTIVES`. Several without `weights`:
+    their Pareto front."""
     weights: tuple[PositiveFloat, ...] | None = None
     """Weights of the objectives: trials are compared by the weighted sum (coherence counts negatively)."""
     limits: dict[Literal["parameters", "seconds_per_step"], PositiveFloat] = Field(default_factory=dict)
@@ -207,13 +205,6 @@ class SearchConfig(Section, hide_input_in_errors=True):
     def is_multiple(self) -> bool:
         """Whether the search has several objectives without weights, so that its result is a Pareto front."""
         return len(self.objectives) > 1 and self.weights is None
-
-    def signed(self, figures: Mapping[str, float]) -> tuple[float, ...]:
-        """Return the values to minimise: the objectives or their weighted sum; maximised objectives are negated."""
-        values = [-figures[name] if name in MAXIMISED else figures[name] for name in self.objectives]
-        if self.is_multiple:
-            return tuple(values)
-        return (math.fsum(w * v for w, v in zip(self.weights or (1.0,), values, strict=True)),)
 
     def is_active(self, path: str, chosen: Mapping[str, Value]) -> bool:
         """Return whether a setting is drawn, given the settings drawn before it."""

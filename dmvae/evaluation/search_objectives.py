@@ -1,17 +1,20 @@
-"""Figures of merit: what models of different configurations are compared by, each with its standard error.
+"""The objectives of a search: metrics by which models of different configurations are compared, with standard errors.
 
 None depends on beta, on the reconstruction weights or on the batch size, as the loss does.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
 
-from dmvae.config.search import Objective
+from dmvae.config.search import SearchConfig
 from dmvae.data.batch import Batch, has
 from dmvae.data.reading.dataset import Dataset
 from dmvae.data.reading.split import Split
@@ -26,7 +29,7 @@ _IMPUTATION_DRAWS = 20
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure and its standard error over rows, or over epochs for a time."""
+    """A metric and its standard error over rows, or over epochs for a time."""
 
     value: float
     se: float = 0.0
@@ -34,12 +37,12 @@ class Estimate:
 
 @dataclass(frozen=True, eq=False)
 class ObjectiveEvaluator:
-    """Judges models on the same rows with the same noise.
+    """Evaluates models on the same rows with the same noise.
 
     Attributes:
-        train: the split whose rows classifiers and variances come from.
-        split: the split that is judged on.
-        num_rows: of it, at most.
+        train: the split to which classifiers are fitted and from which variances are taken.
+        split: the split to evaluate on.
+        num_rows: how many of its rows are used at most.
         num_draws: decoder rows per modality and row of an NLL.
         seed: of the draws.
     """
@@ -50,80 +53,32 @@ class ObjectiveEvaluator:
     num_draws: int
     seed: int = 0
 
-    def merits(self, model: DMVAE, names: Sequence[Objective]) -> dict[str, Estimate]:
-        """Return the figures asked for; `seconds_per_step` is the trainer's to measure, and is left out.
+    def evaluate(self, model: DMVAE, names: Sequence[str]) -> dict[str, Estimate]:
+        """Return the objectives, and their parts per modality.
 
         Raises:
-            ValueError: if the data cannot give one.
+            ValueError: if the data do not allow one of them.
         """
-        found: dict[str, Estimate] = {}
-        if "joint_nll" in names or "conditional_nll" in names:
-            found |= self._nll(model, "conditional_nll" in names)
-        if "imputation" in names:
-            found |= self._imputation(model)
-        if "coherence" in names:
-            found |= self._coherence(model)
-        if "parameters" in names:
-            found["parameters"] = Estimate(float(sum(p.numel() for p in model.parameters())))
+        evaluation, found = ModelEvaluation(self, model), dict[str, Estimate]()
+        for name in names:
+            found |= OBJECTIVES[name].compute(evaluation)
         return found
-
-    def _nll(self, model: DMVAE, each: bool) -> dict[str, Estimate]:
-        """The mean of -log p(x_A), and over modalities m of that of -log p(x_m | the row's others), nats a row."""
-        whole = model.joint_nll(self.rows, self.num_draws, seed=self.seed).nll
-        found = {"joint_nll": _mean(whole)}
-        parts = []
-        for name in model.config.modalities if each else ():
-            here = self._with_company(name).nonzero().squeeze(1)
-            others = [other for other in model.config.modalities if other != name]
-            rest = model.joint_nll(self.rows[here], self.num_draws, seed=self.seed, modalities=others).nll
-            parts.append(_mean(whole[here] - rest))
-            found[f"conditional_nll/{name}"] = parts[-1]
-        return found | ({"conditional_nll": _average(parts)} if parts else {})
-
-    def _imputation(self, model: DMVAE) -> dict[str, Estimate]:
-        """Root mean square error of a modality predicted from the row's others; the mean over modalities.
-
-        In units of the modality's standard deviation over the training rows.
-        """
-        found, parts = {}, []
-        for name, deviation in self._deviations.items():
-            rows = self.rows[self._with_company(name).nonzero().squeeze(1)]
-            blocks = [
-                held_out_errors(model, rows[part], name, _IMPUTATION_DRAWS, seed=self.seed)
-                for part in torch.arange(len(rows)).tensor_split(_PARTS)
-                if len(part)
-            ]
-            total = sum(blocks[1:], blocks[0])
-            spread = np.std([block.rmse for block in blocks], ddof=1) / math.sqrt(len(blocks))
-            parts.append(Estimate(total.rmse / deviation, float(spread) / deviation))
-            found[f"imputation/{name}"] = parts[-1]
-        return found | {"imputation": _average(parts)}
-
-    def _coherence(self, model: DMVAE) -> dict[str, Estimate]:
-        """How often a modality predicted from one other shows the row's label; the mean over pairs."""
-        found, parts = {}, []
-        for target, classifier in self._classifiers.items():
-            for source in model.config.modalities:
-                if source != target:
-                    share = conditional_coherence(model, self.rows, classifier, source, target)
-                    parts.append(Estimate(share.rate, share.se))
-                    found[f"coherence/{source}/{target}"] = parts[-1]
-        return found | {"coherence": _average(parts)}
 
     @cached_property
     def rows(self) -> Batch:
-        """The rows that are judged on."""
+        """The rows to evaluate on."""
         return first_rows(self.split, self.num_rows)
 
     @cached_property
-    def _classifiers(self) -> dict[str, Classifier]:
+    def classifiers(self) -> dict[str, Classifier]:
+        """A classifier of the label per modality."""
         check_labels(self.train, self.split)
         fitted_to = first_rows(self.train)
         return {name: fit_classifier(fitted_to, name) for name in self.rows.data}
 
     @cached_property
-    def _deviations(self) -> dict[str, float]:
-        """Of each floating-point modality: the root of its mean variance over features, in observed training rows."""
+    def deviations(self) -> dict[str, float]:
+        """Per floating-point modality, the root of its mean variance over features, in observed training rows."""
         rows, found = first_rows(self.train), {}
         for name, info in self.train.manifest.modalities.items():
             if info.dtype != "int64":
@@ -131,35 +86,157 @@ class ObjectiveEvaluator:
                 found[name] = max(float(values.var(0, unbiased=False).mean().sqrt()), 1e-12)
         return found
 
-    def _with_company(self, name: str) -> torch.Tensor:
-        """Which rows have a modality, and another one."""
+    def is_predictable(self, name: str) -> Bool[Tensor, " row"]:
+        """Tell which rows have a modality and another one to predict it from."""
         present = torch.stack([has(self.rows, other) for other in self.rows.data])
-        together: torch.Tensor = has(self.rows, name) & (present.sum(0) > 1)
+        together: Tensor = has(self.rows, name) & (present.sum(0) > 1)
         return together
 
 
-def check(dataset: Dataset, train_split: str, split: str, names: Sequence[Objective], num_rows: int) -> None:
-    """Check that the data can give the figures asked for.
+@dataclass(frozen=True, eq=False)
+class ModelEvaluation:
+    """One model under evaluation, with what several objectives need of it."""
+
+    evaluator: ObjectiveEvaluator
+    model: DMVAE
+
+    @cached_property
+    def joint_nll(self) -> Float[Tensor, " row"]:
+        """-log p(x_A) of each row, in nats."""
+        return self.nll(self.evaluator.rows)
+
+    def nll(self, rows: Batch, modalities: Iterable[str] = ()) -> Float[Tensor, " row"]:
+        """Estimate -log p(x_A) of each row in nats, for some modalities or all."""
+        chosen = list(modalities) or "all"
+        evaluator = self.evaluator
+        return self.model.joint_nll(rows, evaluator.num_draws, seed=evaluator.seed, modalities=chosen).nll
+
+
+@dataclass(frozen=True)
+class SearchObjective:
+    """One objective.
+
+    Attributes:
+        compute: returns it by its name, and its parts by names below that.
+        check: raises ValueError if the data do not allow it.
+        direction: whether less or more is better.
+        predicts: whether it needs rows that have a modality and another one to predict it from.
+    """
+
+    compute: Callable[[ModelEvaluation], dict[str, Estimate]]
+    check: Callable[[ObjectiveEvaluator], None] = lambda evaluator: None
+    direction: Literal["minimize", "maximize"] = "minimize"
+    predicts: bool = False
+
+
+def _joint_nll(evaluation: ModelEvaluation) -> dict[str, Estimate]:
+    """The mean of -log p(x_A), in nats per row."""
+    return {"joint_nll": _mean(evaluation.joint_nll)}
+
+
+def _conditional_nll(evaluation: ModelEvaluation) -> dict[str, Estimate]:
+    """The mean of -log p(x_m | the row's other modalities) in nats per row, averaged over modalities m."""
+    found, parts = _joint_nll(evaluation), []
+    names, rows = evaluation.model.config.modalities, evaluation.evaluator.rows
+    for name in names:
+        here = evaluation.evaluator.is_predictable(name).nonzero().squeeze(1)
+        rest = evaluation.nll(rows[here], [other for other in names if other != name])
+        parts.append(_mean(evaluation.joint_nll[here] - rest))
+        found[f"conditional_nll/{name}"] = parts[-1]
+    return found | {"conditional_nll": _average(parts)}
+
+
+def _imputation(evaluation: ModelEvaluation) -> dict[str, Estimate]:
+    """The root mean square error of a modality predicted from the row's others, averaged over modalities.
+
+    In units of the modality's standard deviation over the training rows.
+    """
+    found, parts, evaluator = {}, [], evaluation.evaluator
+    for name, deviation in evaluator.deviations.items():
+        rows = evaluator.rows[evaluator.is_predictable(name).nonzero().squeeze(1)]
+        blocks = [
+            held_out_errors(evaluation.model, rows[part], name, _IMPUTATION_DRAWS, seed=evaluator.seed)
+            for part in torch.arange(len(rows)).tensor_split(_PARTS)
+            if len(part)
+        ]
+        total = sum(blocks[1:], blocks[0])
+        spread = np.std([block.rmse for block in blocks], ddof=1) / math.sqrt(len(blocks))
+        parts.append(Estimate(total.rmse / deviation, float(spread) / deviation))
+        found[f"imputation/{name}"] = parts[-1]
+    return found | {"imputation": _average(parts)}
+
+
+def _check_imputation(evaluator: ObjectiveEvaluator) -> None:
+    if not evaluator.deviations:
+        raise ValueError(
+            "Cannot compute the objective 'imputation': the dataset has no floating-point modality. "
+            "Use conditional_nll."
+        )
+
+
+def _coherence(evaluation: ModelEvaluation) -> dict[str, Estimate]:
+    """How often a modality predicted from another one shows the row's label, averaged over pairs."""
+    found, parts, evaluator = {}, [], evaluation.evaluator
+    for target, classifier in evaluator.classifiers.items():
+        for source in evaluation.model.config.modalities:
+            if source != target:
+                share = conditional_coherence(evaluation.model, evaluator.rows, classifier, source, target)
+                parts.append(Estimate(share.rate, share.se))
+                found[f"coherence/{source}/{target}"] = parts[-1]
+    return found | {"coherence": _average(parts)}
+
+
+def _parameters(evaluation: ModelEvaluation) -> dict[str, Estimate]:
+    """The number of parameters."""
+    return {"parameters": Estimate(float(sum(p.numel() for p in evaluation.model.parameters())))}
+
+
+OBJECTIVES: dict[str, SearchObjective] = {
+    "imputation": SearchObjective(_imputation, _check_imputation, predicts=True),
+    "conditional_nll": SearchObjective(_conditional_nll, predicts=True),
+    "joint_nll": SearchObjective(_joint_nll),
+    "coherence": SearchObjective(
+        _coherence,
+        lambda evaluator: check_labels(evaluator.train, evaluator.split),
+        direction="maximize",
+        predicts=True,
+    ),
+    "parameters": SearchObjective(_parameters),
+    "seconds_per_step": SearchObjective(lambda evaluation: {}),  # training measures it
+}
+"""By name. Adding an entry makes an objective available in `objectives`."""
+
+
+def check(dataset: Dataset, train_split: str, split: str, names: Sequence[str], num_rows: int) -> None:
+    """Check that objectives exist and that the data allow them.
 
     Raises:
-        ValueError: naming the objective that it cannot give, and why.
+        ValueError: naming the objective and the reason.
     """
-    judge = ObjectiveEvaluator(dataset.split(train_split), dataset.split(split), num_rows, 2)
-    if "coherence" in names:
-        check_labels(judge.train, judge.split)
-    if "imputation" in names and not judge._deviations:
-        raise ValueError(
-            "the objective imputation is of floating-point modalities; the dataset has none. Use conditional_nll."
-        )
-    for name in dataset.manifest.modalities if {"imputation", "conditional_nll", "coherence"} & set(names) else ():
-        if int(judge._with_company(name).sum()) < 2 * _PARTS:
-            raise ValueError(
-                f"objectives of predictions need rows that have a modality and another one; split {split!r} has fewer "
-                f"than {2 * _PARTS} of {name!r} among its first {num_rows}. Use joint_nll, or raise judged_rows."
-            )
+    unknown = [name for name in names if name not in OBJECTIVES]
+    if unknown:
+        raise ValueError(f"Unknown objective {unknown[0]!r}. Available: {', '.join(OBJECTIVES)}.")
+    evaluator = ObjectiveEvaluator(dataset.split(train_split), dataset.split(split), num_rows, 2)
+    for name in names:
+        OBJECTIVES[name].check(evaluator)
+        for modality in dataset.manifest.modalities if OBJECTIVES[name].predicts else ():
+            if int(evaluator.is_predictable(modality).sum()) < 2 * _PARTS:
+                raise ValueError(
+                    f"Cannot compute the objective {name!r}: of the first {num_rows} rows of split {split!r}, fewer "
+                    f"than {2 * _PARTS} have {modality!r} and another modality. Use joint_nll, or raise judged_rows."
+                )
 
 
-def _mean(values: torch.Tensor) -> Estimate:
+def compared_values(config: SearchConfig, metrics: Mapping[str, float]) -> tuple[float, ...]:
+    """Return the values that a search minimises: its objectives or their weighted sum, maximised ones negated."""
+    signs = [-1.0 if OBJECTIVES[name].direction == "maximize" else 1.0 for name in config.objectives]
+    values = [sign * metrics[name] for sign, name in zip(signs, config.objectives, strict=True)]
+    if config.is_multiple:
+        return tuple(values)
+    return (math.fsum(w * v for w, v in zip(config.weights or (1.0,), values, strict=True)),)
+
+
+def _mean(values: Tensor) -> Estimate:
     return Estimate(float(values.mean()), float(values.std()) / math.sqrt(len(values)))
 
 

@@ -88,7 +88,7 @@ def load(state: TrainState, folder: Path) -> None:
     )
     if differing:
         raise CheckpointError(
-            f"Checkpoint {folder} belongs to another model: {differing[:5]} differ. Resume with the settings of its run."
+            f"Checkpoint {folder} belongs to another model: {differing[:5]} differ. Restore the settings of its run."
         )
     state.model.load_state_dict(weights)
     counters = json.loads((folder / STATE).read_text())

@@ -69,7 +69,7 @@ def main() -> None:
 
 def judged(judge: ObjectiveEvaluator, model: DMVAE, moment: str) -> dict[str, float]:
     model.eval()
-    merits = judge.merits(model, FIGURES)
+    merits = judge.evaluate(model, FIGURES)
     model.train()
     return {f"{moment}/{name}": merits[name].value for name in FIGURES}
 

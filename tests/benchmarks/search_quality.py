@@ -49,7 +49,7 @@ def main() -> None:
             found = search(SearchConfig.model_validate(tree), print)
             best = found.best[0]
             assert best.result is not None
-            merits = judge.merits(DMVAE.load(best.folder / "best"), ("joint_nll", "coherence", "imputation"))
+            merits = judge.evaluate(DMVAE.load(best.folder / "best"), ("joint_nll", "coherence", "imputation"))
             names = ("joint_nll", "coherence", "imputation")
             rows.append(
                 {"side": side, "seed": seed, "objective": best.result.figures["imputation"]}

@@ -231,8 +231,8 @@ def test_parameters_that_a_likelihood_without_a_spec_does_not_take_are_refused_w
         DMVAE(config)
 
 
-def test_every_likelihood_that_configurations_know_can_be_built_and_the_other_way_round() -> None:
-    assert registry.SPECS.keys() == registry._REGISTRY.keys()
+def test_every_likelihood_that_configurations_know_can_be_built() -> None:
+    assert registry.SPECS.keys() <= registry._REGISTRY.keys()
     for name, spec in registry.SPECS.items():
         params = {"a": {"classes": 3}} if "classes" in spec.params else None
         built = build(DMVAEConfig(input_dims={"a": (2,)}, decoders_dist={"a": name}, decoder_dist_params=params), "a")

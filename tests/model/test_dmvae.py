@@ -93,7 +93,7 @@ def test_results_are_read_by_key_and_by_attribute() -> None:
     outputs = small_model().predict(small_batch(), gen_mod=["text"])
     assert outputs.text is outputs["text"]
     assert list(outputs) == ["text"]
-    with pytest.raises(AttributeError, match=r"'image' among \['text'\]"):
+    with pytest.raises(AttributeError, match=r"No result 'image'\. Available: text"):
         _ = outputs.image
 
 
@@ -375,9 +375,9 @@ def test_networks_given_by_hand_are_recorded_and_asked_for(tmp_path: Path) -> No
     model.save(tmp_path)
     assert model.config.custom_architectures == ("encoders.text", "decoders.code")
     assert config.custom_architectures == ()
-    with pytest.raises(ValueError, match=r"again: decoders\.code, encoders\.text"):
+    with pytest.raises(ValueError, match=r"decoders\.code, encoders\.text were given by hand"):
         DMVAE.load(tmp_path)
-    with pytest.raises(ValueError, match=r"again: decoders\.code"):
+    with pytest.raises(ValueError, match=r"decoders\.code were given by hand"):
         DMVAE.load(tmp_path, encoders={"text": OwnEncoder()})
     again = DMVAE.load(tmp_path, encoders={"text": OwnEncoder()}, decoders={"code": own_decoder()})
     batch = small_batch()
@@ -396,7 +396,7 @@ def test_networks_that_share_weights_are_saved(tmp_path: Path) -> None:
 
 
 def test_networks_for_an_unknown_modality_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"'image', 'text', 'code'.*encoders\.txet"):
+    with pytest.raises(ValueError, match=r"encoders\.txet.*Available: \['image', 'text', 'code'\]"):
         DMVAE(small_model().config, encoders={"txet": OwnEncoder()})
 
 

@@ -23,6 +23,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from dmvae.config.search import Domain, SearchConfig, Value
 from dmvae.data.files import write_atomically
+from dmvae.evaluation.search_objectives import compared_values
 
 Status = Literal["complete", "stopped", "infeasible", "failed"]
 PARAMS, RESULT = "params.json", "result.json"
@@ -96,7 +97,9 @@ def write_result(folder: Path, result: TrialResult) -> None:
 
 def best_trials(config: SearchConfig, trials: list[Trial]) -> list[Trial]:
     """Return the best trial, or with several objectives the Pareto front; of equals, the earlier trial."""
-    candidates = [(config.signed(t.result.figures), t) for t in trials if t.result is not None and t.is_candidate]
+    candidates = [
+        (compared_values(config, t.result.figures), t) for t in trials if t.result is not None and t.is_candidate
+    ]
     candidates = [(values, trial) for values, trial in candidates if all(map(math.isfinite, values))]
     front: list[tuple[tuple[float, ...], Trial]] = []
     for values, trial in sorted(candidates, key=lambda pair: (pair[0], pair[1].number)):
@@ -159,7 +162,7 @@ def frozen_trials(config: SearchConfig, trials: list[Trial]) -> Iterator[FrozenT
 def _values(config: SearchConfig, result: TrialResult) -> list[float] | None:
     if result.status not in ("complete", "stopped") or not set(config.objectives) <= result.figures.keys():
         return None
-    values = list(config.signed(result.figures))
+    values = list(compared_values(config, result.figures))
     return values if all(map(math.isfinite, values)) else None
 
 
@@ -176,7 +179,7 @@ def sampler(config: SearchConfig, num_known: int) -> optuna.samplers.BaseSampler
 
 
 def directions(config: SearchConfig) -> list[StudyDirection]:
-    """Return the directions: all are minimised, since `SearchConfig.signed` negates what is maximised."""
+    """Return the directions: all are minimised, since `compared_values` negates what is maximised."""
     return [StudyDirection.MINIMIZE] * (len(config.objectives) if config.is_multiple else 1)
 
 

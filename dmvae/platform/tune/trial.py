@@ -16,7 +16,7 @@ from ray.util.queue import Queue
 from dmvae.config.search import SearchConfig, lay_over
 from dmvae.config.training import TrainConfig
 from dmvae.data.reading.dataset import open_dataset
-from dmvae.evaluation.search_objectives import Estimate, ObjectiveEvaluator
+from dmvae.evaluation.search_objectives import Estimate, ObjectiveEvaluator, compared_values
 from dmvae.model.dmvae import DMVAE
 from dmvae.platform.errors import RunError
 from dmvae.platform.tracking.outbox import TrackedRun
@@ -134,7 +134,7 @@ def _train_and_evaluate(
     took, epochs = time.monotonic() - start, resolved.training.epochs
     with tracked.spool() as spool:
         spool.artifact(folder / BEST, "model")
-    if not all(map(math.isfinite, config.signed(figures))):
+    if not all(map(math.isfinite, compared_values(config, figures))):
         return TrialResult("failed", epochs, figures, "an objective is not finite", tracked.run_id, took)
     if seconds.value > config.limits.get("seconds_per_step", math.inf):
         reason = (
@@ -153,7 +153,7 @@ class RungEvaluator:
     def figures(self, model: DMVAE, seconds: Estimate) -> dict[str, float]:
         """Return every objective and its standard error as `NAME_se`; the model's mode is restored."""
         training = model.training
-        estimates = self._evaluator.merits(model.eval(), self.config.objectives) | {"seconds_per_step": seconds}
+        estimates = self._evaluator.evaluate(model.eval(), self.config.objectives) | {"seconds_per_step": seconds}
         model.train(training)
         return {f"{n}{end}": v for n, m in estimates.items() for end, v in (("", m.value), ("_se", m.se))}
 
@@ -256,7 +256,7 @@ def _seconds(times: list[float]) -> Estimate:
 
 def _values(config: SearchConfig, figures: dict[str, float]) -> dict[str, float]:
     """Add the values that are minimised to the metrics; leave out non-finite ones, which Ray's files cannot hold."""
-    compared = dict(zip(value_names(config), config.signed(figures), strict=True))
+    compared = dict(zip(value_names(config), compared_values(config, figures), strict=True))
     return {name: value for name, value in (figures | compared).items() if math.isfinite(value)}
 
 

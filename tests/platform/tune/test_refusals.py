@@ -7,7 +7,7 @@ import pytest
 
 from dmvae.cli import run_verb
 from dmvae.data.reading.dataset import open_dataset
-from dmvae.evaluation import search_objectives as merit
+from dmvae.evaluation import search_objectives
 from dmvae.platform.tune.space import check_space
 from dmvae.platform.tune.study import TrialResult, best_trials, trials_of, write_params, write_result
 from tests.runs import make_dataset
@@ -47,11 +47,13 @@ def test_a_start_outside_the_space_is_refused(dataset: Path, tmp_path: Path) -> 
 
 def test_an_objective_that_the_data_cannot_give_is_refused(dataset: Path) -> None:
     opened = open_dataset(dataset)
+    with pytest.raises(ValueError, match=r"Unknown objective 'loss'\. Available: imputation, conditional_nll"):
+        search_objectives.check(opened, "train", "val", ("imputation", "loss"), 200)
     with pytest.raises(ValueError, match="has none"):
-        merit.check(opened, "train", "val", ("coherence",), 200)
-    with pytest.raises(ValueError, match="has fewer than"):
-        merit.check(opened, "train", "val", ("imputation",), 16)
-    merit.check(opened, "train", "val", ("imputation", "joint_nll", "conditional_nll"), 200)
+        search_objectives.check(opened, "train", "val", ("coherence",), 200)
+    with pytest.raises(ValueError, match="fewer than 16 have"):
+        search_objectives.check(opened, "train", "val", ("imputation",), 16)
+    search_objectives.check(opened, "train", "val", ("imputation", "joint_nll", "conditional_nll"), 200)
 
 
 def test_a_person_reads_one_message(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

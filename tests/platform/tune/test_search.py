@@ -162,7 +162,7 @@ def test_a_trial_that_fails_is_recorded_and_the_study_goes_on(large: Path, tmp_p
     assert failed is not None
     assert best is not None
     assert failed.status == "failed"
-    assert "a loss is finite; it is not at epoch 1" in failed.reason
+    assert "Loss became non-finite at epoch 1" in failed.reason
     assert best.status == "complete"
     assert [trial.number for trial in found.best] == [1]
     client = MlflowClient(found.tracking_uri)
