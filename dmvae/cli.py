@@ -176,9 +176,7 @@ def _search(config: Any) -> None:
 def _evaluate(config: Any) -> None:
     from dmvae.platform.evaluate.evaluate import evaluate
 
-    result = evaluate(config, progress=_print)
-    for name, value in result.items():
-        _print(f"{name:<24} {value:.4f}")
+    evaluate(config, progress=_print)
 
 
 def _report(config: Any) -> None:

@@ -17,7 +17,7 @@ from dmvae.config.training import TrainConfig
 from dmvae.data.preparation.prepare import prepare
 from dmvae.data.reading.dataset import open_dataset
 from dmvae.model.dmvae import DMVAE
-from dmvae.platform.evaluate.evaluate import judge
+from dmvae.platform.evaluate.evaluate import evaluate_split
 from dmvae.platform.tracking.runs import open_run
 from dmvae.platform.train.trainer import dataset_record, resolve, run_record
 from dmvae.platform.train.worker import WorkerData
@@ -103,7 +103,7 @@ def finish_here(config: TrainConfig) -> Path:
         state, logged = train_here(config)
         for kept in ("best", "last"):
             checkpoint.save(state, record, run_dir / kept)
-        figures = judge(
+        figures = evaluate_split(
             str(run_dir / "best"), dataset, config.evaluation, config.data.train_split, 1, lambda line: None
         )
         with tracked.spool() as spool:

@@ -1,4 +1,4 @@
-"""How a model is judged."""
+"""Settings of an evaluation: the NLL of a split, and the other measures."""
 
 from typing import Annotated, Literal
 
@@ -12,56 +12,59 @@ Rate = Annotated[float, Field(ge=0, le=1)]
 
 
 class EvaluationConfig(Section):
-    """The estimate of the negative log-likelihood of a split."""
+    """Estimation of the negative log-likelihood (NLL) of a split."""
 
     split: Name = "test"
-    """The rows to judge on."""
+    """The split to evaluate."""
     num_draws: Annotated[int, Field(ge=2)] = 1000
-    """Decoder rows spent per modality and row: the field's K. With `refined` a doubtful row takes nine times that."""
+    """Importance samples per row (K): decoder evaluations per modality. With `refined`, rows with an unreliable
+    estimate take nine times as many."""
     chunk: Size = 100
-    """Draws decoded at once; bounds memory."""
+    """Draws decoded at a time; limits memory."""
     proposal: Literal["refined", "encoder"] = "refined"
-    """Where latents are drawn from: a Gaussian fitted to each row's posterior, or the encoders' posterior."""
+    """Proposal distribution of the latents: `refined`, a Gaussian fitted to each row's exact posterior, or `encoder`,
+    the posterior that the encoders predict."""
     seed: Seed = 0
-    """Of the draws; a row's draws depend on it and the row's id alone."""
+    """Seed of the draws; a row's draws depend only on it and on the row's id."""
     modalities: tuple[ModalityName, ...] | None = None
-    """Whose joint NLL is estimated; None: all that a row has."""
+    """Modalities whose joint NLL is estimated. None: all that a row has."""
     each_modality: bool = False
-    """Also the marginal NLL of each modality, and its conditional NLL given what else the row has; about three times
-    the work with two modalities, 2 M + 1 times with M."""
+    """Also estimate the marginal NLL of each modality, and its conditional NLL given the others that a row has. With
+    two modalities this is about three times the work, with M modalities 2 M + 1 times."""
     measures: tuple[Measure, ...] = ()
-    """What else to judge: `rivals` (the NLL of PCA), `coherence`, `probes` (of labels), `imputation` (beside
+    """What else to measure: `rivals` (the NLL of PCA), `coherence`, `probes` (of labels), `imputation` (beside
     the training mean, ridge regression and PCA), `robustness` (all of it again as modalities are removed)."""
 
 
 class EvaluateConfig(Section):
-    """What one `jobs.evaluate` run judges, and on what."""
+    """Settings of `jobs.evaluate`."""
 
     model: str
-    """A model's or a checkpoint's folder, or its URI (`s3://BUCKET/RUN/best`)."""
+    """Folder of a model or a checkpoint, or its URI (`s3://BUCKET/RUN/best`)."""
     dataset: str
-    """A dataset's folder or URI."""
+    """Folder of the dataset, or its URI."""
     workers: Size = 1
-    """Processes of one thread each; with more than one, Ray actors. The figures do not depend on it."""
+    """Processes of one thread each; with more than one, Ray actors. Results do not depend on it."""
     device: Device = "auto"
-    """Where the NLL is computed; `auto` takes GPUs when there is one per worker."""
+    """Where the NLL is computed; `auto` uses GPUs if there is one per worker."""
     output: str | None = None
-    """The folder of `rows.parquet` and `summary.json`; the same command goes on with what is there. None: a folder
-    `evaluation-SPLIT` in the model's; a model at a URI needs one."""
+    """Folder for `rows.parquet` and `summary.json`; the same command resumes from it. None: `evaluation-SPLIT` in the
+    model's folder, or `evaluation-best-SPLIT` beside a run's `best`. Required if the model is at a URI."""
     density_components: Count = 0
-    """Gaussians of a density fitted to the training rows' latents; measures are then taken with it too. 0: none."""
+    """Gaussians in a density fitted to the latents of the training rows; measures are then also computed with it in
+    place of the prior. 0: none."""
     missing_rates: tuple[Rate, ...] = (0.0, 0.25, 0.5, 0.75)
-    """Of `robustness`: shares of the modalities that are removed."""
+    """Shares of the modalities that `robustness` removes."""
     train_split: Name = "train"
-    """What rivals, classifiers and densities are fitted to."""
+    """Split that baselines, classifiers and densities are fitted to."""
     evaluation: EvaluationConfig = EvaluationConfig()
-    """The estimate."""
+    """The NLL estimate and the measures."""
 
     @model_validator(mode="after")
     def _check(self) -> "EvaluateConfig":
         if self.density_components and not self.evaluation.measures:
             raise ValueError(
-                f"density_components takes effect with evaluation.measures; got {self.density_components} without any. "
-                "Name some, or remove it."
+                f"density_components={self.density_components} has no effect without evaluation.measures. "
+                "Set evaluation.measures, or remove density_components."
             )
         return self

@@ -1,4 +1,4 @@
-"""What a report is made of."""
+"""Settings of a report."""
 
 from typing import Annotated
 
@@ -8,19 +8,19 @@ from dmvae.config.section import Name, Section
 
 
 class ReportConfig(Section):
-    """What one `jobs.report` run draws."""
+    """Settings of `jobs.report`."""
 
     model: str
-    """A run's, a model's or a checkpoint's folder; a run's is that of its best checkpoint."""
+    """Folder of a run, a model or a checkpoint; of a run, the best checkpoint is drawn."""
     dataset: str
-    """A dataset's folder or URI."""
+    """Folder of the dataset, or its URI."""
     split: Name = "test"
-    """The rows that are shown."""
+    """Split whose rows are shown."""
     train_split: Name = "train"
-    """What classifiers, ridge regression and the density are fitted to."""
+    """Split that baselines, classifiers and the density are fitted to."""
     output: str | None = None
-    """The folder of `report.html` and the PNGs. None: `report` in the run's folder, or the model's."""
+    """Folder for `report.html` and the PNGs. None: `report` in the folder of the run or the model."""
     num_draws: Annotated[int, Field(ge=2)] = 1000
-    """Of the NLL whose weights are shown."""
+    """Draws per row of the NLL estimate whose importance weights are shown."""
     density_components: NonNegativeInt = 20
-    """Gaussians of the density shown beside the prior; 0: none."""
+    """Gaussians in the density that is shown beside the prior. 0: none."""

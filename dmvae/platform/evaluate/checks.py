@@ -1,4 +1,4 @@
-"""What is refused before work begins: rows, models and measures that do not go together."""
+"""Check before any work begins that data, model and measures fit together."""
 
 import torch
 
@@ -15,14 +15,14 @@ from dmvae.model.dmvae import DMVAE
 
 
 def check_data(config: TrainConfig, dataset: Dataset) -> None:
-    """Check the rows that a run reads: `Split.verify`, that ids occur once, `check_support`, `check_measures`.
+    """Check every split that a run reads: checksums, unique ids, values that its likelihoods support, and measures.
 
     Args:
         config: resolved.
-        dataset: its.
+        dataset: the one that `config` names.
 
     Raises:
-        ValueError: naming the split or shard, the column and the first such row.
+        ValueError: naming the split or shard, the column and the first invalid row.
     """
     for name in (config.data.train_split, config.data.val_split, config.evaluation.split):
         split = dataset.split(name)
@@ -33,7 +33,7 @@ def check_data(config: TrainConfig, dataset: Dataset) -> None:
 
 
 def check_support(config: DMVAEConfig, split: Split, dtype: torch.dtype = torch.float32) -> None:
-    """Check that observed values are such as the likelihoods can judge, where reading does not promise it.
+    """Check that every observed value is in the support of its likelihood.
 
     Raises:
         ValueError: naming the modality, its likelihood and the first row.
@@ -70,28 +70,31 @@ def check_support(config: DMVAEConfig, split: Split, dtype: torch.dtype = torch.
 
 
 def check_measures(config: DMVAEConfig, evaluation: EvaluationConfig, dataset: Dataset, train_split: str) -> None:
-    """Check that what is to be judged can be, before the work that it comes after.
+    """Check that an evaluation can be run, before the work that precedes it.
 
     Raises:
-        ValueError: for a modality that the model has not, or a measure that needs labels where there are none.
+        ValueError: if a modality is unknown to the model, or a measure needs labels that the dataset lacks.
     """
-    known = config.modalities
-    unknown = [name for name in evaluation.modalities or () if name not in known]
-    if unknown or evaluation.modalities == ():
+    unknown = [name for name in evaluation.modalities or () if name not in config.modalities]
+    if unknown:
         raise ValueError(
-            f"evaluation.modalities names modalities of the model, {list(known)}; got {unknown or 'none'}. "
-            "Leave it out for all."
+            f"Unknown modalities in evaluation.modalities: {unknown}. The model has {list(config.modalities)}."
         )
+    if evaluation.modalities == ():
+        raise ValueError("evaluation.modalities must not be empty. Remove it to evaluate all modalities.")
     if {"coherence", "probes"} & set(evaluation.measures):
         check_labels(dataset.split(train_split), dataset.split(evaluation.split))
 
 
 def check_fit(model: DMVAE, dataset: Dataset) -> None:
-    """Check that a model has the modalities and shapes of a dataset.
+    """Check that a model and a dataset have the same modalities and shapes.
 
     Raises:
-        ValueError: saying what differs.
+        ValueError: naming both.
     """
-    found, own = dict(dataset.manifest.input_dims), model.config.shapes
-    if found != own:
-        raise ValueError(f"a model is judged on data of its own modalities {own}; {dataset.where} has {found}.")
+    found, expected = dict(dataset.manifest.input_dims), model.config.shapes
+    if found != expected:
+        raise ValueError(
+            f"The dataset {dataset.where} does not fit the model: expected modalities {expected}, but got {found}. "
+            "Choose the dataset that the model was trained on."
+        )

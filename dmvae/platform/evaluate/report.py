@@ -1,19 +1,24 @@
-"""A run's report: everything that its pictures need is computed here, written and recorded."""
+"""Draw the report of a run: compute what its pictures show, write them as one page, and record it in MLflow."""
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from dmvae.config.report import ReportConfig
-from dmvae.data.reading.dataset import open_dataset
+from dmvae.data.batch import Batch
+from dmvae.data.reading.dataset import Dataset, open_dataset
+from dmvae.data.reading.split import Split
 from dmvae.data.scaling import Scale
 from dmvae.evaluation.latents import collect, fit_density
 from dmvae.evaluation.suite import EvaluationSuite, first_rows
 from dmvae.model.dmvae import DMVAE, MODEL_CONFIG
 from dmvae.platform.evaluate.checks import check_fit
 from dmvae.platform.tracking.outbox import RUN_FILE, TrackedRun
+from dmvae.report import charts, images
+from dmvae.report.html_report import Picture, write_report
 
 _MISSING_RATES = (0.0, 0.25, 0.5, 0.75)
 _NLL_ROWS = 128
@@ -27,67 +32,86 @@ def report(config: ReportConfig, progress: Callable[[str], None]) -> Path:
         The HTML file.
 
     Raises:
-        ValueError: if model and dataset do not fit, or the split does not exist.
+        ValueError: if the model does not fit the dataset, or the split does not exist.
     """
-    from dmvae.report import charts
-    from dmvae.report import images as pictures
-    from dmvae.report.html_report import Picture, write_report
-
-    given = Path(config.model)
-    model_dir = given if (given / MODEL_CONFIG).is_file() or not (given / "best").is_dir() else given / "best"
-    run_dir = model_dir if model_dir == given and not (given.parent / "tracking").is_dir() else model_dir.parent
+    model_dir, run_dir = _folders(Path(config.model))
     model, dataset = DMVAE.load(model_dir), open_dataset(config.dataset)
     check_fit(model, dataset)
-    train, split = dataset.split(config.train_split), dataset.split(config.split)
-    rows, folder = first_rows(split, _MAP_ROWS), Path(config.output or run_dir / "report")
-    quality = EvaluationSuite(model, train, split, num_draws=20)
-    drawn: list[Picture] = []
+    split = dataset.split(config.split)
+    pictures: list[Picture] = []
     curves = run_dir / "tracking" / "metrics.jsonl"
     if curves.is_file():
-        drawn.append(charts.training_curves(curves))
-    progress("fitting a density to the latents")
-    density = fit_density(model, quality.fit_rows, config.density_components) if config.density_components else None
-    quality = EvaluationSuite(model, train, split, density, num_draws=20)
-    progress("decoding")
-    scales = {name: Scale(info) for name, info in dataset.manifest.modalities.items()}
-    drawn += pictures.reconstructions(model, rows, scales)
-    drawn += pictures.cross_modal(model, rows, density, scales)
-    drawn += charts.imputed_scatter(model, rows, density)
-    drawn += pictures.prior_samples(model, rows, density, scales)
-    drawn += pictures.traversals(model, rows, scales)
-    drawn.append(charts.latent_map(collect(model, rows, return_mean=True)))
-    progress(f"NLL of {min(len(rows), _NLL_ROWS)} rows")
-    drawn.append(charts.weight_diagnostics(model.joint_nll(rows[:_NLL_ROWS], config.num_draws)))
-    if quality.has_labels:
-        progress("coherence")
-        drawn.append(charts.coherence_matrix(quality.coherence()))
-    progress("removing modalities")
-    drawn.append(charts.missing_curves(quality.robustness(quality.removal(_MISSING_RATES))))
-    facts = {
-        "model": str(model_dir),
-        "dataset": f"{config.dataset}, split {config.split}: {len(split):,} rows",
-        "modalities": ", ".join(f"{name} ({_by(shape)})" for name, shape in model.config.shapes.items()),
-        "latents": f"{model.config.latent_dim} shared; private: "
-        + ", ".join(f"{name} {dim}" for name, dim in model.config.private_dims.items()),
-        "parameters": f"{sum(p.numel() for p in model.parameters()):,}; torch {torch.__version__}",
-    }
-    file = write_report(folder, f"dmvae: {run_dir.name}", facts, drawn)
-    _record(run_dir / "tracking", folder, progress)
+        pictures.append(charts.training_curves(curves))
+    suite = EvaluationSuite(model, dataset.split(config.train_split), split, num_draws=20)
+    if config.density_components:
+        progress("fitting a density to the latents of the training rows")
+        suite = replace(suite, density=fit_density(model, suite.fit_rows, config.density_components))
+    rows = first_rows(split, _MAP_ROWS)
+    progress("drawing predictions and samples")
+    pictures += _predictions(suite, rows, dataset)
+    pictures += _metrics(suite, rows, config.num_draws, progress)
+    output = Path(config.output or run_dir / "report")
+    file = write_report(output, f"dmvae: {run_dir.name}", _facts(model, model_dir, config, split), pictures)
+    progress(f"pictures  {len(pictures)} PNG files in {output}")
+    _record(run_dir / "tracking", output, progress)
     return file
 
 
-def _by(shape: tuple[int, ...]) -> str:
-    return " x ".join(map(str, shape))
+def _folders(given: Path) -> tuple[Path, Path]:
+    """Return the folder of the model, and that of its run (or the model's own, if it belongs to none)."""
+    is_run = not (given / MODEL_CONFIG).is_file() and (given / "best").is_dir()
+    if is_run:
+        return given / "best", given
+    return given, given.parent if (given.parent / "tracking").is_dir() else given
 
 
-def _record(spool_dir: Path, folder: Path, progress: Callable[[str], None]) -> None:
-    """Queue the report for the run's MLflow record, if it has one; what cannot be delivered now, `jobs.sync` brings."""
-    if not (spool_dir / RUN_FILE).is_file():
+def _predictions(suite: EvaluationSuite, rows: Batch, dataset: Dataset) -> list[Picture]:
+    """Draw what the model makes of rows: reconstructions, imputations, samples and latents."""
+    model, density = suite.model, suite.density
+    scales = {name: Scale(info) for name, info in dataset.manifest.modalities.items()}
+    return [
+        *images.reconstructions(model, rows, scales),
+        *images.cross_modal(model, rows, density, scales),
+        *charts.imputed_scatter(model, rows, density),
+        *images.prior_samples(model, rows, density, scales),
+        *images.traversals(model, rows, scales),
+        charts.latent_map(collect(model, rows, return_mean=True)),
+    ]
+
+
+def _metrics(suite: EvaluationSuite, rows: Batch, num_draws: int, progress: Callable[[str], None]) -> list[Picture]:
+    """Draw the quality of the NLL estimate, coherence if there are labels, and robustness."""
+    progress(f"NLL of {min(len(rows), _NLL_ROWS)} rows, {num_draws} draws each")
+    pictures = [charts.weight_diagnostics(suite.model.joint_nll(rows[:_NLL_ROWS], num_draws))]
+    if suite.has_labels:
+        progress("computing coherence")
+        pictures.append(charts.coherence_matrix(suite.coherence()))
+    progress("computing robustness")
+    pictures.append(charts.missing_curves(suite.robustness(suite.removal(_MISSING_RATES))))
+    return pictures
+
+
+def _facts(model: DMVAE, model_dir: Path, config: ReportConfig, split: Split) -> dict[str, str]:
+    """Return the table at the head of the page."""
+    shapes = {name: " x ".join(map(str, shape)) for name, shape in model.config.shapes.items()}
+    private = ", ".join(f"{name} {dim}" for name, dim in model.config.private_dims.items())
+    return {
+        "model": str(model_dir),
+        "dataset": f"{config.dataset}, split {config.split}: {len(split):,} rows",
+        "modalities": ", ".join(f"{name} ({shape})" for name, shape in shapes.items()),
+        "latent dimensions": f"{model.config.latent_dim} shared; private: {private}",
+        "parameters": f"{sum(p.numel() for p in model.parameters()):,}; torch {torch.__version__}",
+    }
+
+
+def _record(tracking_dir: Path, output: Path, progress: Callable[[str], None]) -> None:
+    """Queue the report for the run's MLflow record, if it has one; `jobs.sync` delivers it if MLflow is down now."""
+    if not (tracking_dir / RUN_FILE).is_file():
         return
-    recorded = json.loads((spool_dir / RUN_FILE).read_text())
-    with TrackedRun(recorded["uri"], recorded["run_id"], spool_dir).spool() as spool:
-        ending = spool.status
-        spool.artifact(folder)
-        if ending == "FINISHED":
-            spool.end("FINISHED")
+    recorded = json.loads((tracking_dir / RUN_FILE).read_text())
+    with TrackedRun(recorded["uri"], recorded["run_id"], tracking_dir).spool() as outbox:
+        status = outbox.status
+        outbox.artifact(output)
+        if status == "FINISHED":
+            outbox.end("FINISHED")
     progress(f"recorded in MLflow run {recorded['run_id']}")

@@ -1,4 +1,4 @@
-"""Per-row results on disk: Parquet files of finished blocks while work goes on, one file when it is done."""
+"""Keep per-row results on disk: a Parquet file per few blocks during an evaluation, one file at its end."""
 
 import hashlib
 import time
@@ -10,34 +10,34 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 Columns = dict[str, np.ndarray]
-"""Per name one value of every row."""
+"""One value per row, by column name."""
 
 BLOCK_ROWS = 64
-"""Rows of the unit of work: a row's figures come from the same arithmetic whoever computes its block."""
+"""Rows per block, the unit of work. It is fixed, so that a row's results do not depend on the number of workers."""
 _FLUSH_SECONDS = 10
 _KEY = b"dmvae.key"
 
 
 class RowStore:
-    """The blocks of one evaluation; those of another model, dataset or settings are never taken for its.
+    """The blocks of one evaluation; blocks of another model, dataset or other settings are ignored.
 
     Attributes:
-        file: `rows.parquet`, a row for every row of the split in its order, there when all blocks are.
+        file: `rows.parquet`, one row per row of the split, in its order; written once all blocks are finished.
 
     Args:
-        folder: of the results.
-        key: names all that the figures depend on.
+        folder: where the results are written.
+        key: identifies everything that the results depend on.
     """
 
     def __init__(self, folder: Path, key: str) -> None:
         self.file = folder / "rows.parquet"
         self._parts = folder / f"rows-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
         self._key = key
-        self._waiting: dict[int, Columns] = {}
-        self._flushed = time.monotonic()
+        self._unwritten: dict[int, Columns] = {}
+        self._last_flush = time.monotonic()
 
     def blocks(self) -> dict[int, Columns]:
-        """Return the blocks that are done."""
+        """Return the finished blocks by number."""
         if self.file.is_file() and (pq.read_schema(self.file).metadata or {}).get(_KEY) == self._key.encode():
             columns = _read(self.file)
             starts = range(0, len(columns["id"]), BLOCK_ROWS)
@@ -50,23 +50,23 @@ class RowStore:
         return blocks
 
     def add(self, number: int, block: Columns) -> None:
-        """Keep a block; it is on disk a few seconds later, or after `flush`."""
-        self._waiting[number] = block
-        if time.monotonic() - self._flushed > _FLUSH_SECONDS:
+        """Add a finished block; it is written within seconds, or by `flush`."""
+        self._unwritten[number] = block
+        if time.monotonic() - self._last_flush > _FLUSH_SECONDS:
             self.flush()
 
     def flush(self) -> None:
-        """Write the blocks that are not on disk yet, as one file."""
-        self._flushed = time.monotonic()
-        if not self._waiting:
+        """Write the blocks that are not on disk yet to one file."""
+        self._last_flush = time.monotonic()
+        if not self._unwritten:
             return
-        blocks, self._waiting = self._waiting, {}
+        blocks, self._unwritten = self._unwritten, {}
         lengths = [len(block["id"]) for block in blocks.values()]
         columns = {"block": np.repeat(list(blocks), lengths), **_join(list(blocks.values()))}
         self._write(columns, self._parts / f"{min(blocks):08d}-{max(blocks):08d}.parquet")
 
     def finish(self, columns: Columns) -> None:
-        """Write all rows as `rows.parquet`, in place of the blocks."""
+        """Write all rows to `rows.parquet` and remove the files of the blocks."""
         self._write(columns, self.file)
         for part in self._parts.glob("*.parquet"):
             part.unlink()

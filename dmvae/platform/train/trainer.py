@@ -30,7 +30,7 @@ from dmvae.model.dmvae import DMVAE
 from dmvae.platform.cluster import limits, local_cluster, messages, resources
 from dmvae.platform.errors import RunError
 from dmvae.platform.evaluate.checks import check_data
-from dmvae.platform.evaluate.evaluate import Extras, judge
+from dmvae.platform.evaluate.evaluate import Extras, evaluate_split
 from dmvae.platform.remote_fs import Remote, home_of
 from dmvae.platform.resume import ResumeRules
 from dmvae.platform.tracking.outbox import TrackedRun, scrub
@@ -120,7 +120,7 @@ def train_run(config: TrainConfig, progress: Callable[[str], None]) -> TrainSumm
                     resolved, run_dir, remote, WorkerTask(absolute(resolved), record, tracked, queue), progress
                 )
             _record(tracked, run_dir)
-            figures = judge(
+            figures = evaluate_split(
                 str(run_dir / "best") if remote is None else (remote / "best").uri,
                 dataset,
                 resolved.evaluation,

@@ -152,10 +152,10 @@ def _retrain(
     if config.retrain.how == "none":
         return None
     if config.retrain.how == "checkpoint":
-        from dmvae.platform.evaluate.evaluate import judge
+        from dmvae.platform.evaluate.evaluate import evaluate_split
 
         evaluation = found.evaluation
-        figures = judge(
+        figures = evaluate_split(
             str(best.folder / "best"), dataset, evaluation, found.data.train_split, found.workers.num, progress
         )
         with tracked.spool() as spool:

@@ -1,4 +1,4 @@
-"""Per-row results: each row once, resumable, the same however they are computed; bad input in one message."""
+"""Per-row results: each row once, resumable, the same however they are computed; user errors in one line."""
 
 import json
 import subprocess
@@ -17,9 +17,10 @@ from dmvae.config.data import PrepareConfig
 from dmvae.config.evaluation import EvaluateConfig
 from dmvae.data.preparation.prepare import prepare
 from dmvae.data.reading.dataset import open_dataset
-from dmvae.platform.evaluate import nll_table as estimates
 from dmvae.platform.evaluate.evaluate import evaluate
+from dmvae.platform.evaluate.nll_table import Evaluator
 from dmvae.platform.evaluate.row_store import BLOCK_ROWS, RowStore
+from dmvae.platform.evaluate.worker_pool import torch_device
 from tests.runs import make_dataset
 
 
@@ -70,17 +71,18 @@ def quiet(text: str) -> None:
 
 
 def test_every_row_is_there_once_with_its_figures(model: Path, dataset: Path, tmp_path: Path) -> None:
-    figures = evaluate(configure(model, dataset, tmp_path, evaluation={"each_modality": True}), quiet)
+    lines: list[str] = []
+    metrics = evaluate(configure(model, dataset, tmp_path, evaluation={"each_modality": True}), lines.append)
     rows = pq.read_table(tmp_path / "rows.parquet").to_pydict()
     split = open_dataset(dataset).split("train")
     assert rows["id"] == split.ids().tolist()
     assert {"nll", "se", "ess", "khat", "trusted", "proposal"} <= rows.keys()
     nll = np.array(rows["nll"])
-    assert figures["train/nll"] == nll.mean()
-    assert figures["train/nll_rows"] == len(split)
-    assert figures["train/nll_bound_gap"] > 0
+    assert metrics["train/nll"] == nll.mean()
+    assert metrics["train/nll_rows"] == len(split)
+    assert metrics["train/nll_bound_gap"] > 0
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["figures"].keys() == figures.keys()
+    assert summary["figures"].keys() == metrics.keys()
     batch = split.read(np.arange(len(split)))
     assert batch.masks is not None
     left, right = batch.masks["left"].numpy(), batch.masks["right"].numpy()
@@ -89,13 +91,17 @@ def test_every_row_is_there_once_with_its_figures(model: Path, dataset: Path, tm
     assert (np.isfinite(conditional) == (left & right)).all()
     np.testing.assert_allclose((marginal + conditional)[left & right], nll[left & right])
     np.testing.assert_array_equal(marginal[left & ~right], nll[left & ~right])
+    table = [line for line in lines if line.startswith("train/")]
+    assert [line.split()[0] for line in table] == list(metrics)
+    assert len({len(line) for line in table}) == 1, "names and values are aligned"
+    assert [line.split()[1] for line in lines[-2:]] == [str(tmp_path / "rows.parquet"), str(tmp_path / "summary.json")]
 
 
 def test_an_interrupted_evaluation_goes_on_and_ends_with_the_same_rows(
     model: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     evaluate(configure(model, dataset, tmp_path / "whole"), quiet)
-    real, computed = estimates.Evaluator.estimate, []
+    real, computed = Evaluator.estimate, []
 
     def stop_after_two(self: Any, number: int) -> Any:
         if len(computed) == 2:
@@ -103,7 +109,7 @@ def test_an_interrupted_evaluation_goes_on_and_ends_with_the_same_rows(
         computed.append(number)
         return real(self, number)
 
-    monkeypatch.setattr(estimates.Evaluator, "estimate", stop_after_two)
+    monkeypatch.setattr(Evaluator, "estimate", stop_after_two)
     with pytest.raises(KeyboardInterrupt):
         evaluate(configure(model, dataset, tmp_path / "cut"), quiet)
     assert not (tmp_path / "cut" / "rows.parquet").exists()
@@ -112,7 +118,7 @@ def test_an_interrupted_evaluation_goes_on_and_ends_with_the_same_rows(
         computed.append(number)
         return real(self, number)
 
-    monkeypatch.setattr(estimates.Evaluator, "estimate", count)
+    monkeypatch.setattr(Evaluator, "estimate", count)
     evaluate(configure(model, dataset, tmp_path / "cut"), quiet)
     whole, cut = (pq.read_table(tmp_path / name / "rows.parquet") for name in ("whole", "cut"))
     assert cut.column_names == whole.column_names
@@ -143,7 +149,7 @@ def test_measures_are_judged_with_the_prior_and_the_density(labelled: Path, tmp_
         model, labelled, tmp_path / "out", density_components=2, missing_rates=[0.0, 0.5],
         evaluation={"split": "test", "measures": measures},
     )  # fmt: skip
-    figures = evaluate(config, quiet)
+    metrics = evaluate(config, quiet)
     for name in (
         "pca/nll", "coherence/image/table", "joint_coherence", "density/joint_coherence", "classifier/image",
         "probe/shared", "imputation/table/rmse", "imputation/table/coverage90", "imputation/table/ridge",
@@ -151,16 +157,16 @@ def test_measures_are_judged_with_the_prior_and_the_density(labelled: Path, tmp_
         "missing/random/50/probe/shared", "missing/label/50/coverage90/table", "missing/random/50/nll",
         "missing/label/50/nll_conditional/image",
     ):  # fmt: skip
-        assert np.isfinite(figures[f"test/{name}"]), name
-    assert figures["test/imputation/table/ridge"] < figures["test/imputation/table/mean"]
-    assert figures["test/missing/random/0/probe/shared"] >= figures["test/missing/random/50/probe/shared"]
+        assert np.isfinite(metrics[f"test/{name}"]), name
+    assert metrics["test/imputation/table/ridge"] < metrics["test/imputation/table/mean"]
+    assert metrics["test/missing/random/0/probe/shared"] >= metrics["test/missing/random/50/probe/shared"]
     assert (tmp_path / "out" / "density.safetensors").is_file()
 
 
 def test_nll_with_modalities_removed_is_that_of_what_is_left(labelled: Path, tmp_path: Path) -> None:
     model = make_model(tmp_path / "model", {"image": (1, 8, 8), "table": (3,)})
     estimate = {"split": "test", "measures": ["robustness"], "each_modality": True}
-    figures = evaluate(
+    metrics = evaluate(
         configure(model, labelled, tmp_path / "out", missing_rates=[0.0, 0.5, 1.0], evaluation=estimate), quiet
     )
     rows = {
@@ -177,24 +183,24 @@ def test_nll_with_modalities_removed_is_that_of_what_is_left(labelled: Path, tmp
         (rows["nll"], rows["marginal/image"], rows["marginal/table"], 0 * rows["nll"]),
     )
     assert np.any([half == part for part in known], axis=0).all()
-    assert figures["test/missing/random/50/nll"] == half.mean()
+    assert metrics["test/missing/random/50/nll"] == half.mean()
 
 
 def test_no_figure_of_no_rows_is_written_as_nan(model: Path, dataset: Path, tmp_path: Path) -> None:
-    figures = evaluate(
+    metrics = evaluate(
         configure(model, dataset, tmp_path, evaluation={"each_modality": True, "modalities": ["left"]}), quiet
     )
     text = (tmp_path / "summary.json").read_text()
     written = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))["figures"]
-    empty = [name for name, value in figures.items() if np.isnan(value)]
+    empty = [name for name, value in metrics.items() if np.isnan(value)]
     assert empty
     assert all(written[name] is None for name in empty)
 
 
 def test_the_device_that_is_asked_for_is_heeded(model: Path, dataset: Path, tmp_path: Path) -> None:
-    assert estimates.torch_device("cpu").type == "cpu"
+    assert torch_device("cpu").type == "cpu"
     if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="sees none"):
+        with pytest.raises(ValueError, match="No GPU is visible"):
             evaluate(configure(model, dataset, tmp_path, device="gpu"), quiet)
 
 
@@ -215,7 +221,7 @@ def test_categories_are_evaluated_and_drawn(tmp_path: Path) -> None:
     )  # fmt: skip
     DMVAE(config).save(tmp_path / "model")
     measures = ["rivals", "coherence", "robustness"]
-    figures = evaluate(
+    metrics = evaluate(
         configure(
             tmp_path / "model", tmp_path / "data", tmp_path / "out", missing_rates=[0.5],
             evaluation={"split": "test", "measures": measures, "each_modality": True},
@@ -227,8 +233,8 @@ def test_categories_are_evaluated_and_drawn(tmp_path: Path) -> None:
         "missing/random/50/nll",
         "missing/label/50/coherence/words",
     ):
-        assert np.isfinite(figures[f"test/{name}"]), name
-    assert "test/imputation/words/rmse" not in figures
+        assert np.isfinite(metrics[f"test/{name}"]), name
+    assert "test/imputation/words/rmse" not in metrics
     flags = ["--dataset", str(tmp_path / "data"), "--num-draws", "100", "--density-components", "2"]
     assert run_verb("report", ["--model", str(tmp_path / "model"), *flags]) == 0
     drawn = {file.stem for file in (tmp_path / "model" / "report").glob("*.png")}
@@ -242,7 +248,7 @@ def test_categories_are_evaluated_and_drawn(tmp_path: Path) -> None:
         (["--evaluation.split", "tset"], ["no split 'tset'", "train"]),
         (["--evaluation.modalities", "middle"], ["evaluation.modalities", "['middle']", "'left'"]),
         (["--evaluation.measures", "coherence"], ["labels", "has none"]),
-        (["--density-components", "3"], ["takes effect with evaluation.measures"]),
+        (["--density-components", "3"], ["has no effect without evaluation.measures"]),
     ],
 )
 def test_bad_input_is_one_message(
@@ -261,7 +267,7 @@ def test_another_model_is_refused(dataset: Path, tmp_path: Path, capsys: pytest.
     other = make_model(tmp_path / "other", {"left": (5,), "middle": (3,)})
     for verb in ("evaluate", "report"):
         assert run_verb(verb, ["--model", str(other), "--dataset", str(dataset)]) == 1
-        assert "a model is judged on data of its own modalities" in capsys.readouterr().err
+        assert "does not fit the model" in capsys.readouterr().err
 
 
 def test_a_report_is_one_page_with_its_pictures(labelled: Path, tmp_path: Path) -> None:
