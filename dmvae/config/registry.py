@@ -1,4 +1,4 @@
-"""Registered models: what is registered, promoted, embedded and served."""
+"""Settings for registering, promoting, serving and embedding with a registered model."""
 
 from typing import Annotated
 
@@ -10,91 +10,93 @@ from dmvae.config.tracking import TrackingConfig
 
 
 class RegisterConfig(Section):
-    """What one `jobs.register` run registers."""
+    """Settings of `jobs.register`."""
 
     run: str
-    """A finished run's folder."""
+    """Folder of a finished run."""
     name: Name
-    """Of the registered model; a run's best model becomes its next version."""
+    """Name of the registered model; the best model of the run becomes its next version."""
     tracking: TrackingConfig = TrackingConfig()
-    """The MLflow that has the run."""
+    """The MLflow server that recorded the run."""
 
 
 class PromoteConfig(Section):
-    """Which version is to be the champion, and on what it has to be better."""
+    """Settings of `jobs.promote`: the candidate, and how it must be better than the champion."""
 
     name: Name
-    """Of the registered model."""
+    """Name of the registered model."""
     version: Size | None = None
-    """The candidate. None: the newest version."""
+    """Version to promote, the candidate. None: the newest."""
     dataset: str = ""
-    """The dataset that both are judged on: the one that they were trained on."""
+    """Dataset on which candidate and champion are evaluated; it must be the one they were trained on."""
     workers: Size = 1
-    """Processes of each evaluation."""
+    """Processes of each evaluation; with more than one, Ray actors."""
     metric: str = "nll"
-    """What has to be better: `nll`, paired by row, or a figure of the evaluation, as `coherence/image/text` or
-    `imputation/text/rmse`."""
+    """Metric that must be better: `nll`, paired by row, or another metric of the evaluation, such as
+    `coherence/image/text` or `imputation/text/rmse`."""
     larger_is_better: bool = False
-    """Of a figure other than `nll`."""
+    """Whether larger values of a metric other than `nll` are better."""
     errors: NonNegativeFloat = 2.0
-    """Standard errors by which the difference in NLL has to be better."""
+    """Number of standard errors by which the NLL must be better."""
     margin: NonNegativeFloat = 0.0
-    """By how much a figure other than `nll` has to be better."""
+    """Amount by which a metric other than `nll` must be better."""
     rollback: bool = False
-    """Make the previous champion the champion again, in place of all that."""
+    """Make the previous champion the champion again; no other setting but `name` is used."""
     evaluation: EvaluationConfig = EvaluationConfig()
-    """Split, draws and measures."""
+    """Split, draws and measures of the evaluation."""
     tracking: TrackingConfig = TrackingConfig()
-    """The MLflow that has the models."""
+    """The MLflow server that has the registered model."""
 
     @model_validator(mode="after")
     def _check(self) -> "PromoteConfig":
         if not self.rollback and not self.dataset:
-            raise ValueError("candidate and champion are judged on a dataset; got none. Set dataset.")
+            raise ValueError(
+                "dataset must be set, unless rollback is. Set it to the dataset that the models were trained on."
+            )
         if self.metric == "nll" and self.larger_is_better:
-            raise ValueError("a smaller NLL is better; got larger_is_better with it. Remove it.")
+            raise ValueError("larger_is_better cannot be used with metric='nll': a smaller NLL is better. Remove it.")
         return self
 
 
 class EmbedConfig(Section):
-    """What one `jobs.embed` run embeds."""
+    """Settings of `jobs.embed`."""
 
     model: str
-    """A registered model (`models:/NAME@champion`) or a run's or a model's folder."""
+    """Registered model (`models:/NAME@champion`), or folder of a run or a model."""
     dataset: str
-    """A dataset's folder or URI."""
+    """Folder of the dataset, or its URI."""
     output: str
-    """The folder of the Parquet files; the same command goes on with what is there."""
+    """Folder for the Parquet files; the same command resumes from it."""
     split: Name | None = None
-    """The rows. None: all splits."""
+    """Split to embed. None: all splits."""
     private: bool = False
-    """Also means and log-variances of the private latents."""
+    """Also write the means and log-variances of the private latents."""
     impute: bool = False
-    """Also what is missing, predicted from the posteriors' means, in the units of the data."""
+    """Also write missing modalities, predicted from the means of the posteriors, in the units of the original data."""
     workers: Size = 1
-    """Processes; with more than one, Ray actors."""
+    """Processes; with more than one, Ray actors. Results do not depend on it."""
     tracking: TrackingConfig = TrackingConfig()
-    """The MLflow that has the model."""
+    """The MLflow server that has the registered model."""
 
 
 class ServeConfig(Section):
-    """A Ray Serve application that answers for a registered model."""
+    """Settings of `jobs.serve`."""
 
     model: str
-    """A registered model; with an alias (`models:/NAME@champion`) it is loaded again when the alias moves."""
+    """Registered model; with an alias (`models:/NAME@champion`), the new version is loaded when the alias moves."""
     host: str = "127.0.0.1"
-    """Where it listens; loopback unless told otherwise."""
+    """Address to listen on; by default only this machine can connect."""
     port: Annotated[int, Field(gt=0, lt=65536)] = 8000
-    """Where it listens."""
+    """Port to listen on."""
     replicas: Size = 1
-    """Processes that answer."""
+    """Processes that answer requests."""
     max_rows: Size = 256
-    """Rows of one request, at most."""
+    """Largest number of rows in a request."""
     max_megabytes: Annotated[float, Field(gt=0)] = 32.0
-    """Size of one request, at most."""
+    """Largest size of a request, in megabytes."""
     max_waiting: Size = 64
-    """Requests that wait for an answer, at most; beyond that the answer is 503."""
+    """Largest number of waiting requests; further requests get status 503."""
     poll_seconds: Annotated[float, Field(gt=0)] = 10.0
-    """How often the alias is looked at."""
+    """Seconds between two checks of the alias."""
     tracking: TrackingConfig = TrackingConfig()
-    """The MLflow that has the model."""
+    """The MLflow server that has the registered model."""

@@ -1,6 +1,6 @@
-"""The registered model, as MLflow loads it: this file is copied into the model and run from there.
+"""Answer rows as an MLflow model. This file is copied into each registered model and run from there.
 
-It needs the package's core and MLflow, nothing of Ray.
+It needs the package's model code and MLflow, but not Ray.
 """
 
 from pathlib import Path
@@ -15,19 +15,19 @@ Row = row_type(ModelConfig().get("shapes"))  # type: ignore[no-untyped-call]
 
 
 class RegisteredModel(PythonModel):
-    """Answers rows; `params` is a `Request`: operation, num_samples, num_draws, seed."""
+    """Answers rows; `params` are the fields of `Request`: operation, num_samples, num_draws, seed."""
 
     def load_context(self, context: Any) -> None:
-        """Read the model and its units."""
-        self.served = Predictor.load(Path(context.artifacts["model"]))
+        """Load the model with the specs of its modalities."""
+        self.predictor = Predictor.load(Path(context.artifacts["model"]))
 
-    def predict(  # type: ignore[override]  # MLflow hands over what it finds in this signature
+    def predict(  # type: ignore[override]  # MLflow reads the types of rows and params from this signature
         self,
         model_input: list[Row],  # type: ignore[valid-type]
         params: dict[str, Any] | None = None,
     ) -> list[dict[str, Any]]:
         """Answer every row; each answer says which modalities were observed."""
-        return self.served.answer(model_input, Request.model_validate(params or {}))
+        return self.predictor.answer(model_input, Request.model_validate(params or {}))
 
 
 set_model(RegisteredModel())

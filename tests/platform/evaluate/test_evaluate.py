@@ -70,7 +70,7 @@ def quiet(text: str) -> None:
     pass
 
 
-def test_every_row_is_there_once_with_its_figures(model: Path, dataset: Path, tmp_path: Path) -> None:
+def test_every_row_is_written_once_with_its_estimates(model: Path, dataset: Path, tmp_path: Path) -> None:
     lines: list[str] = []
     metrics = evaluate(configure(model, dataset, tmp_path, evaluation={"each_modality": True}), lines.append)
     rows = pq.read_table(tmp_path / "rows.parquet").to_pydict()
@@ -94,10 +94,11 @@ def test_every_row_is_there_once_with_its_figures(model: Path, dataset: Path, tm
     table = [line for line in lines if line.startswith("train/")]
     assert [line.split()[0] for line in table] == list(metrics)
     assert len({len(line) for line in table}) == 1, "names and values are aligned"
-    assert [line.split()[1] for line in lines[-2:]] == [str(tmp_path / "rows.parquet"), str(tmp_path / "summary.json")]
+    assert lines[-2].endswith(str(tmp_path / "rows.parquet"))
+    assert lines[-1].endswith(str(tmp_path / "summary.json"))
 
 
-def test_an_interrupted_evaluation_goes_on_and_ends_with_the_same_rows(
+def test_an_interrupted_evaluation_resumes_and_ends_with_the_same_rows(
     model: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     evaluate(configure(model, dataset, tmp_path / "whole"), quiet)
@@ -132,7 +133,7 @@ def test_an_interrupted_evaluation_goes_on_and_ends_with_the_same_rows(
     assert len(computed) == 2 * len(set(computed))
 
 
-def test_blocks_of_another_key_are_not_taken_and_strings_survive(tmp_path: Path) -> None:
+def test_blocks_of_another_key_are_ignored_and_strings_survive(tmp_path: Path) -> None:
     store = RowStore(tmp_path, "one")
     store.add(3, {"id": np.array(["a", "bc"]), "nll": np.array([1.0, 2.0])})
     store.flush()
@@ -142,7 +143,7 @@ def test_blocks_of_another_key_are_not_taken_and_strings_survive(tmp_path: Path)
     assert block["id"].dtype.kind == "U"
 
 
-def test_measures_are_judged_with_the_prior_and_the_density(labelled: Path, tmp_path: Path) -> None:
+def test_measures_are_computed_with_the_prior_and_the_density(labelled: Path, tmp_path: Path) -> None:
     model = make_model(tmp_path / "model", {"image": (1, 8, 8), "table": (3,)})
     measures = ["rivals", "coherence", "probes", "imputation", "robustness"]
     config = configure(
@@ -186,7 +187,7 @@ def test_nll_with_modalities_removed_is_that_of_what_is_left(labelled: Path, tmp
     assert metrics["test/missing/random/50/nll"] == half.mean()
 
 
-def test_no_figure_of_no_rows_is_written_as_nan(model: Path, dataset: Path, tmp_path: Path) -> None:
+def test_a_metric_of_no_rows_is_written_as_null(model: Path, dataset: Path, tmp_path: Path) -> None:
     metrics = evaluate(
         configure(model, dataset, tmp_path, evaluation={"each_modality": True, "modalities": ["left"]}), quiet
     )
@@ -270,7 +271,7 @@ def test_another_model_is_refused(dataset: Path, tmp_path: Path, capsys: pytest.
         assert "does not fit the model" in capsys.readouterr().err
 
 
-def test_a_report_is_one_page_with_its_pictures(labelled: Path, tmp_path: Path) -> None:
+def test_a_report_is_one_page_that_holds_its_pictures(labelled: Path, tmp_path: Path) -> None:
     model = make_model(tmp_path / "run" / "best", {"image": (1, 8, 8), "table": (3,)})
     (tmp_path / "run" / "tracking").mkdir()
     lines = [{"metrics": {"train/loss": 3.0, "val/loss": 4.0, "val/kl_shared/joint": 1.0}, "step": s} for s in (1, 2)]

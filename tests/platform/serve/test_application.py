@@ -1,4 +1,4 @@
-"""A served model: right answers to many at a time, a 4xx with the field for what is wrong, the alias followed."""
+"""A served model: right answers to parallel requests, a 4xx that names the field, the alias followed."""
 
 import json
 import threading
@@ -59,14 +59,14 @@ def ask(address: str, body: bytes | None) -> tuple[int, dict[str, Any]]:
 
 
 WRONG: tuple[tuple[bytes, int, str], ...] = (
-    (b"{", 400, "a request is JSON"),
-    (b"[]", 400, "rows"),
+    (b"{", 400, "not valid JSON"),
+    (b"[]", 400, 'no list "rows"'),
     (b'{"rows": [{"lfet": [1]}]}', 400, "lfet"),
     (b'{"rows": [{"left": [1, 2]}]}', 400, "left"),
     (b'{"rows": [{"left": "x"}]}', 400, "left"),
     (b'{"rows": [{}], "operation": "guess"}', 400, "operation"),
     (b'{"rows": [{}], "seed": -1}', 400, "seed"),
-    (b'{"rows": [{}, {}, {}, {}, {}]}', 413, "4 rows"),
+    (b'{"rows": [{}, {}, {}, {}, {}]}', 413, "at most 4"),
     (b'{"rows": [], "x": "' + b"y" * 200_000 + b'"}', 413, "MB"),
 )
 

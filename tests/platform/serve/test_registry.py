@@ -64,12 +64,13 @@ def test_a_registered_model_answers_where_only_its_own_code_is(runs: Path, tmp_p
     uri = tracking(runs)["uri"]
     client = MlflowClient(uri)
     found = client.get_model_version("answers", version)
-    assert "How to ask it" in found.description
+    assert "How to use it" in found.description
     target = tmp_path / "downloaded"
     local = mlflow.artifacts.download_artifacts(artifact_uri=found.source, dst_path=str(target), tracking_uri=uri)
-    carried = {str(file.relative_to(local)) for file in Path(local).rglob("*.py")}
-    assert "code/dmvae/served.py" in carried
-    assert not any("platform/trainer" in file or "data/" in file for file in carried)
+    packaged = {str(file.relative_to(local)) for file in Path(local).rglob("*.py")}
+    assert "code/dmvae/model/predictor.py" in packaged
+    others = ("platform", "report", "training", "evaluation", "data/format", "data/reading", "data/preparation")
+    assert not [file for file in packaged if file.startswith(tuple(f"code/dmvae/{folder}/" for folder in others))]
     # a process that sees this folder and the installed packages, but neither this checkout nor ray
     program = (
         "import sys, json, mlflow\n"
@@ -99,12 +100,12 @@ def test_a_registered_model_answers_where_only_its_own_code_is(runs: Path, tmp_p
 
 def test_the_alias_moves_once_and_back(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     poor, better = (registered(runs, run, "champions") for run in ("poor", "better"))
-    said: list[str] = []
-    first = promote(promotion(runs, "champions", version=int(poor)), said.append)
+    lines: list[str] = []
+    first = promote(promotion(runs, "champions", version=int(poor)), lines.append)
     assert (first.moved, first.champion) == (True, poor)
-    second = promote(promotion(runs, "champions"), said.append)
+    second = promote(promotion(runs, "champions"), lines.append)
     assert (second.moved, second.champion) == (True, better)
-    third = promote(promotion(runs, "champions", version=int(poor)), said.append)
+    third = promote(promotion(runs, "champions", version=int(poor)), lines.append)
     assert (third.moved, third.champion) == (False, better)
     client = MlflowClient(tracking(runs)["uri"])
     assert aliases(client, "champions") == {"champion": better, "previous": poor}
@@ -116,22 +117,35 @@ def test_the_alias_moves_once_and_back(runs: Path, capsys: pytest.CaptureFixture
     assert aliases(client, "champions") == {"champion": poor, "previous": better}
 
 
-def test_what_cannot_be_compared_is_refused_with_the_reason(runs: Path, tmp_path: Path) -> None:
-    with pytest.raises(RegistryError, match="Known: "):
+def test_versions_that_cannot_be_compared_are_refused_with_the_reason(runs: Path, tmp_path: Path) -> None:
+    with pytest.raises(RegistryError, match="Available: "):
         promote(promotion(runs, "nobody"), lambda line: None)
     version = registered(runs, "better", "refused")
     other = make_dataset(tmp_path, rows=300, seed=5)
-    with pytest.raises(RegistryError, match=r"was trained on .* and .* is "):
+    with pytest.raises(RegistryError, match=r"was trained on another dataset than .* expected fingerprint"):
         promote(promotion(runs, "refused", dataset=str(other)), lambda line: None)
-    with pytest.raises(RegistryError, match="has none"):
+    with pytest.raises(RegistryError, match="has no previous champion"):
         promote(promotion(runs, "refused", rollback=True), lambda line: None)
-    with pytest.raises(RegistryError, match="a finished run is registered"):
+    with pytest.raises(RegistryError, match="is not a finished run"):
         registered(runs, "never", "refused")
     client = MlflowClient(tracking(runs)["uri"])
     shutil.rmtree(client.get_model_version("refused", version).source.removeprefix("file://"))
-    with pytest.raises(RegistryError, match="is there with its files"):
+    with pytest.raises(RegistryError, match="Cannot load models:/refused"):
         promote(promotion(runs, "refused"), lambda line: None)
     assert aliases(client, "refused") == {}
+
+
+def test_mlflow_that_cannot_be_reached_is_one_message(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    away = ["--tracking.uri", f"sqlite:///{tmp_path}/away.db"]
+    register_flags = ["--run", str(runs / "runs" / "better"), "--name", "unreached"]
+    for verb, flags in (("register", register_flags), ("promote", ["--name", "unreached", "--rollback"])):
+        assert run_verb(verb, [*flags, *away]) == 1
+        message = capsys.readouterr().err
+        assert message.startswith(f"error: Cannot {verb} 'unreached': ")
+        assert "does not exist" in message
+        assert len(message.splitlines()) == 1
 
 
 def test_a_finished_run_registers_its_model_when_asked(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -144,11 +158,11 @@ def test_a_finished_run_registers_its_model_when_asked(runs: Path, capsys: pytes
     assert "registered               models:/asked/1" in capsys.readouterr().out
 
 
-def test_a_person_loads_the_model_itself(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dmvae_load_returns_the_registered_model(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     version = registered(runs, "poor", "loaded")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking(runs)["uri"])
     model, kept = dmvae.load(f"models:/loaded/{version}"), dmvae.load(str(runs / "runs" / "poor" / "best"))
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), kept.state_dict().values(), strict=True))
-    with pytest.raises(RegistryError, match="is there with its files"):
+    with pytest.raises(RegistryError, match="Cannot load models:/loaded@champion"):
         dmvae.load("models:/loaded@champion")
     assert open_dataset(runs / "data").manifest.modalities.keys() == set(model.config.modalities)

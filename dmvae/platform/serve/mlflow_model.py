@@ -1,0 +1,90 @@
+"""Package a model for MLflow: a pyfunc loaded from code, with the modules that it needs and no pickle."""
+
+import logging
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mlflow
+
+from dmvae.model.predictor import Predictor, Request
+from dmvae.platform.serve.model_card import README
+
+_PACKAGES = ("torch", "pydantic", "jaxtyping", "safetensors", "numpy", "mlflow")
+_PACKAGE_DIR = Path(__file__).parents[2]
+
+
+def save(content: Path, target: Path) -> None:
+    """Write an MLflow model.
+
+    Args:
+        content: a folder with weights, configuration, `units.json` and the card.
+        target: the folder to write; its parent also gets a copy of the code.
+    """
+    predictor = Predictor.load(content)
+    code = target.with_name("code") / "dmvae"
+    _copy_core(code)
+    with warnings.catch_warnings(), quiet_mlflow():
+        warnings.simplefilter("ignore")  # MLflow finds the values of an answer too loosely typed
+        mlflow.pyfunc.save_model(
+            path=str(target),
+            python_model=str(Path(__file__).with_name("pyfunc.py")),
+            artifacts={"model": str(content)},
+            model_config={"shapes": {name: list(shape) for name, shape in predictor.shapes.items()}},
+            code_paths=[str(code)],
+            input_example=(
+                [_example(predictor)],
+                {"operation": "impute", "num_samples": 0, "num_draws": 100, "seed": 0},
+            ),
+            pip_requirements=[f"{name}=={version(name).partition('+')[0]}" for name in _PACKAGES],
+        )
+    shutil.copy2(content / README, target / "README.md")
+
+
+@contextmanager
+def quiet_mlflow() -> Iterator[None]:
+    """Show only MLflow's errors."""
+    logger = logging.getLogger("mlflow")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _example(predictor: Predictor) -> dict[str, Any]:
+    """Return a row that has only its first modality, drawn from the model."""
+    (drawn,) = predictor.answer([{}], Request(operation="sample"))
+    first, spec = next(iter(predictor.units.items()))
+    if spec.classes is not None:
+        return {first: [0.0] * len(drawn["values"][first])} if len(spec.shape) == 1 else {}
+    counts = first in predictor.counts
+    values = _rounded(drawn["values"][first], 255.0 if spec.dtype == "uint8" else None, 0 if counts else 3)
+    return {first: values} | ({"size_factor": 1.0} if counts else {})
+
+
+def _rounded(values: Any, high: float | None, digits: int) -> Any:
+    """Return nested lists with every number rounded, and clipped to [0, high] if there is a limit."""
+    if isinstance(values, list):
+        return [_rounded(value, high, digits) for value in values]
+    return round(values if high is None else min(max(values, 0.0), high), digits)
+
+
+def _copy_core(target: Path) -> None:
+    """Copy the modules that a `Predictor` imports, and no others."""
+    program = (
+        "import sys, dmvae.model.predictor; "
+        "print(*(m.__file__ for n, m in sys.modules.items() if n.split('.')[0] == 'dmvae'))"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)  # noqa: S603
+    for file in map(Path, found.stdout.split()):
+        copy = target / file.relative_to(_PACKAGE_DIR)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(file, copy)
