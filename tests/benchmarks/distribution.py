@@ -28,7 +28,7 @@ from dmvae.data.reading.dataset import open_dataset
 from dmvae.model.dmvae import DMVAE, DMVAEConfig
 from dmvae.platform.cluster import local_cluster, messages
 from dmvae.platform.tracking.runs import open_run
-from dmvae.platform.train import local_checkpoints as shelf
+from dmvae.platform.train.run_store import RunStore
 from dmvae.platform.train.trainer import absolute, fit, resolve, run_record
 from dmvae.platform.train.worker import WorkerData, WorkerTask, build_state
 from dmvae.training.loop import CheckpointDue, EpochEnded, MetricsLogged, train
@@ -117,7 +117,7 @@ def _our_rates(config: TrainConfig) -> tuple[list[float], list[float]]:
         local_cluster(2),
         messages(lambda line: None) as queue,
     ):
-        fit(config, run_dir, WorkerTask(absolute(config), record, tracked, queue))
+        fit(config, WorkerTask(absolute(config), record, RunStore.open(config.runs_dir, config.name), tracked, queue))
     lines = [json.loads(line) for line in (run_dir / "tracking" / "metrics.jsonl").read_text().splitlines()]
     ends = [line for line in lines if "train/rows_per_second" in line.get("metrics", {})]
     steps = [line["metrics"]["train/rows_per_second"] for line in ends[1:]]
@@ -181,7 +181,7 @@ def _shares(config: TrainConfig) -> str:
                     return
                 yield share
 
-    data, folder = Timed(config, 0, 1, torch.float32), Path(config.runs_dir, "shares")
+    data, store = Timed(config, 0, 1, torch.float32), RunStore.open(config.runs_dir, "shares")
     begun = last = time.perf_counter()
     for event in train(state, data, config, Collectives(state.model)):
         now = time.perf_counter()
@@ -189,7 +189,7 @@ def _shares(config: TrainConfig) -> str:
             spent["validation"] += now - last
         elif isinstance(event, CheckpointDue):
             with timed("checkpoint"):
-                shelf.put(state, {}, {"step": event.global_step}, folder, is_best=True)
+                store.save(state, {}, {"step": event.global_step}, is_best=True)
         if isinstance(event, MetricsLogged):
             last = time.perf_counter()
     total = time.perf_counter() - begun

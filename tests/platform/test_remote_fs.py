@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from dmvae.config.search import SearchConfig
 from dmvae.config.training import TrainConfig
 from dmvae.data.reading.dataset import open_dataset
-from dmvae.platform.remote_fs import Remote, home_of, local
+from dmvae.platform.remote_fs import RemoteFolder, cached_run_dir, local
 
 RUN: dict[str, Any] = {"name": "run", "data": {"dataset": "data"}}
 SECRETS = (
@@ -35,8 +35,8 @@ def test_keys_in_a_uri_are_refused_without_repeating_them(uri: str) -> None:
 
 
 def test_options_of_a_uri_stay_behind_the_path() -> None:
-    place = Remote.at("s3://bucket/runs?region=eu-central-1&endpoint_override=127.0.0.1:9&scheme=http") / "one"
-    assert place.uri == "s3://bucket/runs/one?region=eu-central-1&endpoint_override=127.0.0.1:9&scheme=http"
-    again = Remote.at((place / "best").uri)
+    place = RemoteFolder.at("s3://bucket/runs?region=eu-central-1&endpoint_override=127.0.0.1:9&scheme=http") / "one"
+    assert place.where == "s3://bucket/runs/one?region=eu-central-1&endpoint_override=127.0.0.1:9&scheme=http"
+    again = RemoteFolder.at((place / "best").where)
     assert (again.path, again.filesystem) == ("bucket/runs/one/best", place.filesystem)
-    assert home_of(place).parts[-3:] == ("bucket", "runs", "one")
+    assert cached_run_dir(place).parts[-3:] == ("bucket", "runs", "one")

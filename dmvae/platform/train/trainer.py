@@ -22,7 +22,6 @@ from torch import nn
 
 from dmvae.config.likelihoods import values_of
 from dmvae.config.training import TrainConfig
-from dmvae.data.files import write_atomically
 from dmvae.data.format.manifest import Manifest
 from dmvae.data.reading.dataset import Dataset, open_dataset
 from dmvae.data.storage import location as place
@@ -31,19 +30,13 @@ from dmvae.platform.cluster import limits, local_cluster, messages, resources
 from dmvae.platform.errors import RunError
 from dmvae.platform.evaluate.checks import check_data
 from dmvae.platform.evaluate.evaluate import Extras, evaluate_split
-from dmvae.platform.remote_fs import Remote, home_of
 from dmvae.platform.resume import ResumeRules
 from dmvae.platform.tracking.outbox import TrackedRun, scrub
 from dmvae.platform.tracking.runs import DatasetRecord, open_run, tracking_uri
-from dmvae.platform.train import local_checkpoints as shelf
-from dmvae.platform.train import remote_checkpoints as depot
-from dmvae.platform.train.local_checkpoints import SCORE
+from dmvae.platform.train.run_store import BEST, CHECKPOINTS, LAST, NUM_KEPT, RESULT, SCORE, RunStore
 from dmvae.platform.train.worker import WorkerTask, work
 from dmvae.training import checkpoint
 
-_RESULT = "result.json"
-_CHECKPOINTS = "checkpoints"
-_NONE_WHOLE = "a finished run has a whole checkpoint with a finite validation figure; {} has none. Train it again."
 _RULES = ResumeRules(
     "run",
     TrainConfig,
@@ -94,34 +87,29 @@ def train_run(config: TrainConfig, progress: Callable[[str], None]) -> TrainSumm
     """
     dataset = open_dataset(config.data.dataset)
     resolved = resolve(config, dataset)
-    remote = Remote.at(config.runs_dir) / config.name if place.is_uri(config.runs_dir) else None
-    run_dir = Path(config.runs_dir, config.name).absolute() if remote is None else home_of(remote)
-    if remote is not None:
-        depot.fetch_record(remote, run_dir, (checkpoint.RUN_CONFIG, _RESULT))
-    where = str(run_dir) if remote is None else remote.uri
+    store = RunStore.open(config.runs_dir, config.name)
+    store.download()
     record = run_record(resolved, dataset.manifest)
-    _check_same_run(run_dir, record, where)
-    finished = _read_result(run_dir, where, resolved)
+    _check_same_run(store, record)
+    finished = _read_result(store, resolved)
     if finished is not None:
         return finished
     check_data(resolved, dataset)
-    run_dir.mkdir(parents=True, exist_ok=True)
+    store.run_dir.mkdir(parents=True, exist_ok=True)
     params = {key: value for key, value in record.items() if key != "dataset"}
     with open_run(
-        resolved.tracking, resolved.name, run_dir / "tracking", params, dataset=dataset_record(resolved, dataset)
+        resolved.tracking, resolved.name, store.run_dir / "tracking", params, dataset=dataset_record(resolved, dataset)
     ) as tracked:
-        write_atomically(run_dir / checkpoint.RUN_CONFIG, json.dumps(record, indent=2) + "\n")
-        if remote is not None:
-            depot.put_record(remote, run_dir, checkpoint.RUN_CONFIG)
+        store.write_record(checkpoint.RUN_CONFIG, record)
         with local_cluster(math.ceil(resolved.workers.num * resolved.workers.cpus)):
             _announce(resolved, progress)
             with messages(progress) as queue:
-                best = _fit_and_keep(
-                    resolved, run_dir, remote, WorkerTask(absolute(resolved), record, tracked, queue), progress
-                )
-            _record(tracked, run_dir)
+                store.repair(progress)
+                fit(resolved, WorkerTask(absolute(resolved), record, store, tracked, queue))
+                best = store.publish(progress)
+            _record(tracked, store.run_dir)
             figures = evaluate_split(
-                str(run_dir / "best") if remote is None else (remote / "best").uri,
+                (store.folder / BEST).where,
                 dataset,
                 resolved.evaluation,
                 resolved.data.train_split,
@@ -132,10 +120,8 @@ def train_run(config: TrainConfig, progress: Callable[[str], None]) -> TrainSumm
         metrics = {f"best/val/{resolved.training.monitor}": best[SCORE], **figures}
         with tracked.spool() as spool:
             spool.log(metrics, int(best["step"]))
-        write_atomically(run_dir / _RESULT, json.dumps(_result(resolved, metrics, tracked), indent=2) + "\n")
-        if remote is not None:
-            depot.put_record(remote, run_dir, _RESULT)
-    return TrainSummary(run_dir, where, metrics, tracked.run_id, scrub(tracked.uri), was_finished=False)
+        store.write_record(RESULT, _result(resolved, metrics, tracked))
+    return TrainSummary(store.run_dir, store.where, metrics, tracked.run_id, scrub(tracked.uri), was_finished=False)
 
 
 def resolve(config: TrainConfig, dataset: Dataset) -> TrainConfig:
@@ -221,13 +207,12 @@ def run_record(config: TrainConfig, manifest: Manifest) -> dict[str, Any]:
     return {**config.model_dump(mode="json"), "dataset": {"fingerprint": manifest.fingerprint}}
 
 
-def _check_same_run(run_dir: Path, record: Mapping[str, Any], where: str) -> None:
-    """Check that the run in `run_dir`, if there is one, may resume with the settings in `record`."""
-    is_scored = (run_dir / _RESULT).is_file()
+def _check_same_run(store: RunStore, record: Mapping[str, Any]) -> None:
+    """Check that the run in `store`, if there is one, may resume with the settings in `record`."""
+    is_scored = (store.run_dir / RESULT).is_file()
     rules = _RULES if is_scored else replace(_RULES, may_change=(*_RULES.may_change, "evaluation.*"))
-    is_empty = not place.is_uri(where) and not any((run_dir / _CHECKPOINTS).glob("*/"))
-    remedy = f"remove {run_dir}, which has no checkpoint yet" if is_empty else "choose another name"
-    rules.check(run_dir / checkpoint.RUN_CONFIG, record, where, remedy)
+    remedy = f"remove {store.where}, which has no checkpoint yet" if store.is_empty else "choose another name"
+    rules.check(store.run_dir / checkpoint.RUN_CONFIG, record, store.where, remedy)
 
 
 def _result(config: TrainConfig, metrics: dict[str, float], tracked: TrackedRun) -> dict[str, Any]:
@@ -235,16 +220,15 @@ def _result(config: TrainConfig, metrics: dict[str, float], tracked: TrackedRun)
     return {"epochs": training.epochs, "patience": training.patience, "metrics": metrics, "run_id": tracked.run_id}
 
 
-def _read_result(run_dir: Path, where: str, config: TrainConfig) -> TrainSummary | None:
-    file = run_dir / _RESULT
+def _read_result(store: RunStore, config: TrainConfig) -> TrainSummary | None:
+    file = store.run_dir / RESULT
     if not file.is_file():
         return None
     result = json.loads(file.read_text())
     if (result["epochs"], result["patience"]) != (config.training.epochs, config.training.patience):
         return None
-    return TrainSummary(
-        run_dir, where, result["metrics"], result["run_id"], scrub(tracking_uri(config.tracking)), was_finished=True
-    )
+    uri = scrub(tracking_uri(config.tracking))
+    return TrainSummary(store.run_dir, store.where, result["metrics"], result["run_id"], uri, was_finished=True)
 
 
 def dataset_record(config: TrainConfig, dataset: Dataset) -> DatasetRecord:
@@ -272,40 +256,17 @@ def _announce(config: TrainConfig, progress: Callable[[str], None]) -> None:
         progress("note: bfloat16 is for GPUs; on CPUs it saves no time")
 
 
-def _fit_and_keep(
-    config: TrainConfig, run_dir: Path, remote: Remote | None, task: WorkerTask, progress: Callable[[str], None]
-) -> dict[str, Any]:
-    """Train from whatever is whole; bring best and last checkpoint to where they stay; return the best's figures.
-
-    Raises:
-        RunError: as `fit`, or if there is no whole checkpoint at the end.
-    """
-    if remote is None:
-        shelf.mend(run_dir / _CHECKPOINTS, progress)
-        return keep_checkpoints(fit(config, str(run_dir), task), run_dir, progress)
-    depot.mend(remote / _CHECKPOINTS)
-    fit(config, remote.path, task, storage_filesystem=remote.filesystem)
-    best = depot.keep(remote, remote / _CHECKPOINTS, run_dir, progress)
-    if best is None:
-        raise RunError(_NONE_WHOLE.format(remote / _CHECKPOINTS))
-    return best
-
-
 def fit(
     config: TrainConfig,
-    storage_path: str,
     task: WorkerTask,
     callbacks: Sequence[UserCallback] = (),
-    storage_filesystem: Any = None,
 ) -> Result:
     """Train with Ray's workers, from the run's last checkpoint on.
 
     Args:
         config: resolved.
-        storage_path: the folder that has or gets the folder of checkpoints.
         task: for the workers.
         callbacks: of Ray's controller.
-        storage_filesystem: pyarrow's, where that folder is; None: this machine's.
 
     Raises:
         RunError: if it stops for good.
@@ -316,11 +277,11 @@ def fit(
         train_loop_config={"task": task},
         scaling_config=_scaling(config),
         run_config=RunConfig(
-            name=_CHECKPOINTS,
-            storage_path=storage_path,
-            storage_filesystem=storage_filesystem,
+            name=CHECKPOINTS,
+            storage_path=task.store.folder.path,
+            storage_filesystem=task.store.folder.filesystem,
             failure_config=FailureConfig(max_failures=config.workers.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=shelf.NUM_KEPT),
+            checkpoint_config=CheckpointConfig(num_to_keep=NUM_KEPT),
             callbacks=list(callbacks),  # type: ignore[arg-type]  # typed as Ray's former class
         ),
     )
@@ -361,32 +322,7 @@ def _use_gpu(config: TrainConfig) -> bool:
     return config.workers.device != "cpu" and gpus >= wanted
 
 
-def keep_checkpoints(result: Result, run_dir: Path, progress: Callable[[str], None]) -> dict[str, Any]:
-    """Copy the best and the last checkpoint to `best/` and `last/`; return the best one's figures."""
-    reported = [Path(entry.path) for entry, _ in result.best_checkpoints or []]
-    whole = [path for path in reported if _is_whole(path, progress)]
-    best = run_dir / _CHECKPOINTS / shelf.BEST
-    if not _is_whole(best, progress):
-        scores = {path: checkpoint.read_report(path)[SCORE] for path in whole}
-        judged = {path: score for path, score in scores.items() if score is not None and math.isfinite(score)}
-        best = min(judged, key=lambda path: judged[path], default=best)
-    if not whole or not best.exists():
-        raise RunError(_NONE_WHOLE.format(run_dir / _CHECKPOINTS))
-    shelf.replace(best, run_dir / "best")
-    shelf.replace(max(whole), run_dir / "last")
-    return checkpoint.read_report(best)
-
-
-def _is_whole(folder: Path, progress: Callable[[str], None]) -> bool:
-    try:
-        checkpoint.verify(folder)
-    except checkpoint.CheckpointError as error:
-        progress(f"warning: a checkpoint is not kept: {error}")
-        return False
-    return True
-
-
 def _record(tracked: TrackedRun, run_dir: Path) -> None:
     with tracked.spool() as spool:
-        for name in ("best", "last"):
+        for name in (BEST, LAST):
             spool.artifact(run_dir / name, "checkpoints")

@@ -15,7 +15,6 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
-from pyarrow.fs import LocalFileSystem
 from ray.train import CheckpointUploadMode
 from ray.util.queue import Queue
 from torch import Tensor
@@ -28,11 +27,8 @@ from dmvae.data.reading.loader import read_epoch, read_rows
 from dmvae.data.reading.sampler import EpochSampler
 from dmvae.data.reading.split import Split
 from dmvae.model.dmvae import DMVAE
-from dmvae.platform.remote_fs import Remote
 from dmvae.platform.tracking.outbox import Outbox, TrackedRun
-from dmvae.platform.train import local_checkpoints as shelf
-from dmvae.platform.train import remote_checkpoints as depot
-from dmvae.platform.train.local_checkpoints import SCORE
+from dmvae.platform.train.run_store import SCORE, RunStore
 from dmvae.training import checkpoint
 from dmvae.training.loop import CheckpointDue, EpochEnded, MetricsLogged, StepSkipped, train
 from dmvae.training.state import TrainState, build_optimizer, is_finished
@@ -49,6 +45,7 @@ class WorkerTask:
     Attributes:
         config: resolved, `input_dims` included.
         run: what `run.json` says of this run.
+        store: keeps its checkpoints.
         tracked: where rank 0 records.
         queue: takes lines for the person who waits.
         judge: what rank 0 reports to Ray beyond that, at the end of an epoch.
@@ -56,6 +53,7 @@ class WorkerTask:
 
     config: TrainConfig
     run: dict[str, Any]
+    store: RunStore
     tracked: TrackedRun
     queue: Queue
     judge: Callable[[DMVAE, EpochEnded], dict[str, float]] | None = None
@@ -239,7 +237,8 @@ def _report(
     if recorder is not None:
         try:
             recorder.raise_fault()
-            written = _put(state, task.run, report, is_best)
+            saved = task.store.save(state, task.run, report, is_best)
+            written = ray.train.Checkpoint(saved.path, saved.filesystem)
         except OSError as error:
             fault = str(error)
     fault = _agree(fault, num)
@@ -249,16 +248,6 @@ def _report(
             "on from the last checkpoint, which is whole."
         )
     ray.train.report(report, checkpoint=written, checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD)
-
-
-def _put(state: TrainState, run: dict[str, Any], report: dict[str, Any], is_best: bool) -> ray.train.Checkpoint:
-    storage = ray.train.get_context().get_storage()
-    folder, filesystem = storage.experiment_fs_path, storage.storage_filesystem
-    if isinstance(filesystem, LocalFileSystem):
-        written = shelf.put(state, run, report, Path(folder), is_best)
-        return ray.train.Checkpoint.from_directory(str(written))
-    there = depot.put(state, run, report, Remote(f"{filesystem.type_name}://{folder}", filesystem, folder), is_best)
-    return ray.train.Checkpoint(there.path, there.filesystem)
 
 
 class Recorder:

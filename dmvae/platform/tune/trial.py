@@ -21,8 +21,8 @@ from dmvae.model.dmvae import DMVAE
 from dmvae.platform.errors import RunError
 from dmvae.platform.tracking.outbox import TrackedRun
 from dmvae.platform.tracking.runs import open_run
-from dmvae.platform.train import local_checkpoints as shelf
-from dmvae.platform.train.trainer import fit, keep_checkpoints, resolve, run_record
+from dmvae.platform.train.run_store import RunStore
+from dmvae.platform.train.trainer import fit, resolve, run_record
 from dmvae.platform.train.worker import WorkerData, WorkerTask, build_state
 from dmvae.platform.tune.study import PARAMS, RESULT, TrialResult, write_result
 from dmvae.platform.tune.trial_checkpoints import BEST, TrialCheckpoints
@@ -223,11 +223,10 @@ def _train_nested(
     evaluator: RungEvaluator,
 ) -> tuple[DMVAE, Estimate]:
     """Train with a TorchTrainer of its own, whose rank 0 evaluates; this process only waits."""
-    shelf.mend(folder / "checkpoints", task.queue.put)
-    result = fit(
-        config, str(folder), WorkerTask(config, record, tracked, task.queue, evaluator), [_Forward(task.config)]
-    )
-    keep_checkpoints(result, folder, task.queue.put)
+    store = RunStore.open(str(folder.parent), folder.name)
+    store.repair(task.queue.put)
+    fit(config, WorkerTask(config, record, store, tracked, task.queue, evaluator), [_Forward(task.config)])
+    store.publish(task.queue.put)
     lines = map(json.loads, (folder / "tracking" / "metrics.jsonl").read_text().splitlines())
     speeds = [line["metrics"][_SPEED] for line in lines if _SPEED in line.get("metrics", {})]
     return DMVAE.load(folder / BEST), _seconds([config.training.batch_size / speed for speed in speeds])

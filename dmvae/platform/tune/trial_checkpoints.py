@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dmvae.model.dmvae import DMVAE
-from dmvae.platform.train import local_checkpoints as shelf
+from dmvae.platform.folders import LocalFolder
 from dmvae.training import checkpoint
 from dmvae.training.state import TrainState
 
@@ -45,7 +45,7 @@ class TrialCheckpoints:
         if self._weights is not None:
             draft = self._folder / ".weights.partial"
             self._weights.save(draft)
-            shelf.replace(draft, self._folder / BEST)
+            LocalFolder(self._folder / BEST).put(draft)
             shutil.rmtree(draft)
             self._weights = None
         done = self._checkpoints

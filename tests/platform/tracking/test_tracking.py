@@ -18,11 +18,11 @@ from mlflow.entities import Run
 from pydantic import ValidationError
 
 from dmvae.config.tracking import TrackingConfig
-from dmvae.platform.remote_fs import Remote
+from dmvae.platform.remote_fs import RemoteFolder
 from dmvae.platform.tracking.delivery_log import TrackingError
 from dmvae.platform.tracking.outbox import Outbox, TrackedRun, scrub
 from dmvae.platform.tracking.runs import DatasetRecord, format_params, open_run, sync, tracking_uri
-from dmvae.platform.train.remote_checkpoints import fetch_record
+from dmvae.platform.train.run_store import RunStore
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:The ``noload`` loader strategy is deprecated:DeprecationWarning")
 
@@ -276,10 +276,10 @@ def test_what_a_node_kept_of_another_run_of_the_same_place_is_set_aside(tmp_path
     assert json.loads(line)["metrics"] == {"loss": 1.0}
     assert json.loads((tmp_path / "tracking-old" / "mlflow.json").read_text())["run_id"] == "old"
 
-    store = Remote.at("memory://bucket/kept")
-    (store / "run.json").write(b"{}")
-    (store / "mlflow.json").write(json.dumps({"run_id": "newest", "uri": nowhere}).encode())
-    fetch_record(store, tmp_path, ("run.json",))
+    store = RemoteFolder.at("memory://bucket/kept")
+    (store / "run.json").write("{}")
+    (store / "mlflow.json").write(json.dumps({"run_id": "newest", "uri": nowhere}))
+    RunStore(store, tmp_path).download()
     assert not (place / "metrics.jsonl").exists()
     assert (tmp_path / "tracking-new" / "metrics.jsonl").exists()
 

@@ -14,7 +14,7 @@ from dmvae.config.evaluation import EvaluateConfig
 from dmvae.config.search import SearchConfig
 from dmvae.config.training import TrainConfig
 from dmvae.platform.evaluate.evaluate import evaluate
-from dmvae.platform.remote_fs import Remote
+from dmvae.platform.remote_fs import RemoteFolder
 from dmvae.platform.train.trainer import train_run
 from tests.kills import logged, start_driver, wait_for
 from tests.objects import object_store
@@ -39,7 +39,7 @@ def test_a_run_on_s3_goes_on_where_nothing_of_it_was(
 ) -> None:
     training = {"epochs": 6, "checkpoint_steps": 4}
     config = make_config(tmp_path, dataset, runs_dir="s3://bucket/runs", training=training, workers={"num": 2})
-    place = Remote.at("s3://bucket/runs/run")
+    place = RemoteFolder.at("s3://bucket/runs/run")
     one, two = ({**store, "XDG_CACHE_HOME": str(tmp_path / name)} for name in ("one", "two"))
     driver = start_driver(config, tmp_path, one)
     home = tmp_path / "one" / "dmvae" / "runs" / "s3" / "bucket" / "runs" / "run"
@@ -62,7 +62,7 @@ def test_a_run_on_s3_goes_on_where_nothing_of_it_was(
     for name, tensor in straight.model.state_dict().items():
         torch.testing.assert_close(last[name], tensor, rtol=1e-9, atol=1e-9)
 
-    result = json.loads((place / "result.json").read() or b"")
+    result = json.loads((place / "result.json").read() or "")
     asked = {"model": "s3://bucket/runs/run/best", "dataset": str(dataset), "output": str(tmp_path / "judged")}
     settings = config.evaluation.model_dump(mode="json")
     figures = evaluate(EvaluateConfig.model_validate({**asked, "evaluation": settings}), lambda line: None)
@@ -97,7 +97,7 @@ def test_artifacts_go_to_a_store_through_the_tracking_server(
     for name, value in store.items():
         monkeypatch.setenv(name, value)
     recorded = json.loads((tmp_path / "runs" / "run" / "tracking" / "mlflow.json").read_text())
-    experiments = Remote.at("s3://bucket/mlflow")
+    experiments = RemoteFolder.at("s3://bucket/mlflow")
     (experiment,) = experiments.names()
     best = experiments / experiment / recorded["run_id"] / "artifacts" / "checkpoints" / "best"
     assert "model.safetensors" in best.names()
@@ -114,18 +114,18 @@ def test_a_uri_with_keys_is_refused() -> None:
 
 
 def test_an_unknown_file_system_is_refused() -> None:
-    with pytest.raises(ValueError, match="of a file system that pyarrow or fsspec knows"):
-        Remote.at("nowhere://bucket/runs")
+    with pytest.raises(ValueError, match="Neither pyarrow nor fsspec can open"):
+        RemoteFolder.at("nowhere://bucket/runs")
 
 
 def test_fsspec_knows_others(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "checksums.json").write_text("{}")
-    place = Remote.at("memory://bucket/runs")
-    (place / "a").upload(tmp_path / "a")
+    place = RemoteFolder.at("memory://bucket/runs")
+    (place / "a").put(tmp_path / "a")
     assert (place / "a").names() == ["checksums.json"]
-    (place / "a").download(tmp_path / "b")
-    assert (tmp_path / "b" / "checksums.json").read_text() == "{}"
+    with (place / "a").fetch() as copy:
+        assert (copy / "checksums.json").read_text() == "{}"
     (place / "a").remove()
     assert place.names() == []
     assert (place / "a").read() is None

@@ -16,6 +16,7 @@ from dmvae.config.training import TrainConfig
 from dmvae.data.preparation.prepare import prepare
 from dmvae.data.reading.dataset import open_dataset
 from dmvae.platform.errors import RunError
+from dmvae.platform.train.run_store import RunStore
 from dmvae.platform.train.trainer import _check_same_run, resolve, run_record, train_run
 from tests.runs import make_config, make_dataset
 
@@ -110,11 +111,13 @@ def test_a_setting_that_is_newer_than_a_run_had_its_default_there(dataset: Path,
     record = run_record(resolve(make_config(tmp_path, dataset), opened), opened.manifest)
     before = json.loads(json.dumps(record))
     del before["data"]["unit"], before["training"]["compile"], before["optim"]["clip_norm"]
-    (tmp_path / "run.json").write_text(json.dumps(before))
-    _check_same_run(tmp_path, record, str(tmp_path))
+    store = RunStore.open(str(tmp_path), "run")
+    store.run_dir.mkdir()
+    (store.run_dir / "run.json").write_text(json.dumps(before))
+    _check_same_run(store, record)
     record["data"]["unit"] = "shard"
     with pytest.raises(RunError, match=r"data\.unit: 'batch' in the run, 'shard' requested"):
-        _check_same_run(tmp_path, record, str(tmp_path))
+        _check_same_run(store, record)
 
 
 @pytest.mark.parametrize(
