@@ -27,7 +27,8 @@ from dmvae.data.preparation.writer import write_dataset
 from dmvae.data.reading.dataset import open_dataset
 from dmvae.data.storage.verify import sha256_of
 from dmvae.model.dmvae import DMVAE
-from dmvae.platform.train.trainer import check_data, resolve
+from dmvae.platform.evaluate.checks import check_data
+from dmvae.platform.train.settings import resolve
 from dmvae.platform.train.worker import WorkerData
 from dmvae.training.loop import train
 from dmvae.training.state import TrainState, build_optimizer

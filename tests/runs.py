@@ -19,7 +19,7 @@ from dmvae.data.reading.dataset import open_dataset
 from dmvae.model.dmvae import DMVAE
 from dmvae.platform.evaluate.evaluate import evaluate_split
 from dmvae.platform.tracking.runs import open_run
-from dmvae.platform.train.trainer import dataset_record, resolve, run_record
+from dmvae.platform.train.settings import dataset_record, resolve, run_record
 from dmvae.platform.train.worker import WorkerData
 from dmvae.training import checkpoint
 from dmvae.training.loop import MetricsLogged, train

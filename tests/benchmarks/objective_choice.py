@@ -20,7 +20,7 @@ from dmvae.config.search import SearchConfig, lay_over
 from dmvae.data.reading.dataset import open_dataset
 from dmvae.evaluation.search_objectives import ObjectiveEvaluator
 from dmvae.model.dmvae import DMVAE
-from dmvae.platform.train.trainer import resolve
+from dmvae.platform.train.settings import resolve
 from dmvae.platform.train.worker import WorkerData, build_state
 from dmvae.platform.tune.study import draw
 from dmvae.training.loop import EpochEnded, train

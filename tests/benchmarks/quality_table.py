@@ -34,7 +34,7 @@ from dmvae.evaluation.metrics import (
 )
 from dmvae.evaluation.suite import first_rows
 from dmvae.model.dmvae import DMVAE
-from dmvae.platform.train.trainer import resolve
+from dmvae.platform.train.settings import resolve
 from dmvae.platform.train.worker import WorkerData
 from dmvae.training.loop import train
 from dmvae.training.state import TrainState, build_optimizer

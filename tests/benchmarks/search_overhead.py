@@ -26,7 +26,7 @@ import torch
 torch.set_num_threads(1)
 from dmvae.config.search import SearchConfig, lay_over
 from dmvae.data.reading.dataset import open_dataset
-from dmvae.platform.train.trainer import resolve
+from dmvae.platform.train.settings import resolve
 from dmvae.platform.tune.trial import RungEvaluator
 from dmvae.evaluation.search_objectives import Estimate
 from dmvae.platform.train.worker import WorkerData, build_state

@@ -10,7 +10,7 @@ from dmvae import Batch, DMVAEConfig
 from dmvae.data.reading.dataset import open_dataset
 from dmvae.model.dmvae import DMVAE
 from dmvae.model.loss import Noise, choose_subsets
-from dmvae.platform.train.trainer import resolve
+from dmvae.platform.train.settings import resolve
 from dmvae.platform.train.worker import WorkerData
 from dmvae.training.loop import train
 from dmvae.training.state import TrainState, build_optimizer

@@ -12,7 +12,7 @@ from dmvae.config.training import OptimConfig, TrainConfig
 from dmvae.data.batch import Batch
 from dmvae.data.reading.dataset import open_dataset
 from dmvae.model.dmvae import DMVAE
-from dmvae.platform.train.trainer import resolve
+from dmvae.platform.train.settings import resolve
 from dmvae.platform.train.worker import WorkerData
 from dmvae.training import checkpoint
 from dmvae.training.loop import CheckpointDue, EpochEnded, MetricsLogged, StepSkipped, train

@@ -20,11 +20,8 @@ from ray.train import (
 from ray.train.torch import TorchTrainer
 from torch import nn
 
-from dmvae.config.likelihoods import values_of
 from dmvae.config.training import TrainConfig
-from dmvae.data.format.manifest import Manifest
-from dmvae.data.reading.dataset import Dataset, open_dataset
-from dmvae.data.storage import location as place
+from dmvae.data.reading.dataset import open_dataset
 from dmvae.model.dmvae import DMVAE
 from dmvae.platform.cluster import limits, local_cluster, messages, resources
 from dmvae.platform.errors import RunError
@@ -32,8 +29,9 @@ from dmvae.platform.evaluate.checks import check_data
 from dmvae.platform.evaluate.evaluate import Extras, evaluate_split
 from dmvae.platform.resume import ResumeRules
 from dmvae.platform.tracking.outbox import TrackedRun, scrub
-from dmvae.platform.tracking.runs import DatasetRecord, open_run, tracking_uri
+from dmvae.platform.tracking.runs import open_run, tracking_uri
 from dmvae.platform.train.run_store import BEST, CHECKPOINTS, LAST, NUM_KEPT, RESULT, SCORE, RunStore
+from dmvae.platform.train.settings import absolute, dataset_record, resolve, run_record
 from dmvae.platform.train.worker import WorkerTask, work
 from dmvae.training import checkpoint
 
@@ -124,89 +122,6 @@ def train_run(config: TrainConfig, progress: Callable[[str], None]) -> TrainSumm
     return TrainSummary(store.run_dir, store.where, metrics, tracked.run_id, scrub(tracked.uri), was_finished=False)
 
 
-def resolve(config: TrainConfig, dataset: Dataset) -> TrainConfig:
-    """Fill in what the dataset knows (shapes, likelihoods nobody named); check that the model can be built and trained.
-
-    Raises:
-        ValueError: if the config names a modality that the dataset has not, a shape that differs, a modality that
-            no training row has, or `init_from` is another model's.
-    """
-    manifest = dataset.manifest
-    model = config.model.model_dump(exclude_defaults=True)
-    given = model.get("input_dims")
-    if given is not None and {k: tuple(v) for k, v in given.items()} != dict(manifest.input_dims):
-        raise ValueError(
-            f"model.input_dims are the dataset's shapes {dict(manifest.input_dims)}; got {given}. Leave input_dims out."
-        )
-    model["input_dims"] = dict(manifest.input_dims)
-    proposed = {name: info.likelihood for name, info in manifest.modalities.items()}
-    model["decoders_dist"] = proposed | (model.get("decoders_dist") or {})
-    params = dict(model.get("decoder_dist_params") or {})
-    for name, info in manifest.modalities.items():
-        if values_of(model["decoders_dist"][name]) == "counts" and info.size_factor and info.rate:
-            params[name] = {"size_factor": info.size_factor, "rate": info.rate} | params.get(name, {})
-        if values_of(model["decoders_dist"][name]) != "classes":
-            continue
-        if info.classes is None:
-            raise ValueError(
-                f"a categorical modality is a column of integers; {name!r} is {info.dtype}. "
-                f"Choose another likelihood for it, or prepare it as integers."
-            )
-        params[name] = {"classes": info.classes} | params.get(name, {})
-    model["decoder_dist_params"] = params or None
-    resolved = TrainConfig.model_validate({**config.model_dump(), "model": model})
-    observed = dataset.split(config.data.train_split).observed
-    never = [name for name in manifest.modalities if observed[name] == 0]
-    if never:
-        raise ValueError(
-            f"every modality is observed in some training row; {never} are in none of split "
-            f"{config.data.train_split!r} of {config.data.dataset}. Prepare the data again without them."
-        )
-    taken = sorted({"loss", "gradient_norm", "learning_rate", "skipped_steps"} & set(resolved.model.modalities))
-    if taken:
-        raise ValueError(
-            f"a run records figures of the names {taken}, so no modality of it has one. Rename the column."
-        )
-    figures = ("loss", *resolved.model.source_names)
-    if config.training.monitor not in figures:
-        raise ValueError(
-            f"training.monitor names a validation figure; got {config.training.monitor!r}. Known: {', '.join(figures)}."
-        )
-    try:
-        with torch.device("meta"):
-            built = DMVAE(resolved.model)
-    except (TypeError, RuntimeError) as error:  # torch's words for sizes beyond 64 bits
-        raise ValueError(
-            f"a model's sizes can be had; got {str(error).splitlines()[0]}. Lower its dimensions."
-        ) from None
-    if config.init_from is not None:
-        _check_weights(built, config.init_from)
-    return resolved
-
-
-def absolute(config: TrainConfig) -> TrainConfig:
-    """Make paths hold in processes that start elsewhere."""
-    data = config.data.model_copy(update={"dataset": place.absolute(config.data.dataset)})
-    init_from = None if config.init_from is None else str(Path(config.init_from).absolute())
-    return config.model_copy(update={"data": data, "init_from": init_from})
-
-
-def _check_weights(model: DMVAE, folder: str) -> None:
-    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    loaded = DMVAE.load(folder)
-    found = {name: tuple(tensor.shape) for name, tensor in loaded.state_dict().items()}
-    differing = sorted(name for name in own.keys() | found.keys() if own.get(name) != found.get(name))
-    if not differing and loaded.config.distributions != model.config.distributions:
-        differing = ["decoders_dist"]
-    if differing:
-        raise ValueError(f"init_from is a folder with weights of the same model; {folder} differs in {differing[:5]}.")
-
-
-def run_record(config: TrainConfig, manifest: Manifest) -> dict[str, Any]:
-    """Return what `run.json` says of a run: the resolved configuration and the dataset's fingerprint."""
-    return {**config.model_dump(mode="json"), "dataset": {"fingerprint": manifest.fingerprint}}
-
-
 def _check_same_run(store: RunStore, record: Mapping[str, Any]) -> None:
     """Check that the run in `store`, if there is one, may resume with the settings in `record`."""
     is_scored = (store.run_dir / RESULT).is_file()
@@ -229,13 +144,6 @@ def _read_result(store: RunStore, config: TrainConfig) -> TrainSummary | None:
         return None
     uri = scrub(tracking_uri(config.tracking))
     return TrainSummary(store.run_dir, store.where, result["metrics"], result["run_id"], uri, was_finished=True)
-
-
-def dataset_record(config: TrainConfig, dataset: Dataset) -> DatasetRecord:
-    """Return what MLflow shows of the dataset behind a run."""
-    manifest = dataset.manifest
-    profile = {name: {"rows": split.rows, "observed": split.observed} for name, split in manifest.splits.items()}
-    return DatasetRecord(dataset.name, manifest.fingerprint, dataset.where, profile)
 
 
 def _announce(config: TrainConfig, progress: Callable[[str], None]) -> None:

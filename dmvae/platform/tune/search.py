@@ -20,12 +20,8 @@ from dmvae.platform.errors import RunError
 from dmvae.platform.resume import ResumeRules
 from dmvae.platform.tracking.outbox import TrackedRun
 from dmvae.platform.tracking.runs import open_run, sync, tracking_uri
-from dmvae.platform.train.trainer import (
-    TrainSummary,
-    absolute,
-    dataset_record,
-    train_run,
-)
+from dmvae.platform.train.settings import absolute, dataset_record
+from dmvae.platform.train.trainer import TrainSummary, train_run
 from dmvae.platform.tune import study
 from dmvae.platform.tune.space import check_space, max_concurrent
 from dmvae.platform.tune.study import Trial

@@ -9,7 +9,7 @@ from dmvae.config.search import Domain, SearchConfig, lay_over
 from dmvae.data.reading.dataset import Dataset
 from dmvae.platform.cluster import limits, resources
 from dmvae.platform.errors import RunError
-from dmvae.platform.train.trainer import resolve
+from dmvae.platform.train.settings import resolve
 from dmvae.platform.tune import study
 
 _CHECKED_POINTS = 16

@@ -22,7 +22,8 @@ from dmvae.platform.errors import RunError
 from dmvae.platform.tracking.outbox import TrackedRun
 from dmvae.platform.tracking.runs import open_run
 from dmvae.platform.train.run_store import RunStore
-from dmvae.platform.train.trainer import fit, resolve, run_record
+from dmvae.platform.train.settings import resolve, run_record
+from dmvae.platform.train.trainer import fit
 from dmvae.platform.train.worker import WorkerData, WorkerTask, build_state
 from dmvae.platform.tune.study import PARAMS, RESULT, TrialResult, write_result
 from dmvae.platform.tune.trial_checkpoints import BEST, TrialCheckpoints

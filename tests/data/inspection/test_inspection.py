@@ -25,7 +25,7 @@ from dmvae.data.preparation.rows import Rows
 from dmvae.data.preparation.writer import write_dataset
 from dmvae.data.reading.dataset import open_dataset
 from dmvae.platform.evaluate.checks import check_data
-from dmvae.platform.train.trainer import resolve
+from dmvae.platform.train.settings import resolve
 from dmvae.report.dataset_overview import Inspection, inspect
 from tests.data.preparation.test_build_manifest import tensors, write_shard
 from tests.data.preparation.test_rows import make_rows

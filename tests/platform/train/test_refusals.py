@@ -17,7 +17,8 @@ from dmvae.data.preparation.prepare import prepare
 from dmvae.data.reading.dataset import open_dataset
 from dmvae.platform.errors import RunError
 from dmvae.platform.train.run_store import RunStore
-from dmvae.platform.train.trainer import _check_same_run, resolve, run_record, train_run
+from dmvae.platform.train.settings import resolve, run_record
+from dmvae.platform.train.trainer import _check_same_run, train_run
 from tests.runs import make_config, make_dataset
 
 
@@ -36,10 +37,10 @@ def test_the_dataset_fills_in_shapes_and_likelihoods(dataset: Path, tmp_path: Pa
     ("changes", "words"),
     [
         ({"model": {"decoders_dist": {"middle": "normal"}}}, ["middle", "left"]),
-        ({"model": {"input_dims": {"left": [4], "right": [3]}}}, ["(5,)", "Leave input_dims out"]),
+        ({"model": {"input_dims": {"left": [4], "right": [3]}}}, ["(5,)", "Remove model.input_dims"]),
         ({"model": {"decoders_dist": {"left": "cauchy"}}}, ["cauchy", "Known: normal"]),
         ({"model": {"architectures": {"left": {"name": "conv"}}}}, ["conv", "(5,)"]),
-        ({"training": {"monitor": "accuracy"}}, ["accuracy", "Known: loss, joint"]),
+        ({"training": {"monitor": "accuracy"}}, ["accuracy", "Available: loss, joint"]),
         ({"evaluation": {"split": "holdout"}}, ["holdout", "test"]),
         ({"data": {"dataset": "/nowhere"}}, ["/nowhere"]),
         ({"init_from": "/nowhere"}, ["/nowhere", "model.json"]),
@@ -71,7 +72,7 @@ def test_what_cannot_work_is_refused_before_anything_is_written(
 
 def test_a_modality_that_no_training_row_has_is_refused(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path, left_in_train=False)
-    with pytest.raises(ValueError, match=r"\['left'\] are in none of split 'train'"):
+    with pytest.raises(ValueError, match=r"No row of split 'train' of .* has modality 'left'"):
         resolve(make_config(tmp_path, dataset), open_dataset(dataset))
 
 
@@ -147,5 +148,5 @@ def test_a_modality_called_like_a_figure_is_refused(tmp_path: Path) -> None:
         progress=lambda text: None,
     )
     config = TrainConfig.model_validate({"name": "x", "data": {"dataset": str(folder)}})
-    with pytest.raises(ValueError, match=r"\['loss'\]"):
+    with pytest.raises(ValueError, match="'loss' has the name of a metric"):
         resolve(config, open_dataset(folder))

@@ -29,7 +29,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"model.modalities_specific_dim.up": {"low": 1, "high": 4}}, r"modalities_specific_dim names modalities"),
         ({"optim.schedule.warm": {"low": 1, "high": 4}}, r"is a value, not a section"),
         ({"optim.weight_decay": {"low": 0.1, "high": 0.2}}, r"weight_decay=0.1 has no effect with"),
-        ({"training.monitor": {"values": ["loss", "middle"]}}, r"training\.monitor names a validation figure"),
+        ({"training.monitor": {"values": ["loss", "middle"]}}, r"training\.monitor: unknown validation metric"),
     ],
 )
 def test_a_space_with_impossible_configurations_is_refused(

@@ -1,0 +1,124 @@
+"""A run's settings: what the configuration leaves open is filled in from the dataset, and the whole is checked."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dmvae.config.likelihoods import values_of
+from dmvae.config.training import TrainConfig
+from dmvae.data.format.manifest import Manifest, ModalityInfo
+from dmvae.data.reading.dataset import Dataset
+from dmvae.data.storage import location
+from dmvae.model.dmvae import DMVAE
+from dmvae.platform.tracking.runs import DatasetRecord
+
+_RUN_METRICS = frozenset({"loss", "gradient_norm", "learning_rate", "skipped_steps"})
+
+
+def resolve(config: TrainConfig, dataset: Dataset) -> TrainConfig:
+    """Fill in shapes and likelihoods from the dataset, and check that the model can be built and trained.
+
+    Raises:
+        ValueError: if the config names an unknown modality or a different shape, no training row has a modality,
+            a modality has the name of a metric, the model is too large, or `init_from` belongs to another model.
+    """
+    resolved = _fill(config, dataset.manifest)
+    _check(resolved, dataset)
+    model = _build(resolved)
+    if config.init_from is not None:
+        _check_weights(model, config.init_from)
+    return resolved
+
+
+def absolute(config: TrainConfig) -> TrainConfig:
+    """Make paths absolute, for processes with another working directory."""
+    data = config.data.model_copy(update={"dataset": location.absolute(config.data.dataset)})
+    init_from = None if config.init_from is None else str(Path(config.init_from).absolute())
+    return config.model_copy(update={"data": data, "init_from": init_from})
+
+
+def run_record(config: TrainConfig, manifest: Manifest) -> dict[str, Any]:
+    """Return the content of `run.json`: the resolved configuration and the dataset's fingerprint."""
+    return {**config.model_dump(mode="json"), "dataset": {"fingerprint": manifest.fingerprint}}
+
+
+def dataset_record(config: TrainConfig, dataset: Dataset) -> DatasetRecord:
+    """Return what MLflow shows of a run's dataset."""
+    manifest = dataset.manifest
+    profile = {name: {"rows": split.rows, "observed": split.observed} for name, split in manifest.splits.items()}
+    return DatasetRecord(dataset.name, manifest.fingerprint, dataset.where, profile)
+
+
+def _fill(config: TrainConfig, manifest: Manifest) -> TrainConfig:
+    model = config.model.model_dump(exclude_defaults=True)
+    given, shapes = model.get("input_dims"), dict(manifest.input_dims)
+    if given is not None and {name: tuple(shape) for name, shape in given.items()} != shapes:
+        raise ValueError(
+            f"model.input_dims must be the dataset's shapes {shapes}, but got {given}. Remove model.input_dims."
+        )
+    model["input_dims"] = shapes
+    proposed = {name: info.likelihood for name, info in manifest.modalities.items()}
+    model["decoders_dist"] = proposed | (model.get("decoders_dist") or {})
+    params = dict(model.get("decoder_dist_params") or {})
+    for name, info in manifest.modalities.items():
+        known = _known_params(name, info, model["decoders_dist"][name])
+        if known:
+            params[name] = known | params.get(name, {})
+    model["decoder_dist_params"] = params or None
+    return TrainConfig.model_validate({**config.model_dump(), "model": model})
+
+
+def _known_params(name: str, info: ModalityInfo, likelihood: str) -> dict[str, Any]:
+    """Return the likelihood's parameters that the manifest knows."""
+    if values_of(likelihood) == "counts" and info.size_factor and info.rate:
+        return {"size_factor": info.size_factor, "rate": info.rate}
+    if values_of(likelihood) != "classes":
+        return {}
+    if info.classes is None:
+        raise ValueError(
+            f"The {likelihood} likelihood needs a column of integers, but modality {name!r} is {info.dtype}. Choose "
+            f"another likelihood in model.decoders_dist, or prepare the modality as integers."
+        )
+    return {"classes": info.classes}
+
+
+def _check(config: TrainConfig, dataset: Dataset) -> None:
+    observed = dataset.split(config.data.train_split).observed
+    never = [name for name in dataset.manifest.modalities if observed[name] == 0]
+    if never:
+        raise ValueError(
+            f"No row of split {config.data.train_split!r} of {config.data.dataset} has modality "
+            f"{', '.join(map(repr, never))}. Prepare the dataset again without it."
+        )
+    taken = sorted(_RUN_METRICS & set(config.model.modalities))
+    if taken:
+        raise ValueError(
+            f"Modality {', '.join(map(repr, taken))} has the name of a metric of every run. Rename the column."
+        )
+    metrics = ("loss", *config.model.source_names)
+    if config.training.monitor not in metrics:
+        raise ValueError(
+            f"training.monitor: unknown validation metric {config.training.monitor!r}. Available: {', '.join(metrics)}."
+        )
+
+
+def _build(config: TrainConfig) -> DMVAE:
+    """Build the model without memory for its weights."""
+    try:
+        with torch.device("meta"):
+            return DMVAE(config.model)
+    except (TypeError, RuntimeError) as error:  # what torch raises for sizes beyond 64 bits
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"The model is too large: {reason}. Lower its dimensions.") from None
+
+
+def _check_weights(model: DMVAE, folder: str) -> None:
+    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    loaded = DMVAE.load(folder)
+    found = {name: tuple(tensor.shape) for name, tensor in loaded.state_dict().items()}
+    differing = sorted(name for name in own.keys() | found.keys() if own.get(name) != found.get(name))
+    if not differing and loaded.config.distributions != model.config.distributions:
+        differing = ["decoders_dist"]
+    if differing:
+        raise ValueError(f"init_from must be a folder of the same model, but {folder} differs in {differing[:5]}.")
