@@ -241,7 +241,7 @@ def _sync(config: Any) -> None:
 
     results = sync(Path(config.folder))
     for result in results:
-        _print(f"{result.spool_dir}: {result.state}, {result.lines} lines delivered {result.message}".rstrip())
+        _print(f"{result.outbox_dir}: {result.state}, {result.lines} lines delivered {result.message}".rstrip())
     if not results:
         _print(f"No run records found under {config.folder}.")
     if any(result.state == "undelivered" for result in results):

@@ -25,7 +25,7 @@ def logged(run_dir: Path) -> int:
 
 
 def first_worker(run_dir: Path) -> int:
-    """Process id of the worker that writes checkpoints and figures: the one that holds the spool."""
+    """Process id of the worker that writes checkpoints and figures: the one that holds the outbox."""
     lock = run_dir / "tracking" / "spool.lock"
     wait_for(lambda: lock.read_text().endswith("\n"), 10)  # a new holder empties it before it writes its name
     found = re.match(r"process (\d+) on", lock.read_text())
@@ -86,7 +86,7 @@ def start_driver(
 
 
 def metrics_of(run_dir: Path, name: str) -> dict[int, float]:
-    """A curve as the spool has it, by step; each step once."""
+    """A curve as the outbox has it, by step; each step once."""
     lines = map(json.loads, (run_dir / "tracking" / "metrics.jsonl").read_text().splitlines())
     pairs = [(line["step"], line["metrics"][name]) for line in lines if name in line.get("metrics", {})]
     assert len(dict(pairs)) == len(pairs), "a step was recorded twice"

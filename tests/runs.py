@@ -18,6 +18,7 @@ from dmvae.data.preparation.prepare import prepare
 from dmvae.data.reading.dataset import open_dataset
 from dmvae.model.dmvae import DMVAE
 from dmvae.platform.evaluate.evaluate import evaluate_split
+from dmvae.platform.tracking.outbox import Outbox
 from dmvae.platform.tracking.runs import open_run
 from dmvae.platform.train.settings import dataset_record, resolve, run_record
 from dmvae.platform.train.worker import WorkerData
@@ -106,8 +107,8 @@ def finish_here(config: TrainConfig) -> Path:
         figures = evaluate_split(
             str(run_dir / "best"), dataset, config.evaluation, config.data.train_split, 1, lambda line: None
         )
-        with tracked.spool() as spool:
-            spool.log(figures, max(logged))
+        with Outbox(tracked) as outbox:
+            outbox.log_metrics(figures, max(logged))
     (run_dir / "run.json").write_text(json.dumps(record))
     result = {"epochs": config.training.epochs, "patience": None, "metrics": figures, "run_id": tracked.run_id}
     (run_dir / "result.json").write_text(json.dumps(result))

@@ -111,12 +111,13 @@ def test_secrets_of_the_environment_stay_out_of_everything_a_run_writes(tmp_path
         "import sys\n"
         "from pathlib import Path\n"
         "from dmvae.config.tracking import TrackingConfig\n"
+        "from dmvae.platform.tracking.outbox import Outbox\n"
         "from dmvae.platform.tracking.runs import DatasetRecord, open_run\n"
         f"folder = Path({str(tmp_path)!r})\n"
         "data = DatasetRecord('d', 'e' * 64, 'https://me:hunter2@store/d?token=hunter2')\n"
         "with open_run(TrackingConfig(), 'run', folder / 'tracking', {'a': 'http://u:hunter2@h/x'}, {}, data) as run:\n"
-        "    with run.spool() as spool:\n"
-        "        spool.log({'train/loss': 1.0}, 1)\n"
+        "    with Outbox(run) as outbox:\n"
+        "        outbox.log_metrics({'train/loss': 1.0}, 1)\n"
         "    print(run)\n"
     )
     environment = {

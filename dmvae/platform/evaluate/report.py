@@ -16,7 +16,8 @@ from dmvae.evaluation.latents import collect, fit_density
 from dmvae.evaluation.suite import EvaluationSuite, first_rows
 from dmvae.model.dmvae import DMVAE, MODEL_CONFIG
 from dmvae.platform.evaluate.checks import check_fit
-from dmvae.platform.tracking.outbox import RUN_FILE, TrackedRun
+from dmvae.platform.tracking.outbox import Outbox
+from dmvae.platform.tracking.tracked_run import RUN_FILE, TrackedRun
 from dmvae.report import charts, images
 from dmvae.report.html_report import Picture, write_report
 
@@ -109,9 +110,9 @@ def _record(tracking_dir: Path, output: Path, progress: Callable[[str], None]) -
     if not (tracking_dir / RUN_FILE).is_file():
         return
     recorded = json.loads((tracking_dir / RUN_FILE).read_text())
-    with TrackedRun(recorded["uri"], recorded["run_id"], tracking_dir).spool() as outbox:
+    with Outbox(TrackedRun(recorded["uri"], recorded["run_id"], tracking_dir)) as outbox:
         status = outbox.status
-        outbox.artifact(output)
+        outbox.log_artifact(output)
         if status == "FINISHED":
             outbox.end("FINISHED")
     progress(f"recorded in MLflow run {recorded['run_id']}")

@@ -27,8 +27,8 @@ from dmvae.platform.serve.mlflow_model import quiet_mlflow, save
 from dmvae.platform.serve.model_card import CARD, README, card_text, make_card
 from dmvae.platform.tracking.delivery_log import UnreachableError
 from dmvae.platform.tracking.mlflow_delivery import RefusedError, answers, connect
-from dmvae.platform.tracking.outbox import scrub
 from dmvae.platform.tracking.runs import tracking_uri
+from dmvae.platform.tracking.tracked_run import scrub
 
 CHAMPION, PREVIOUS = "champion", "previous"
 

@@ -1,4 +1,4 @@
-"""A file of JSON lines that a background thread delivers, and the lock that lets one process at a time do so."""
+"""An append-only file of JSON lines that a background thread delivers, and a lock file that keeps others out."""
 
 import errno
 import fcntl
@@ -25,16 +25,16 @@ _FIRST_RETRY_SECONDS, _LAST_RETRY_SECONDS = 0.5, 15.0
 
 
 class TrackingError(UserError):
-    """A run cannot be recorded as asked."""
+    """A run cannot be recorded as requested."""
 
 
 class UnreachableError(Exception):
-    """There is no answer now; the same call may succeed later."""
+    """MLflow does not answer; the same call may succeed later."""
 
 
 @contextmanager
-def hold(path: Path, wait_seconds: float | int = 0.0) -> Iterator[None]:
-    """Hold the lock file `path`; the operating system releases it when this process ends, however it ends.
+def hold_lock(path: Path, wait_seconds: float | int = 0.0) -> Iterator[None]:
+    """Hold the lock file `path` for a block; the operating system releases it if this process is killed.
 
     Raises:
         TrackingError: if another process still holds it after `wait_seconds`.
@@ -49,7 +49,7 @@ def hold(path: Path, wait_seconds: float | int = 0.0) -> Iterator[None]:
                 if time.monotonic() >= deadline:
                     owner = path.read_text().strip() or "another process"
                     raise TrackingError(
-                        f"one process at a time works on {path.parent}; got {owner} still there. Wait or stop it."
+                        f"{path.parent} is in use by {owner}. Wait until it ends, or stop it."
                     ) from None
                 time.sleep(0.1)
         file.truncate(0)
@@ -61,9 +61,13 @@ def hold(path: Path, wait_seconds: float | int = 0.0) -> Iterator[None]:
 class DeliveryLog:
     """An append-only file of JSON lines, delivered in order and at least once.
 
-    `deliver` takes up to `batch_size` consecutive entries and returns what was refused for good; after an
-    `UnreachableError` it sees them again. Refusals go to `LANE.rejected.jsonl`. A line that a crash cut short is
-    removed on opening.
+    A line that a crash cut short is removed on opening.
+
+    Args:
+        path: the file; `NAME.offset` has the delivered bytes, `NAME.rejected.jsonl` the rejected entries.
+        deliver: sends consecutive entries and returns those that were rejected; after an `UnreachableError` it is
+            called with the same entries again.
+        batch_size: the most entries for one call.
     """
 
     def __init__(self, path: Path, deliver: Callable[[list[Entry]], list[Entry]], batch_size: int) -> None:
@@ -75,30 +79,30 @@ class DeliveryLog:
         self._offset = min(offset, self._size)
         self._lock, self._wake, self._closing = threading.Lock(), threading.Event(), threading.Event()
         self._deadline = float("inf")
-        self._thread = threading.Thread(target=self._run, name=f"spool-{path.stem}", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=f"outbox-{path.stem}", daemon=True)
         self.num_rejected = 0
 
     @property
     def delivered(self) -> bool:
-        """Whether MLflow has answered for every line."""
+        """Whether every line was accepted or rejected."""
         return self._offset >= self._size
 
     def entries(self) -> Iterator[Entry]:
-        """Read every line there is."""
+        """Yield every line."""
         with self.path.open("rb") as file:
             yield from map(_parse, file)
 
     def append(self, entry: Entry) -> None:
-        """Add a line and hand it to the operating system; it survives the death of this process.
+        """Append a line; it survives a kill of this process.
 
         Raises:
-            OSError: if the disk does not take the whole line; nothing of it stays.
+            OSError: if the disk is full or cannot be written; no part of the line remains.
         """
         line = json.dumps(entry).encode() + b"\n"
         with self._lock:
             try:
-                whole = self._file.write(line) == len(line)
-                if not whole:
+                is_whole = self._file.write(line) == len(line)
+                if not is_whole:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
             except OSError as error:
                 self._file.truncate(self._size)
@@ -107,11 +111,11 @@ class DeliveryLog:
         self._wake.set()
 
     def start(self) -> None:
-        """Deliver in the background from now on."""
+        """Start delivering in the background."""
         self._thread.start()
 
     def drain(self) -> int:
-        """Deliver here and now; return the number of lines.
+        """Deliver everything now; return the number of lines.
 
         Raises:
             UnreachableError: if MLflow does not answer.
@@ -122,7 +126,7 @@ class DeliveryLog:
         return count
 
     def close(self, timeout_seconds: float | int) -> bool:
-        """Deliver what `timeout_seconds` allow; return whether that was everything."""
+        """Deliver for up to `timeout_seconds`; return whether everything was delivered."""
         self._deadline = time.monotonic() + timeout_seconds
         self._closing.set()
         self._wake.set()
@@ -143,23 +147,23 @@ class DeliveryLog:
         with self.path.open("rb") as file:
             file.seek(self._offset)
             lines = [line for line in islice(file, self._batch_size) if line.endswith(b"\n")]
-        refused = self._deliver([_parse(line) for line in lines])
-        if refused:
-            self._reject(refused)
+        rejected = self._deliver([_parse(line) for line in lines])
+        if rejected:
+            self._keep_rejected(rejected)
         self._offset += sum(map(len, lines))
         write_atomically(self._offset_path, str(self._offset))
         return len(lines)
 
-    def _reject(self, refused: list[Entry]) -> None:
+    def _keep_rejected(self, rejected: list[Entry]) -> None:
         path = self.path.with_suffix(".rejected.jsonl")
         with path.open("a") as file:
-            file.writelines(json.dumps(entry) + "\n" for entry in refused)
+            file.writelines(json.dumps(entry) + "\n" for entry in rejected)
         if self.num_rejected == 0:
-            _log.warning("MLflow refused %r; it and any further refusals are kept in %s", refused[0], path)
-        self.num_rejected += len(refused)
+            _log.warning("MLflow rejected %r; rejected values are kept in %s", rejected[0], path)
+        self.num_rejected += len(rejected)
 
     def _run(self) -> None:
-        pause, away = _FIRST_RETRY_SECONDS, False
+        pause, is_away = _FIRST_RETRY_SECONDS, False
         while time.monotonic() < self._deadline:
             if self.delivered:
                 if self._closing.is_set():
@@ -170,16 +174,18 @@ class DeliveryLog:
                 continue
             try:
                 self._deliver_some()
-            except (UnreachableError, OSError) as error:  # a full disk does not take the offset
-                if not away:
-                    _log.warning("MLflow does not answer (%s); lines wait in %s until it does", error, self.path)
-                away = True
+            except (UnreachableError, OSError) as error:  # such as a full disk, which cannot take the offset
+                if not is_away:
+                    _log.warning(
+                        "Cannot reach MLflow (%s); metrics are kept in %s and delivered later", error, self.path
+                    )
+                is_away = True
                 time.sleep(0.2) if self._closing.is_set() else self._closing.wait(pause)
                 pause = min(2 * pause, _LAST_RETRY_SECONDS)
             else:
-                if away:
-                    _log.warning("MLflow answers again; delivering from %s", self.path)
-                pause, away = _FIRST_RETRY_SECONDS, False
+                if is_away:
+                    _log.warning("MLflow answers again; delivering %s", self.path)
+                pause, is_away = _FIRST_RETRY_SECONDS, False
 
 
 def _parse(line: bytes) -> Entry:

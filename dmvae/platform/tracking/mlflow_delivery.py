@@ -1,4 +1,4 @@
-"""Carries the lines of a spool to MLflow, and tells what was refused from what must be tried again."""
+"""Sends the lines of an outbox to MLflow, and tells rejected ones from those to retry."""
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
@@ -12,17 +12,17 @@ from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
 from dmvae.platform.tracking.delivery_log import Entry, UnreachableError
-from dmvae.platform.tracking.outbox import TrackedRun, scrub
+from dmvae.platform.tracking.tracked_run import TrackedRun, scrub
 
 REASON_TAG = "dmvae.reason"
 
-# Only what can never succeed. SQLAlchemy's pool timeout arrives as BAD_REQUEST and an expired token may be renewed.
-_REFUSALS = frozenset({"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST"})
-_HTTP_REFUSALS = frozenset({400, 413})
+# only what can never succeed: SQLAlchemy's pool timeout arrives as BAD_REQUEST, and an expired token may be renewed
+_REJECTIONS = frozenset({"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST"})
+_HTTP_REJECTIONS = frozenset({400, 413})
 
 
 class RefusedError(Exception):
-    """MLflow answered that this call can never succeed."""
+    """MLflow rejected a call that can never succeed."""
 
 
 def sqlite_path(uri: str) -> Path | None:
@@ -32,9 +32,9 @@ def sqlite_path(uri: str) -> Path | None:
 
 @contextmanager
 def answers(uri: str) -> Iterator[None]:
-    """Turn what MLflow raises into `RefusedError` or `UnreachableError`, without secrets.
+    """Raise `RefusedError` or `UnreachableError` in place of what MLflow raises, without secrets.
 
-    A database file that is gone counts as unreachable: MLflow would put an empty one in its place.
+    A missing database file counts as unreachable: MLflow would create an empty one.
     """
     database = sqlite_path(uri)
     if database is not None and not database.exists():
@@ -42,13 +42,13 @@ def answers(uri: str) -> Iterator[None]:
     try:
         yield
     except MlflowException as error:
-        kind = RefusedError if error.error_code in _REFUSALS else UnreachableError
+        kind = RefusedError if error.error_code in _REJECTIONS else UnreachableError
         raise kind(_reason(error)) from None
     except ImportError as error:  # the driver of a database
         raise RefusedError(_reason(error)) from None
     except (OSError, SQLAlchemyError) as error:  # `requests` raises OSError
         status = getattr(getattr(error, "response", None), "status_code", None)
-        kind = RefusedError if status in _HTTP_REFUSALS else UnreachableError
+        kind = RefusedError if status in _HTTP_REJECTIONS else UnreachableError
         raise kind(_reason(error)) from None
 
 
@@ -56,17 +56,17 @@ def connect(uri: str) -> MlflowClient:
     """Return a client for `uri`.
 
     Raises:
-        RefusedError: if MLflow does not know such a URI.
-        UnreachableError: if there is no database behind it now.
+        RefusedError: if MLflow does not support the URI.
+        UnreachableError: if the database file does not exist.
     """
-    logging.getLogger("mlflow.store.db.utils").addFilter(_has_no_traceback)  # a page at each attempt of an outage
+    logging.getLogger("mlflow.store.db.utils").addFilter(_has_no_traceback)  # a page for every attempt
     with answers(uri):
         return MlflowClient(uri)
 
 
 def deliver_metrics(run: TrackedRun, entries: list[Entry]) -> list[Entry]:
-    """Send metrics and changes of status, in order; return what was refused."""
-    client, refused = connect(run.uri), list[Entry]()
+    """Send metrics and changes of status in order; return the rejected ones."""
+    client, rejected = connect(run.uri), list[Entry]()
     for is_metrics, group in groupby(entries, lambda entry: "metrics" in entry):
         if is_metrics:
             metrics = [
@@ -74,19 +74,19 @@ def deliver_metrics(run: TrackedRun, entries: list[Entry]) -> list[Entry]:
                 for entry in group
                 for key, value in entry["metrics"].items()
             ]
-            refused += _log(client, run, metrics)
+            rejected += _log(client, run, metrics)
         else:
-            refused += _each(client, run, _set_status, group)
-    return refused
+            rejected += _each(client, run, _set_status, group)
+    return rejected
 
 
 def deliver_artifacts(run: TrackedRun, entries: list[Entry]) -> list[Entry]:
-    """Upload files and folders; return what was refused."""
+    """Upload files and folders; return the rejected ones."""
     return _each(connect(run.uri), run, _upload, entries)
 
 
 def is_gone(client: MlflowClient, run: TrackedRun) -> bool:
-    """Return whether MLflow has no such run, or has it among the deleted ones."""
+    """Return whether MLflow does not have the run, or has deleted it."""
     try:
         with answers(run.uri):
             return bool(client.get_run(run.run_id).info.lifecycle_stage == "deleted")
@@ -123,19 +123,19 @@ def _each(
     send: Callable[[MlflowClient, TrackedRun, Entry], None],
     entries: Iterable[Entry],
 ) -> list[Entry]:
-    refused = list[Entry]()
+    rejected = list[Entry]()
     for entry in entries:
         try:
             with answers(run.uri):
                 send(client, run, entry)
         except RefusedError as error:
-            refused.append({**entry, "error": str(error)})
-    return refused
+            rejected.append({**entry, "error": str(error)})
+    return rejected
 
 
 def _set_status(client: MlflowClient, run: TrackedRun, entry: Entry) -> None:
     if "status" not in entry:
-        raise RefusedError("this line does not say what it is")
+        raise RefusedError("neither metrics nor a status")
     if entry["reason"]:
         client.set_tag(run.run_id, REASON_TAG, entry["reason"])
     if entry["status"] == "RUNNING":
@@ -145,7 +145,7 @@ def _set_status(client: MlflowClient, run: TrackedRun, entry: Entry) -> None:
 
 
 def _upload(client: MlflowClient, run: TrackedRun, entry: Entry) -> None:
-    path = run.spool_dir / entry.get("artifact", "")
+    path = run.outbox_dir / entry.get("artifact", "")
     if "artifact" not in entry or not path.exists():
-        raise RefusedError(f"{path} is not there any more")
+        raise RefusedError(f"{path} no longer exists")
     client.log_artifact(run.run_id, str(path), entry["artifact_path"])

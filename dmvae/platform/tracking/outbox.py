@@ -1,44 +1,28 @@
 """Metrics, artifacts and the status of one MLflow run, written to disk first and delivered in the background.
 
-A spool is a folder with two lanes, `metrics.jsonl` and `artifacts.jsonl`. A line is appended before anything is sent,
-and `LANE.offset` moves once MLflow has confirmed what is before it. A crash in between sends the same lines again:
-MLflow ignores a metric it already has (key, value, timestamp and step), and the other calls say the same thing twice.
+An outbox is a folder with two delivery logs, `metrics.jsonl` and `artifacts.jsonl`. A line is appended before anything
+is sent, and `LOG.offset` moves once MLflow has confirmed the lines before it. After a crash in between, the same lines
+are sent again: MLflow ignores a metric that it already has (key, value, timestamp and step), and repeating the other
+calls changes nothing.
 """
 
-import json
 import os
-import re
 import threading
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from dmvae.data.files import write_atomically
-from dmvae.platform.tracking.delivery_log import DeliveryLog, Entry, hold
+from dmvae.platform.tracking.delivery_log import DeliveryLog, Entry, hold_lock
+from dmvae.platform.tracking.tracked_run import TrackedRun, archive_other_run, scrub
 
 Ending = Literal["FINISHED", "FAILED", "KILLED"]
 
-RUN_FILE = "mlflow.json"
 
-# The spool retries by itself; MLflow's own retries would keep a thread for minutes. Its printed links repeat passwords.
-_BRISK = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-}
-
-
-def scrub(text: str) -> str:
-    """Return `text` without the user names, passwords and tokens of the URLs in it."""
-    text = re.sub(r"(://)[^/\s]*@", r"\1", text)
-    return re.sub(r"(?i)([?&][^=&\s]*(?:token|password|secret|signature|sig|key)=)[^&\s]+", r"\1***", text)
-
-
-class _Scope:
-    """Environment variables that hold while at least one block is inside; afterwards the user's own are back."""
+class _Environment:
+    """Environment variables that are set while at least one block is inside, and restored afterwards."""
 
     def __init__(self, values: Mapping[str, str]) -> None:
         self._values, self._before, self._inside = values, dict[str, str | None](), 0
@@ -61,46 +45,42 @@ class _Scope:
                     os.environ[name] = value
 
 
-brisk_requests = _Scope(_BRISK)
-
-
-@dataclass(frozen=True)
-class TrackedRun:
-    """All that a worker needs to write to a run; it travels to other processes."""
-
-    uri: str = field(repr=False)
-    run_id: str
-    spool_dir: Path
-
-    def spool(self, *, background: bool = True, wait_seconds: float | int = 30.0) -> "Outbox":
-        """Open the run's spool for writing: one process at a time, rank 0."""
-        return Outbox(self.spool_dir, self.uri, self.run_id, background=background, wait_seconds=wait_seconds)
+# the outbox retries by itself, and MLflow's own retries would block a thread for minutes; the links that MLflow prints
+# contain passwords
+fail_fast = _Environment(
+    {
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    }
+)
 
 
 class Outbox:
-    """What a training process writes about its run: kept on disk at once, delivered in the background.
+    """Records one MLflow run: on disk at once, delivered in the background; one process at a time, rank 0.
 
-    No call waits for MLflow, and none fails because MLflow is away. The steps of a metric only grow: a step that the
-    spool already has is skipped, so a run that goes on from a checkpoint may log the steps behind it again.
+    No call waits for MLflow, and none fails because MLflow is unreachable. The steps of a metric only increase: a step
+    that the outbox already has is skipped, so a resumed run may log steps again that it had logged before.
 
-    `background=False` delivers nothing until `drain`.
+    Args:
+        run: to record.
+        background: whether to deliver in the background; else nothing is delivered until `drain`.
+        wait_seconds: how long to wait for another process that holds the outbox.
 
     Raises:
-        TrackingError: if another process still writes to this spool after `wait_seconds`.
+        TrackingError: if another process still holds the outbox after `wait_seconds`.
     """
 
-    def __init__(
-        self, spool_dir: Path, uri: str, run_id: str, *, background: bool = True, wait_seconds: float | int = 30.0
-    ) -> None:
-        self._dir = spool_dir.absolute()
+    def __init__(self, run: TrackedRun, *, background: bool = True, wait_seconds: float | int = 30.0) -> None:
+        self._run = replace(run, outbox_dir=run.outbox_dir.absolute())
+        self._dir = self._run.outbox_dir
         self._dir.mkdir(parents=True, exist_ok=True)
-        self._run = TrackedRun(uri, run_id, self._dir)
         self.status, self._last_step = "RUNNING", dict[str, int]()
         with ExitStack() as stack:
-            stack.enter_context(hold(self._dir / "spool.lock", wait_seconds))
-            stack.enter_context(brisk_requests)
-            set_aside(self._dir, run_id)
-            record_run(self._dir, uri, run_id)
+            stack.enter_context(hold_lock(self._dir / "spool.lock", wait_seconds))
+            stack.enter_context(fail_fast)
+            archive_other_run(self._dir, run.run_id)
+            self._run.write_down()
             self._metrics = DeliveryLog(self._dir / "metrics.jsonl", self._send_metrics, batch_size=100)
             self._artifacts = DeliveryLog(self._dir / "artifacts.jsonl", self._send_artifacts, batch_size=1)
             for entry in self._metrics.entries():
@@ -119,40 +99,44 @@ class Outbox:
 
     @property
     def num_rejected(self) -> int:
-        """How many values MLflow has refused through this object; they are kept beside the spool."""
+        """How many values MLflow has rejected through this object; they are kept in files beside the logs."""
         return self._metrics.num_rejected + self._artifacts.num_rejected
 
-    def log(self, metrics: Mapping[str, float | int], step: int) -> None:
-        """Record the values of `metrics` at `step`, whatever they are: MLflow takes NaN, and infinities as 1.8e308."""
+    def log_metrics(self, metrics: Mapping[str, float | int], step: int) -> None:
+        """Record metrics at a step; NaN is stored as it is, infinities as 1.8e308.
+
+        Raises:
+            OSError: if the disk is full or cannot be written.
+        """
         fresh = {key: float(value) for key, value in metrics.items() if step > self._last_step.get(key, step - 1)}
         if fresh:
-            self.take_up()
+            self.mark_running()
             self._metrics.append({"metrics": fresh, "step": step, "timestamp": _now()})
             self._last_step.update(dict.fromkeys(fresh, step))
 
-    def artifact(self, local_path: Path, artifact_path: str | None = None) -> None:
-        """Have a file or folder uploaded into the folder `artifact_path` of the run; it must stay as it is until then.
+    def log_artifact(self, local_path: Path, artifact_path: str | None = None) -> None:
+        """Queue a file or folder for upload to `artifact_path`; it must not change before it is uploaded.
 
         Raises:
-            ValueError: if there is nothing at `local_path`.
+            ValueError: if `local_path` does not exist.
         """
         if not local_path.exists():
-            raise ValueError(f"an artifact exists when it is queued; got {local_path}. Write it first.")
-        self.take_up()
+            raise ValueError(f"Artifact not found: {local_path}.")
+        self.mark_running()
         relative = os.path.relpath(local_path.absolute(), self._dir)
         self._artifacts.append({"artifact": relative, "artifact_path": artifact_path, "timestamp": _now()})
 
-    def take_up(self) -> None:
-        """Record that the run goes on, if the spool says that it ended."""
+    def mark_running(self) -> None:
+        """Record that the run is running again, if it had ended."""
         if self.status != "RUNNING":
-            self._set_status("RUNNING", "taken up again")
+            self._set_status("RUNNING", "resumed")
 
     def end(self, status: Ending, reason: str = "") -> None:
-        """Record that the run is over, and why if that needs saying."""
+        """Record that the run has ended, and why if that needs saying."""
         self._set_status(status, reason)
 
     def drain(self) -> int:
-        """Deliver everything here and now; return the number of lines.
+        """Deliver everything now; return the number of lines.
 
         Raises:
             UnreachableError: if MLflow does not answer.
@@ -160,47 +144,27 @@ class Outbox:
         return self._metrics.drain() + self._artifacts.drain()
 
     def close(self, timeout_seconds: float | int = 10.0) -> bool:
-        """Deliver what `timeout_seconds` allow and let go of the spool; return whether MLflow has everything."""
+        """Deliver for up to `timeout_seconds` and release the outbox; return whether everything was delivered."""
         deadline = time.monotonic() + timeout_seconds
-        lanes = (self._metrics, self._artifacts)
-        delivered = [lane.close(max(0.0, deadline - time.monotonic())) for lane in lanes]
+        logs = (self._metrics, self._artifacts)
+        delivered = [log.close(max(0.0, deadline - time.monotonic())) for log in logs]
         self._stack.close()
         return all(delivered)
 
     def _send_metrics(self, entries: list[Entry]) -> list[Entry]:
-        from dmvae.platform.tracking import (
-            mlflow_delivery as courier,  # MLflow's import takes two seconds, which nobody waits for here
-        )
+        # here and not above: importing MLflow takes seconds, which training need not wait for
+        from dmvae.platform.tracking.mlflow_delivery import deliver_metrics
 
-        return courier.deliver_metrics(self._run, entries)
+        return deliver_metrics(self._run, entries)
 
     def _send_artifacts(self, entries: list[Entry]) -> list[Entry]:
-        from dmvae.platform.tracking import mlflow_delivery as courier
+        from dmvae.platform.tracking.mlflow_delivery import deliver_artifacts
 
-        return courier.deliver_artifacts(self._run, entries)
+        return deliver_artifacts(self._run, entries)
 
     def _set_status(self, status: str, reason: str) -> None:
         self.status = status
         self._metrics.append({"status": status, "reason": scrub(reason)[:500], "timestamp": _now()})
-
-
-def record_run(spool_dir: Path, uri: str, run_id: str) -> None:
-    """Write down which run a spool belongs to, unless that is known; no secret of `uri` is written."""
-    path = spool_dir / RUN_FILE
-    if not path.exists():
-        write_atomically(path, json.dumps({"run_id": run_id, "uri": scrub(uri)}))
-
-
-def set_aside(spool_dir: Path, run_id: str) -> None:
-    """Move a spool of another run, which this node kept of a run at the same URI, to where `sync` still finds it."""
-    path = spool_dir / RUN_FILE
-    other = json.loads(path.read_text())["run_id"] if path.exists() else run_id
-    if other != run_id:
-        aside = spool_dir.with_name(f"{spool_dir.name}-{other}")
-        aside.mkdir(exist_ok=True)
-        for file in spool_dir.iterdir():
-            if file.suffix != ".lock":
-                file.rename(aside / file.name)
 
 
 def _now() -> int:

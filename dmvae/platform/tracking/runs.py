@@ -1,23 +1,17 @@
-"""MLflow runs: opened by the driver, written through a spool, brought in later where MLflow was away.
+"""Open MLflow runs from the driver, end them, and deliver later what MLflow could not take.
 
-Everything goes through a client with an explicit URI and run id; MLflow's global state is neither read nor set.
+All calls use a client with an explicit URI and run id; MLflow's global state is neither read nor changed.
 """
 
 import json
 import logging
 import os
 import sqlite3
-import subprocess
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
-from getpass import getuser
-from importlib.metadata import version
 from pathlib import Path
-from platform import python_version
-from shutil import which
-from socket import gethostname
 from typing import Any, Literal, TypeVar
 
 from mlflow import MlflowClient
@@ -26,22 +20,23 @@ from mlflow.exceptions import MlflowException
 
 from dmvae.config.tracking import TrackingConfig
 from dmvae.platform.resume import flatten
-from dmvae.platform.tracking.delivery_log import TrackingError, UnreachableError, hold
+from dmvae.platform.tracking.delivery_log import TrackingError, UnreachableError, hold_lock
+from dmvae.platform.tracking.environment import environment_tags
 from dmvae.platform.tracking.mlflow_delivery import RefusedError, answers, connect, is_gone, sqlite_path
-from dmvae.platform.tracking.outbox import RUN_FILE, Ending, TrackedRun, brisk_requests, record_run, scrub
+from dmvae.platform.tracking.outbox import Ending, Outbox, fail_fast
+from dmvae.platform.tracking.tracked_run import RUN_FILE, TrackedRun, scrub
 
 T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
-_PATIENCE_SECONDS = 12.0
-_MIGRATION_SECONDS = 120.0  # a new database file takes 3 s, and several times that on a busy machine
-_ROOT = Path(__file__).parents[3]
+_TIMEOUT_SECONDS = 12.0
+_MIGRATION_SECONDS = 120.0  # to create a database file; a busy machine needs many times as long as an idle one
 _PARAM_LENGTH, _TAG_LENGTH, _DIGEST_LENGTH = 6000, 5000, 36
 
 
 @dataclass(frozen=True)
 class DatasetRecord:
-    """What MLflow shows of the data behind a run."""
+    """What MLflow shows of a run's dataset."""
 
     name: str
     digest: str
@@ -52,9 +47,19 @@ class DatasetRecord:
 
 @dataclass(frozen=True)
 class SyncResult:
-    """What became of one spool; `lines` were delivered now, `rejected` of their values refused by MLflow."""
+    """How the delivery of one outbox ended.
 
-    spool_dir: Path
+    Attributes:
+        outbox_dir: its folder.
+        run_id: of the MLflow run.
+        state: `in use` by another process, `delivered`, or `undelivered` because MLflow does not answer.
+        lines: delivered now.
+        rejected: values that MLflow rejected.
+        killed: whether the run was marked as KILLED.
+        message: why it is not delivered.
+    """
+
+    outbox_dir: Path
     run_id: str
     state: Literal["delivered", "in use", "undelivered"]
     lines: int = 0
@@ -64,7 +69,7 @@ class SyncResult:
 
 
 def tracking_uri(config: TrackingConfig) -> str:
-    """Return the URI that `config` stands for, with an sqlite file made absolute for workers that start elsewhere."""
+    """Return the tracking URI; a SQLite path is made absolute, for workers with another working directory."""
     uri = config.uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
     database = sqlite_path(uri)
     return uri if database is None else f"sqlite:///{database.absolute()}"
@@ -83,29 +88,29 @@ def _text(value: Any) -> str:
 def open_run(
     config: TrackingConfig,
     name: str,
-    spool_dir: Path,
+    outbox_dir: Path,
     params: Mapping[str, Any],
     tags: Mapping[str, str] | None = None,
     dataset: DatasetRecord | None = None,
 ) -> Iterator[TrackedRun]:
-    """Open the run `name` from the driver, or take up the one that `spool_dir` belongs to, and end it after the block.
+    """Create an MLflow run, or reopen the run that `outbox_dir` belongs to, and end it after the block.
 
-    Leaving the block ends the run as FINISHED, FAILED (an exception) or KILLED (an interrupt), unless its spool already
-    says how it ended. Database and experiment are made here, so that workers never race for them.
+    Leaving the block ends the run as FINISHED, FAILED (an exception) or KILLED (an interrupt), unless the outbox says
+    that it has ended. Database and experiment are created here, so that workers never race to create them.
 
     Raises:
-        TrackingError: if a server cannot be reached within 12 seconds or refuses the run, if the recorded run is gone,
-            or if another driver works on `spool_dir`.
+        TrackingError: if a server cannot be reached within 12 seconds or rejects the run, if the recorded run was
+            deleted, or if another driver uses `outbox_dir`.
     """
-    uri, spool_dir = tracking_uri(config), spool_dir.absolute()
-    spool_dir.mkdir(parents=True, exist_ok=True)
-    with hold(spool_dir / "driver.lock"):
-        with brisk_requests, _explained(uri):
-            client, experiment_id = _within(_patience(uri), lambda: _open_experiment(uri, config.experiment))
+    uri, outbox_dir = tracking_uri(config), outbox_dir.absolute()
+    outbox_dir.mkdir(parents=True, exist_ok=True)
+    with hold_lock(outbox_dir / "driver.lock"):
+        with fail_fast, _explained(uri):
+            client, experiment_id = _with_timeout(_timeout_of(uri), lambda: _open_experiment(uri, config.experiment))
             with answers(uri):
-                run_id = _take_up(client, uri, spool_dir) or _create(client, experiment_id, name, uri, spool_dir)
-                _describe(client, run_id, format_params(params), {**_environment(), **(tags or {})}, dataset)
-        run = TrackedRun(uri, run_id, spool_dir)
+                run_id = _reopen(client, uri, outbox_dir) or _create(client, experiment_id, name, uri, outbox_dir)
+                _describe(client, run_id, format_params(params), {**environment_tags(), **(tags or {})}, dataset)
+        run = TrackedRun(uri, run_id, outbox_dir)
         status: Ending = "KILLED"
         reason = "interrupted"
         try:
@@ -119,34 +124,34 @@ def open_run(
 
 
 def end_run(run: TrackedRun, status: Ending, reason: str = "", timeout_seconds: float | int = 10.0) -> bool:
-    """End `run` unless its spool says that it has ended; return whether MLflow has everything, and warn if not."""
+    """End `run` unless its outbox says that it has ended; return whether MLflow has everything, and warn if not."""
     try:
-        with run.spool() as spool:
-            if spool.status == "RUNNING":
-                spool.end(status, reason)
-            delivered = spool.close(timeout_seconds)
+        with Outbox(run) as outbox:
+            if outbox.status == "RUNNING":
+                outbox.end(status, reason)
+            delivered = outbox.close(timeout_seconds)
     except (TrackingError, OSError) as error:
-        _log.warning("the end of run %s (%s) is not recorded: %s", run.run_id, status, error)
+        _log.warning("The end of run %s (%s) could not be recorded: %s", run.run_id, status, error)
         return False
     if not delivered:
-        _log.warning("MLflow does not have all of this run yet; later: python -m jobs.sync %s", run.spool_dir)
+        _log.warning("Some metrics are not delivered to MLflow yet. Run later: python -m jobs.sync %s", run.outbox_dir)
     return delivered
 
 
 def sync(folder: Path) -> list[SyncResult]:
-    """Bring in every spool under `folder` that nobody works on; doing it again changes nothing.
+    """Deliver every outbox under `folder` that no process uses; repeating it changes nothing.
 
-    A run whose processes are gone without having said how it ended is marked KILLED. Recorded URIs hold no credentials:
-    where MLFLOW_TRACKING_URI is the same URI with them, it is used instead.
+    A run whose processes ended without recording how is marked as KILLED. Recorded URIs hold no credentials; if
+    MLFLOW_TRACKING_URI is the same URI with credentials, it is used instead.
     """
-    results, away = list[SyncResult](), dict[str, str]()
+    results, unreachable = list[SyncResult](), dict[str, str]()
     for record in sorted(folder.rglob(RUN_FILE)):
         recorded = json.loads(record.read_text())
         run = TrackedRun(_with_credentials(recorded["uri"]), recorded["run_id"], record.parent)
-        if run.uri not in away:
-            away[run.uri] = _why_away(run.uri)
-        if away[run.uri]:
-            results.append(SyncResult(run.spool_dir, run.run_id, "undelivered", message=away[run.uri]))
+        if run.uri not in unreachable:
+            unreachable[run.uri] = _why_unreachable(run.uri)
+        if unreachable[run.uri]:
+            results.append(SyncResult(run.outbox_dir, run.run_id, "undelivered", message=unreachable[run.uri]))
         else:
             results.append(_sync_one(run))
     return results
@@ -155,16 +160,16 @@ def sync(folder: Path) -> list[SyncResult]:
 def _sync_one(run: TrackedRun) -> SyncResult:
     killed = False
     try:
-        with hold(run.spool_dir / "driver.lock"), run.spool(background=False, wait_seconds=0) as spool:
-            killed = spool.status == "RUNNING"
+        with hold_lock(run.outbox_dir / "driver.lock"), Outbox(run, background=False, wait_seconds=0) as outbox:
+            killed = outbox.status == "RUNNING"
             if killed:
-                spool.end("KILLED", "its processes ended without saying how; marked by sync")
-            lines = spool.drain()
-            return SyncResult(run.spool_dir, run.run_id, "delivered", lines, spool.num_rejected, killed)
+                outbox.end("KILLED", "its processes ended without recording how; marked by sync")
+            lines = outbox.drain()
+            return SyncResult(run.outbox_dir, run.run_id, "delivered", lines, outbox.num_rejected, killed)
     except TrackingError as error:
-        return SyncResult(run.spool_dir, run.run_id, "in use", message=str(error))
+        return SyncResult(run.outbox_dir, run.run_id, "in use", message=str(error))
     except UnreachableError as error:
-        return SyncResult(run.spool_dir, run.run_id, "undelivered", killed=killed, message=str(error))
+        return SyncResult(run.outbox_dir, run.run_id, "undelivered", killed=killed, message=str(error))
 
 
 def _with_credentials(uri: str) -> str:
@@ -172,17 +177,17 @@ def _with_credentials(uri: str) -> str:
     return full if scrub(full) == uri else uri
 
 
-def _why_away(uri: str) -> str:
-    """Return why MLflow cannot be reached, or nothing if it can."""
+def _why_unreachable(uri: str) -> str:
+    """Return why MLflow cannot be reached, or an empty string."""
     try:
-        with brisk_requests:
-            _within(_patience(uri), lambda: _ask(uri))
+        with fail_fast:
+            _with_timeout(_timeout_of(uri), lambda: _ping(uri))
     except (RefusedError, UnreachableError) as error:
         return str(error)
     return ""
 
 
-def _ask(uri: str) -> None:
+def _ping(uri: str) -> None:
     with answers(uri):
         connect(uri).search_experiments(max_results=1)
 
@@ -193,17 +198,17 @@ def _explained(uri: str) -> Iterator[None]:
         yield
     except (RefusedError, UnreachableError) as error:
         raise TrackingError(
-            f"a run is recorded in an MLflow that answers; got uri={scrub(uri)!r}: {error}. Start the server, or "
-            "correct `tracking.uri` or MLFLOW_TRACKING_URI."
+            f"Cannot reach MLflow at {scrub(uri)!r}: {error}. Start the server, or correct tracking.uri or "
+            "MLFLOW_TRACKING_URI."
         ) from None
 
 
-def _patience(uri: str) -> float:
-    return _PATIENCE_SECONDS if sqlite_path(uri) is None else 2 * _MIGRATION_SECONDS
+def _timeout_of(uri: str) -> float:
+    return _TIMEOUT_SECONDS if sqlite_path(uri) is None else 2 * _MIGRATION_SECONDS
 
 
-def _within(seconds: float | int, call: Callable[[], T]) -> T:
-    """Return `call()`, or give up on it: database drivers have time limits of their own, of minutes."""
+def _with_timeout(seconds: float | int, call: Callable[[], T]) -> T:
+    """Return `call()`, or stop waiting for it: the timeouts of database drivers are minutes."""
     outcome: list[T] = []
     failure: list[RefusedError | UnreachableError | TrackingError] = []
 
@@ -222,75 +227,75 @@ def _within(seconds: float | int, call: Callable[[], T]) -> T:
 
 
 def _open_experiment(uri: str, experiment: str) -> tuple[MlflowClient, str]:
-    """Return a client and the experiment's id, having made the database and the experiment if need be."""
+    """Return a client and the experiment's id; create database and experiment if they do not exist."""
     database = sqlite_path(uri)
     location = None if database is None else (database.parent / "mlruns" / experiment).as_uri()
-    with _first_come(database), answers(uri):
+    with _migration_lock(database), answers(uri):
         client = connect(uri)
         found = client.get_experiment_by_name(experiment)
         if found is None:
             try:
-                # MLflow's pages then show curves and runs first, not language models
+                # without this, MLflow's pages are about language models
                 kind = {"mlflow.experimentKind": "custom_model_development"}
                 return client, client.create_experiment(experiment, location, tags=kind)
             except MlflowException:
-                found = client.get_experiment_by_name(experiment)  # another driver was faster
+                found = client.get_experiment_by_name(experiment)  # another driver has created it
                 if found is None:
                     raise
     if found.lifecycle_stage == "deleted":
         raise TrackingError(
-            f"an experiment to record in is not deleted; got {experiment!r}. Restore it or set `tracking.experiment`."
+            f"MLflow experiment {experiment!r} was deleted. Restore it, or set tracking.experiment to another name."
         )
     return client, found.experiment_id
 
 
 @contextmanager
-def _first_come(database: Path | None) -> Iterator[None]:
-    """Let one process at a time fill a new database file: MLflow's migrations do not survive company."""
+def _migration_lock(database: Path | None) -> Iterator[None]:
+    """Let one process at a time create a database file: MLflow's migrations fail if two run at once."""
     if database is None:
         yield
         return
     try:
         database.parent.mkdir(parents=True, exist_ok=True)
-        # MLflow tries a path that cannot work for minutes; sqlite says so at once.
-        with closing(sqlite3.connect(database, _PATIENCE_SECONDS)) as connection:
+        # MLflow retries an impossible path for minutes; SQLite fails at once
+        with closing(sqlite3.connect(database, _TIMEOUT_SECONDS)) as connection:
             connection.execute("PRAGMA schema_version")
-        with hold(database.with_name(database.name + ".lock"), _MIGRATION_SECONDS):
+        with hold_lock(database.with_name(database.name + ".lock"), _MIGRATION_SECONDS):
             yield
     except (OSError, sqlite3.Error) as error:
         raise UnreachableError(f"{database}: {error}") from None
 
 
-def _take_up(client: MlflowClient, uri: str, spool_dir: Path) -> str | None:
-    """Return the id of the run that `spool_dir` belongs to, RUNNING again, or None for a new folder."""
-    record = spool_dir / RUN_FILE
+def _reopen(client: MlflowClient, uri: str, outbox_dir: Path) -> str | None:
+    """Mark the run that `outbox_dir` belongs to as RUNNING and return its id; None for a new folder."""
+    record = outbox_dir / RUN_FILE
     if not record.exists():
         return None
-    run = TrackedRun(uri, json.loads(record.read_text())["run_id"], spool_dir)
+    run = TrackedRun(uri, json.loads(record.read_text())["run_id"], outbox_dir)
     if is_gone(client, run):
         raise TrackingError(
-            f"a run is taken up where it was recorded; got run {run.run_id}, which {scrub(uri)} does not have or has "
-            f"deleted. Correct the URI, restore the run, or remove {spool_dir} to record a new one."
+            f"Cannot resume MLflow run {run.run_id}: {scrub(uri)} does not have it, or has deleted it. Correct the "
+            f"URI, restore the run, or remove {outbox_dir} to record a new one."
         )
-    with run.spool() as spool:
-        spool.take_up()
+    with Outbox(run) as outbox:
+        outbox.mark_running()
     return run.run_id
 
 
-def _create(client: MlflowClient, experiment_id: str, name: str, uri: str, spool_dir: Path) -> str:
+def _create(client: MlflowClient, experiment_id: str, name: str, uri: str, outbox_dir: Path) -> str:
     run_id: str = client.create_run(experiment_id, run_name=name).info.run_id
-    record_run(spool_dir, uri, run_id)
+    TrackedRun(uri, run_id, outbox_dir).write_down()
     return run_id
 
 
 def _describe(
     client: MlflowClient, run_id: str, params: dict[str, str], tags: dict[str, str], dataset: DatasetRecord | None
 ) -> None:
-    """Log parameters, tags and data; a parameter that changed since the run began becomes a tag, as MLflow keeps it."""
+    """Log parameters, tags and dataset; a changed parameter becomes a tag, since MLflow keeps the first value."""
     known = client.get_run(run_id).data.params
     changed = {key: value for key, value in params.items() if known.get(key, value) != value}
     if changed:
-        _log.warning("run %s goes on with other settings, tagged `changed.KEY`: %s", run_id, changed)
+        _log.warning("Run %s resumes with changed settings, recorded as tags `changed.KEY`: %s", run_id, changed)
     tags |= {f"changed.{key}": value for key, value in changed.items()}
     client.log_batch(
         run_id,
@@ -312,32 +317,6 @@ def _dataset_input(record: DatasetRecord) -> DatasetInput:
         profile=json.dumps({**record.profile, "digest": record.digest}, default=str),
     )
     return DatasetInput(dataset, [InputTag("mlflow.data.context", record.context)])
-
-
-def _environment() -> dict[str, str]:
-    """Return the versions, the host, the user and, in a checkout, the commit that a run was started with."""
-    versions = {f"version.{name}": version(name) for name in ("torch", "ray", "mlflow")}
-    source = {"mlflow.source.type": "JOB", "mlflow.source.name": "dmvae", "mlflow.user": _user()}
-    return {"version.python": python_version(), **versions, "host": gethostname(), **source, **_commit()}
-
-
-def _user() -> str:
-    try:
-        return getuser()
-    except (KeyError, OSError):  # a container's user without a name
-        return str(os.getuid())
-
-
-def _commit() -> dict[str, str]:
-    git = which("git")
-    if git is None or not (_ROOT / ".git").exists():
-        return {}
-    describe = [git, "-C", str(_ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    answer = subprocess.run(describe, capture_output=True, text=True, check=False)  # noqa: S603
-    if answer.returncode:
-        return {}
-    commit, dirty, _ = answer.stdout.strip().partition("-dirty")
-    return {"mlflow.source.git.commit": commit, "git.dirty": str(bool(dirty)).lower()}
 
 
 def _shorten(text: str, length: int) -> str:

@@ -20,7 +20,7 @@ from typing import Any
 from dmvae.platform.errors import RunError
 from dmvae.platform.folders import Folder, LocalFolder, open_folder
 from dmvae.platform.remote_fs import cached_run_dir
-from dmvae.platform.tracking.outbox import RUN_FILE, set_aside
+from dmvae.platform.tracking.tracked_run import RUN_FILE, archive_other_run
 from dmvae.platform.train.ray_snapshot import SNAPSHOT_FILE, build_snapshot
 from dmvae.training import checkpoint
 from dmvae.training.state import TrainState
@@ -87,7 +87,7 @@ class RunStore:
             if text is not None:
                 LocalFolder(self.run_dir / name).write(text)
         if tracked is not None:
-            set_aside(outbox_dir, json.loads(tracked)["run_id"])
+            archive_other_run(outbox_dir, json.loads(tracked)["run_id"])
             LocalFolder(outbox_dir / RUN_FILE).write(tracked)
 
     def write_record(self, name: str, record: Mapping[str, Any]) -> None:

@@ -28,8 +28,9 @@ from dmvae.platform.errors import RunError
 from dmvae.platform.evaluate.checks import check_data
 from dmvae.platform.evaluate.evaluate import Extras, evaluate_split
 from dmvae.platform.resume import ResumeRules
-from dmvae.platform.tracking.outbox import TrackedRun, scrub
+from dmvae.platform.tracking.outbox import Outbox
 from dmvae.platform.tracking.runs import open_run, tracking_uri
+from dmvae.platform.tracking.tracked_run import TrackedRun, scrub
 from dmvae.platform.train.run_store import BEST, CHECKPOINTS, LAST, NUM_KEPT, RESULT, SCORE, RunStore
 from dmvae.platform.train.settings import absolute, dataset_record, resolve, run_record
 from dmvae.platform.train.worker import WorkerTask, work
@@ -116,8 +117,8 @@ def train_run(config: TrainConfig, progress: Callable[[str], None]) -> TrainSumm
                 Extras(device=resolved.workers.device),
             )
         metrics = {f"best/val/{resolved.training.monitor}": best[SCORE], **figures}
-        with tracked.spool() as spool:
-            spool.log(metrics, int(best["step"]))
+        with Outbox(tracked) as outbox:
+            outbox.log_metrics(metrics, int(best["step"]))
         store.write_record(RESULT, _result(resolved, metrics, tracked))
     return TrainSummary(store.run_dir, store.where, metrics, tracked.run_id, scrub(tracked.uri), was_finished=False)
 
@@ -231,6 +232,6 @@ def _use_gpu(config: TrainConfig) -> bool:
 
 
 def _record(tracked: TrackedRun, run_dir: Path) -> None:
-    with tracked.spool() as spool:
+    with Outbox(tracked) as outbox:
         for name in (BEST, LAST):
-            spool.artifact(run_dir / name, "checkpoints")
+            outbox.log_artifact(run_dir / name, "checkpoints")

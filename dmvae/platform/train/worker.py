@@ -27,7 +27,8 @@ from dmvae.data.reading.loader import read_epoch, read_rows
 from dmvae.data.reading.sampler import EpochSampler
 from dmvae.data.reading.split import Split
 from dmvae.model.dmvae import DMVAE
-from dmvae.platform.tracking.outbox import Outbox, TrackedRun
+from dmvae.platform.tracking.outbox import Outbox
+from dmvae.platform.tracking.tracked_run import TrackedRun
 from dmvae.platform.train.run_store import SCORE, RunStore
 from dmvae.training import checkpoint
 from dmvae.training.loop import CheckpointDue, EpochEnded, MetricsLogged, StepSkipped, train
@@ -69,13 +70,13 @@ def work(payload: dict[str, Any]) -> dict[str, Any]:
     rank, num = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
     torch.set_num_threads(max(1, int(task.config.workers.cpus)))
-    state, data, spool, fault = None, None, None, ""
+    state, data, outbox, fault = None, None, None, ""
     with ExitStack() as stack:
         try:
             state = build_state(task.config, device)
             data = WorkerData(task.config, rank, num, state.model.dtype, device)
             _resume(state, task.queue)
-            spool = stack.enter_context(task.tracked.spool()) if rank == 0 else None
+            outbox = stack.enter_context(Outbox(task.tracked)) if rank == 0 else None
         except (ValueError, OSError) as error:
             fault = str(error)
         fault = _agree(fault, num)
@@ -88,7 +89,7 @@ def work(payload: dict[str, Any]) -> dict[str, Any]:
             )
         workers = Collectives(state.model) if num == 1 else _distribute(state.model, num, device)
         try:
-            _train(state, data, task, workers, spool)
+            _train(state, data, task, workers, outbox)
         except NonFiniteLossError as error:
             return {"failure": _agree(str(error), num)}
         except DiskError as error:
@@ -96,10 +97,12 @@ def work(payload: dict[str, Any]) -> dict[str, Any]:
     return {"epochs": state.position.epoch, "best": state.best}
 
 
-def _train(state: TrainState, data: "WorkerData", task: WorkerTask, workers: Collectives, spool: Outbox | None) -> None:
+def _train(
+    state: TrainState, data: "WorkerData", task: WorkerTask, workers: Collectives, outbox: Outbox | None
+) -> None:
     steps = data.steps_per_epoch
     done = state.position.epoch * steps + state.position.step
-    recorder = None if spool is None else Recorder(task, spool, task.config.training.epochs * steps, done)
+    recorder = None if outbox is None else Recorder(task, outbox, task.config.training.epochs * steps, done)
     score, is_best, judged = None, False, dict[str, float]()
     for event in train(state, data, task.config, workers):
         if isinstance(event, CheckpointDue):
@@ -251,13 +254,13 @@ def _report(
 
 
 class Recorder:
-    """What rank 0 does with the figures: MLflow's through the spool, a person's on the screen.
+    """What rank 0 does with the figures: MLflow's through the outbox, a person's on the screen.
 
-    A spool that cannot be written does not stop one worker among several; `raise_fault` says so when all can stop.
+    An outbox that cannot be written does not stop one worker among several; `raise_fault` says so when all can stop.
     """
 
-    def __init__(self, task: WorkerTask, spool: Outbox, total_steps: int, done: int) -> None:
-        self._training, self._queue, self._spool = task.config.training, task.queue, spool
+    def __init__(self, task: WorkerTask, outbox: Outbox, total_steps: int, done: int) -> None:
+        self._training, self._queue, self._outbox = task.config.training, task.queue, outbox
         self._total_steps, self._first = total_steps, done
         self._start = self._printed = time.monotonic()
         self._loss = math.nan
@@ -266,7 +269,7 @@ class Recorder:
     def record(self, event: MetricsLogged) -> None:
         """Take down an event's figures; print a line every epoch, and every ten seconds of a long one."""
         try:
-            self._spool.log(event.metrics, event.global_step)
+            self._outbox.log_metrics(event.metrics, event.global_step)
         except OSError as error:
             self._fault = error
         self._loss = event.metrics.get("train/loss", self._loss)

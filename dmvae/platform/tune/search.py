@@ -18,8 +18,9 @@ from dmvae.evaluation import search_objectives
 from dmvae.platform.cluster import local_cluster, messages
 from dmvae.platform.errors import RunError
 from dmvae.platform.resume import ResumeRules
-from dmvae.platform.tracking.outbox import TrackedRun
+from dmvae.platform.tracking.outbox import Outbox
 from dmvae.platform.tracking.runs import open_run, sync, tracking_uri
+from dmvae.platform.tracking.tracked_run import TrackedRun
 from dmvae.platform.train.settings import absolute, dataset_record
 from dmvae.platform.train.trainer import TrainSummary, train_run
 from dmvae.platform.tune import study
@@ -154,16 +155,16 @@ def _retrain(
         figures = evaluate_split(
             str(best.folder / "best"), dataset, evaluation, found.data.train_split, found.workers.num, progress
         )
-        with tracked.spool() as spool:
-            spool.log(figures, len(study.trials_of(study_dir)))
-            spool.artifact(best.folder / "best", "checkpoints")
+        with Outbox(tracked) as outbox:
+            outbox.log_metrics(figures, len(study.trials_of(study_dir)))
+            outbox.log_artifact(best.folder / "best", "checkpoints")
         assert best.result is not None
         uri = tracking_uri(config.base.tracking)
         return TrainSummary(best.folder, str(best.folder), figures, best.result.run_id, uri, was_finished=False)
     progress(f"training the best configuration (trial {best.number}) as run {found.name}")
     summary = train_run(found, progress)
-    with tracked.spool() as spool:
-        spool.log(
+    with Outbox(tracked) as outbox:
+        outbox.log_metrics(
             {f"retrained/{name}": value for name, value in summary.metrics.items()}, len(study.trials_of(study_dir))
         )
     return summary
@@ -187,9 +188,9 @@ def _record_study(
         files.append(draw_plots(config, exported, study_dir / "plots"))
     except ImportError as error:
         progress(f"Plots were skipped: {error}. Install the extra `report`.")
-    with tracked.spool() as spool:
+    with Outbox(tracked) as outbox:
         for file in files:
-            spool.artifact(file)
+            outbox.log_artifact(file)
 
 
 def _earlier(config: SearchConfig) -> list[Trial]:

@@ -19,8 +19,9 @@ from dmvae.data.reading.dataset import open_dataset
 from dmvae.evaluation.search_objectives import Estimate, ObjectiveEvaluator, compared_values
 from dmvae.model.dmvae import DMVAE
 from dmvae.platform.errors import RunError
-from dmvae.platform.tracking.outbox import TrackedRun
+from dmvae.platform.tracking.outbox import Outbox
 from dmvae.platform.tracking.runs import open_run
+from dmvae.platform.tracking.tracked_run import TrackedRun
 from dmvae.platform.train.run_store import RunStore
 from dmvae.platform.train.settings import resolve, run_record
 from dmvae.platform.train.trainer import fit
@@ -89,12 +90,12 @@ def run_trial(drawn: dict[str, Any], task: TrialTask) -> None:
             try:
                 result = _outcome(task, folder, params, tracked)
             except SystemExit:  # Tune ends a trial this way when the scheduler stops it
-                with tracked.spool() as spool:
-                    spool.end("KILLED", f"stopped early by {config.scheduler}")
+                with Outbox(tracked) as outbox:
+                    outbox.end("KILLED", f"stopped early by {config.scheduler}")
                 raise
-            with tracked.spool() as spool:
-                spool.log({f"trial/{name}": value for name, value in result.figures.items()}, result.epochs)
-                spool.end("FINISHED" if result.status == "complete" else "FAILED", result.reason)
+            with Outbox(tracked) as outbox:
+                outbox.log_metrics({f"trial/{name}": value for name, value in result.figures.items()}, result.epochs)
+                outbox.end("FINISHED" if result.status == "complete" else "FAILED", result.reason)
         write_result(folder, result)
     done = TrialResult(**json.loads((folder / RESULT).read_text()))
     if done.status == "complete":
@@ -133,8 +134,8 @@ def _train_and_evaluate(
     model, seconds = train_trial(task, resolved, record, folder, tracked, evaluator)
     figures = {"parameters": float(size), **evaluator.figures(model, seconds)}
     took, epochs = time.monotonic() - start, resolved.training.epochs
-    with tracked.spool() as spool:
-        spool.artifact(folder / BEST, "model")
+    with Outbox(tracked) as outbox:
+        outbox.log_artifact(folder / BEST, "model")
     if not all(map(math.isfinite, compared_values(config, figures))):
         return TrialResult("failed", epochs, figures, "an objective is not finite", tracked.run_id, took)
     if seconds.value > config.limits.get("seconds_per_step", math.inf):
@@ -195,11 +196,11 @@ def _train_here(
     checkpoints = TrialCheckpoints(folder, record)
     times = checkpoints.resume(state)
     data, written = WorkerData(config, 0, 1, state.model.dtype, device), time.monotonic()
-    with tracked.spool() as spool:
+    with Outbox(tracked) as outbox:
         for event in train(state, data, config, Collectives(state.model)):
             if not isinstance(event, MetricsLogged):
                 continue
-            spool.log(event.metrics, event.global_step)
+            outbox.log_metrics(event.metrics, event.global_step)
             if not isinstance(event, EpochEnded):
                 continue
             reported = evaluator(state.model, event)
@@ -210,7 +211,9 @@ def _train_here(
                 checkpoints.write(state, times)
                 written = time.monotonic()
             if event.epoch + 1 in rungs(task.config):
-                spool.log({f"rung/{name}": reported[name] for name in task.config.objectives}, event.global_step)
+                outbox.log_metrics(
+                    {f"rung/{name}": reported[name] for name in task.config.objectives}, event.global_step
+                )
                 _report(task.config, reported, event.epoch + 1)
     return DMVAE.load(folder / BEST), _seconds(times)
 

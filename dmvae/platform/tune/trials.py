@@ -17,7 +17,8 @@ from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule, TrialSchedule
 from ray.tune.search.optuna import OptunaSearch
 
 from dmvae.config.search import SearchConfig
-from dmvae.platform.tracking.outbox import TrackedRun
+from dmvae.platform.tracking.outbox import Outbox
+from dmvae.platform.tracking.tracked_run import TrackedRun
 from dmvae.platform.tune import study
 from dmvae.platform.tune.study import Trial, TrialResult
 from dmvae.platform.tune.trial import EPOCH, TRIAL, TrialTask, run_trial, value_names
@@ -46,8 +47,8 @@ def run_trials(
     progress(f"study {config.name}: {config.trials} trials, {concurrent} at a time, on {', '.join(config.objectives)}")
     storage = task.study_dir / ".tune"
     shutil.rmtree(storage, ignore_errors=True)
-    with _quiet(), tracked.spool() as spool:
-        watcher = _Watcher(task, spool, progress, known, todo, concurrent)
+    with _quiet(), Outbox(tracked) as outbox:
+        watcher = _Watcher(task, outbox, progress, known, todo, concurrent)
         tuner = tune.Tuner(
             tune.with_resources(tune.with_parameters(run_trial, task=task), _resources_of(config)),
             tune_config=tune.TuneConfig(
@@ -132,9 +133,9 @@ class _Watcher(tune.Callback):
     """Record how each trial ends: in its folder, on the console and in the study's MLflow run."""
 
     def __init__(
-        self, task: TrialTask, spool: Any, log: Callable[[str], None], known: list[Trial], todo: int, concurrent: int
+        self, task: TrialTask, outbox: Any, log: Callable[[str], None], known: list[Trial], todo: int, concurrent: int
     ) -> None:
-        self._task, self._spool, self._log = task, spool, log
+        self._task, self._outbox, self._log = task, outbox, log
         self._todo, self._done, self._concurrent = todo, 0, concurrent
         self._start, self._logged = time.monotonic(), len([trial for trial in known if trial.result is not None])
 
@@ -165,7 +166,9 @@ class _Watcher(tune.Callback):
         self._logged += 1
         if best and best[0].result is not None:
             metrics = {f"best/{name}": value for name, value in best[0].result.figures.items()}
-            self._spool.log({**metrics, "trials/done": self._logged, "best/trial": best[0].number}, self._logged)
+            self._outbox.log_metrics(
+                {**metrics, "trials/done": self._logged, "best/trial": best[0].number}, self._logged
+            )
 
     def _is_metric(self, name: str) -> bool:
         stem = name.partition("/")[0].removesuffix("_se")

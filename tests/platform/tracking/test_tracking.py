@@ -20,8 +20,9 @@ from pydantic import ValidationError
 from dmvae.config.tracking import TrackingConfig
 from dmvae.platform.remote_fs import RemoteFolder
 from dmvae.platform.tracking.delivery_log import TrackingError
-from dmvae.platform.tracking.outbox import Outbox, TrackedRun, scrub
+from dmvae.platform.tracking.outbox import Outbox
 from dmvae.platform.tracking.runs import DatasetRecord, format_params, open_run, sync, tracking_uri
+from dmvae.platform.tracking.tracked_run import TrackedRun, scrub
 from dmvae.platform.train.run_store import RunStore
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:The ``noload`` loader strategy is deprecated:DeprecationWarning")
@@ -42,9 +43,9 @@ def history(run: TrackedRun, key: str) -> list[tuple[int, float]]:
     return [(metric.step, metric.value) for metric in MlflowClient(run.uri).get_metric_history(run.run_id, key)]
 
 
-def log_steps(spool: Outbox, steps: range) -> None:
+def log_steps(outbox: Outbox, steps: range) -> None:
     for step in steps:
-        spool.log({"train/loss": step / 4, "val/kl_shared/joint": float("nan")}, step)
+        outbox.log_metrics({"train/loss": step / 4, "val/kl_shared/joint": float("nan")}, step)
 
 
 def test_a_run_records_settings_data_metrics_and_files(database: TrackingConfig, tmp_path: Path) -> None:
@@ -54,11 +55,11 @@ def test_a_run_records_settings_data_metrics_and_files(database: TrackingConfig,
     tags = {"origin": "https://me:secret@host/repository"}
     with open_run(database, "first", tmp_path / "tracking", PARAMS, tags, dataset) as run:
         assert stored(run).info.status == "RUNNING"
-        with run.spool() as spool:
-            log_steps(spool, range(3))
-            spool.log({"val/inf": float("inf")}, 0)
-            spool.artifact(report, "reports")
-            assert spool.close(30)
+        with Outbox(run) as outbox:
+            log_steps(outbox, range(3))
+            outbox.log_metrics({"val/inf": float("inf")}, 0)
+            outbox.log_artifact(report, "reports")
+            assert outbox.close(30)
 
     record = stored(run)
     assert record.info.run_name == "first"
@@ -79,8 +80,8 @@ def test_a_run_records_settings_data_metrics_and_files(database: TrackingConfig,
 
 def test_a_run_that_goes_on_keeps_its_id_and_repeats_no_step(database: TrackingConfig, tmp_path: Path) -> None:
     def train(steps: range, latent_dim: int) -> TrackedRun:
-        with open_run(database, "resumed", tmp_path, {"latent_dim": latent_dim}) as run, run.spool() as spool:
-            log_steps(spool, steps)
+        with open_run(database, "resumed", tmp_path, {"latent_dim": latent_dim}) as run, Outbox(run) as outbox:
+            log_steps(outbox, steps)
             if steps.stop < 15:
                 raise ArithmeticError("the loss is not finite")
         return run
@@ -101,8 +102,8 @@ def test_a_run_that_goes_on_keeps_its_id_and_repeats_no_step(database: TrackingC
 
 
 def test_lines_that_are_sent_twice_are_stored_once(database: TrackingConfig, tmp_path: Path) -> None:
-    with open_run(database, "twice", tmp_path, {}) as run, run.spool() as spool:
-        log_steps(spool, range(250))
+    with open_run(database, "twice", tmp_path, {}) as run, Outbox(run) as outbox:
+        log_steps(outbox, range(250))
     (tmp_path / "metrics.offset").unlink()
     (again,) = sync(tmp_path)
     assert (again.state, again.lines, again.killed) == ("delivered", 251, False)
@@ -112,20 +113,20 @@ def test_lines_that_are_sent_twice_are_stored_once(database: TrackingConfig, tmp
 
 def test_a_line_that_a_crash_cut_short_is_removed(database: TrackingConfig, tmp_path: Path) -> None:
     with open_run(database, "torn", tmp_path, {}) as run:
-        with run.spool() as spool:
-            log_steps(spool, range(3))
+        with Outbox(run) as outbox:
+            log_steps(outbox, range(3))
         with (tmp_path / "metrics.jsonl").open("a") as file:
             file.write('{"metrics": {"train/loss": 0.7')
-        with run.spool() as spool:
-            log_steps(spool, range(6))
+        with Outbox(run) as outbox:
+            log_steps(outbox, range(6))
     assert history(run, "train/loss") == [(step, step / 4) for step in range(6)]
 
 
 def test_a_refused_value_does_not_hold_up_the_others(database: TrackingConfig, tmp_path: Path) -> None:
-    with open_run(database, "refused", tmp_path, {}) as run, run.spool() as spool:
-        log_steps(spool, range(3))
-        spool.log({"no#name": 1.0, "train/other": 2.0}, 3)
-        log_steps(spool, range(3, 6))
+    with open_run(database, "refused", tmp_path, {}) as run, Outbox(run) as outbox:
+        log_steps(outbox, range(3))
+        outbox.log_metrics({"no#name": 1.0, "train/other": 2.0}, 3)
+        log_steps(outbox, range(3, 6))
     assert len(history(run, "train/loss")) == 6
     assert history(run, "train/other") == [(3, 2.0)]
     (refused,) = (tmp_path / "metrics.rejected.jsonl").read_text().splitlines()
@@ -133,19 +134,19 @@ def test_a_refused_value_does_not_hold_up_the_others(database: TrackingConfig, t
 
 
 def test_a_run_deleted_meanwhile_costs_the_trainer_nothing(database: TrackingConfig, tmp_path: Path) -> None:
-    with open_run(database, "deleted", tmp_path, {}) as run, run.spool() as spool:
+    with open_run(database, "deleted", tmp_path, {}) as run, Outbox(run) as outbox:
         MlflowClient(run.uri).delete_run(run.run_id)
-        log_steps(spool, range(3))
+        log_steps(outbox, range(3))
     assert len((tmp_path / "metrics.rejected.jsonl").read_text().splitlines()) == 7  # six values and the end
     with pytest.raises(TrackingError, match=r"remove .* to record a new one"), open_run(database, "", tmp_path, {}):
         pass
 
 
 def test_one_process_at_a_time_works_on_a_run(database: TrackingConfig, tmp_path: Path) -> None:
-    with open_run(database, "alone", tmp_path, {}) as run, run.spool():
-        with pytest.raises(TrackingError, match=f"got process {os.getpid()} on"):
-            run.spool(wait_seconds=0)
-        with pytest.raises(TrackingError, match="one process at a time"), open_run(database, "", tmp_path, {}):
+    with open_run(database, "alone", tmp_path, {}) as run, Outbox(run):
+        with pytest.raises(TrackingError, match=f"is in use by process {os.getpid()} on"):
+            Outbox(run, wait_seconds=0)
+        with pytest.raises(TrackingError, match="is in use by"), open_run(database, "", tmp_path, {}):
             pass
         assert [result.state for result in sync(tmp_path)] == ["in use"]
     assert stored(run).info.status == "FINISHED"
@@ -165,10 +166,10 @@ def test_everything_comes_in_after_trainer_and_database_went_away(database: Trac
 
     (result,) = sync(tmp_path)
     assert (result.state, result.lines, result.killed) == ("delivered", 41, True)
-    run = TrackedRun(str(database.uri), result.run_id, result.spool_dir)
+    run = TrackedRun(str(database.uri), result.run_id, result.outbox_dir)
     assert history(run, "train/loss") == [(step, step / 4) for step in range(40)]
     assert stored(run).info.status == "KILLED"
-    assert "without saying how" in stored(run).data.tags["dmvae.reason"]
+    assert "without recording how" in stored(run).data.tags["dmvae.reason"]
     assert [(again.lines, again.killed) for again in sync(tmp_path)] == [(0, False)]
 
 
@@ -179,23 +180,23 @@ def test_a_server_killed_and_started_again_loses_and_doubles_nothing(tmp_path: P
     with server(tmp_path, port):
         driver = open_run(config, "outage", tmp_path / "runs/outage/tracking", PARAMS)
         run = driver.__enter__()
-        spool = run.spool()
+        outbox = Outbox(run)
         for step in range(100):
-            spool.log({"train/loss": step / 4, "nan": float("nan"), "inf": float("inf")}, step)
+            outbox.log_metrics({"train/loss": step / 4, "nan": float("nan"), "inf": float("inf")}, step)
             time.sleep(0.01)
     seconds = []
     for step in range(100, 300):
         begun = time.perf_counter()
-        spool.log({"train/loss": step / 4, "nan": float("nan"), "inf": float("inf")}, step)
+        outbox.log_metrics({"train/loss": step / 4, "nan": float("nan"), "inf": float("inf")}, step)
         seconds.append(time.perf_counter() - begun)
         time.sleep(0.01)
-    spool.artifact(tmp_path / "note.txt")
+    outbox.log_artifact(tmp_path / "note.txt")
     assert statistics.median(seconds) < 5e-3
     with server(tmp_path, port):
-        assert spool.close(60)
+        assert outbox.close(60)
         driver.__exit__(None, None, None)
         assert history(run, "train/loss") == [(step, step / 4) for step in range(300)]
-        (run.spool_dir / "metrics.offset").unlink()
+        (run.outbox_dir / "metrics.offset").unlink()
         assert sync(tmp_path)[0].lines == 301
         for key in ("train/loss", "nan", "inf"):
             assert len(history(run, key)) == 300
@@ -222,7 +223,7 @@ def test_an_unreachable_server_at_the_start_is_one_error_without_secrets(tmp_pat
 def test_a_wrong_uri_is_one_error(uri: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no database")
     begun = time.monotonic()
-    with pytest.raises(TrackingError, match="a run is recorded in an MLflow that answers"):
+    with pytest.raises(TrackingError, match="Cannot reach MLflow at"):
         enter(TrackingConfig(uri=uri.format(tmp_path)), tmp_path / "tracking")
     assert time.monotonic() - begun < 5
 
@@ -247,9 +248,9 @@ def test_drivers_that_start_together_share_a_fresh_database(tmp_path: Path) -> N
         assert [read_line(trainer) for trainer in trainers] == ["opened"] * 3
 
 
-def test_the_environment_is_as_it_was_after_a_spool_is_closed(database: TrackingConfig, tmp_path: Path) -> None:
+def test_the_environment_is_as_it_was_after_an_outbox_is_closed(database: TrackingConfig, tmp_path: Path) -> None:
     before = dict(os.environ)
-    with open_run(database, "environment", tmp_path, {}) as run, run.spool():
+    with open_run(database, "environment", tmp_path, {}) as run, Outbox(run):
         assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "0"
     assert dict(os.environ) == before
 
@@ -265,12 +266,12 @@ def test_a_configuration_with_a_password_is_refused_without_repeating_it() -> No
     assert "secret" not in str(raised.value)
 
 
-def test_what_a_node_kept_of_another_run_of_the_same_place_is_set_aside(tmp_path: Path) -> None:
+def test_what_a_node_kept_of_another_run_of_the_same_place_is_archive_other_run(tmp_path: Path) -> None:
     nowhere, place = "http://127.0.0.1:9", tmp_path / "tracking"
-    with Outbox(place, nowhere, "old", background=False) as spool:
-        spool.log({"loss": 9.0}, 100)
-    with Outbox(place, nowhere, "new", background=False) as spool:
-        spool.log({"loss": 1.0}, 3)
+    with Outbox(TrackedRun(nowhere, "old", place), background=False) as outbox:
+        outbox.log_metrics({"loss": 9.0}, 100)
+    with Outbox(TrackedRun(nowhere, "new", place), background=False) as outbox:
+        outbox.log_metrics({"loss": 1.0}, 3)
     assert json.loads((place / "mlflow.json").read_text())["run_id"] == "new"
     (line,) = (place / "metrics.jsonl").read_text().splitlines()
     assert json.loads(line)["metrics"] == {"loss": 1.0}
@@ -298,21 +299,22 @@ TRAINER = """
 import sys
 from pathlib import Path
 from dmvae.config.tracking import TrackingConfig
+from dmvae.platform.tracking.outbox import Outbox
 from dmvae.platform.tracking.runs import open_run
 
 config = TrackingConfig(experiment="tests", uri=sys.argv[1])
-with open_run(config, "killed", Path(sys.argv[2]), {}) as run, run.spool() as spool:
+with open_run(config, "killed", Path(sys.argv[2]), {}) as run, Outbox(run) as outbox:
     print("opened", flush=True)
     input()
     for step in range(40):
-        spool.log({"train/loss": step / 4}, step)
+        outbox.log_metrics({"train/loss": step / 4}, step)
     print("logged", flush=True)
     input()
 """
 
 
-def enter(config: TrackingConfig, spool_dir: Path) -> None:
-    with open_run(config, "never", spool_dir, {}):
+def enter(config: TrackingConfig, outbox_dir: Path) -> None:
+    with open_run(config, "never", outbox_dir, {}):
         pytest.fail("opened")
 
 
