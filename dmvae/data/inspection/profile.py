@@ -11,7 +11,7 @@ import numpy as np
 from dmvae.data.format.shard import MappedShard
 from dmvae.data.inspection.duplicates import Hashes, RowHash, SplitOverlap, hash_ids
 from dmvae.data.inspection.value_stats import Values
-from dmvae.data.preparation.progress import Progress
+from dmvae.data.progress import Progress
 from dmvae.data.reading.dataset import Dataset
 
 Array = np.ndarray[Any, np.dtype[Any]]

@@ -22,7 +22,6 @@ from dmvae.config.data import (
 from dmvae.data.errors import DatasetError
 from dmvae.data.format.manifest import save_manifest
 from dmvae.data.preparation.build_manifest import survey
-from dmvae.data.preparation.progress import Progress
 from dmvae.data.preparation.rows import Rows
 from dmvae.data.preparation.scan import Scan
 from dmvae.data.preparation.sources.csv import read_csv
@@ -33,6 +32,7 @@ from dmvae.data.preparation.sources.npz import read_npz
 from dmvae.data.preparation.sources.parquet import read_parquet
 from dmvae.data.preparation.stream import Stream, in_memory
 from dmvae.data.preparation.writer import SplitWriter, check_target, new_dataset
+from dmvae.data.progress import Progress
 from dmvae.data.storage.location import LocalDataset, check_free, locate, upload
 
 Array = np.ndarray[Any, np.dtype[Any]]

@@ -15,10 +15,10 @@ from dmvae.data.errors import DatasetError
 from dmvae.data.format.schema import Columns
 from dmvae.data.preparation.build_manifest import check_settings
 from dmvae.data.preparation.external_shuffle import Shuffle, hash_keys
-from dmvae.data.preparation.progress import Progress
 from dmvae.data.preparation.rows import Rows
 from dmvae.data.preparation.splitting import divide, divide_groups
 from dmvae.data.preparation.stream import Chunk, SourceLocation, Stream
+from dmvae.data.progress import Progress
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

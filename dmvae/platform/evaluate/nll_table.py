@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from dmvae.config.evaluation import Device, EvaluationConfig
-from dmvae.data.preparation.progress import Progress
+from dmvae.data.progress import Progress
 from dmvae.data.reading.dataset import open_dataset
 from dmvae.evaluation.masking import Removal
 from dmvae.model.dmvae import DMVAE

@@ -16,7 +16,7 @@ import torch
 from dmvae.config.registry import EmbedConfig
 from dmvae.data.batch import Batch, has
 from dmvae.data.files import sha256_of
-from dmvae.data.preparation.progress import Progress
+from dmvae.data.progress import Progress
 from dmvae.data.reading.dataset import Dataset, open_dataset
 from dmvae.model.dmvae import DMVAE
 from dmvae.model.predictor import UNITS, ModalitySpec, Predictor

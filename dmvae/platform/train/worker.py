@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dmvae.config.training import TrainConfig
 from dmvae.data.batch import Batch
+from dmvae.data.progress import Progress
 from dmvae.data.reading.dataset import open_dataset
 from dmvae.data.reading.loader import read_epoch, read_rows
 from dmvae.data.reading.sampler import EpochSampler
@@ -261,8 +262,7 @@ class Recorder:
 
     def __init__(self, task: WorkerTask, outbox: Outbox, total_steps: int, done: int) -> None:
         self._training, self._queue, self._outbox = task.config.training, task.queue, outbox
-        self._total_steps, self._first = total_steps, done
-        self._start = self._printed = time.monotonic()
+        self._progress = Progress(self.say, "step", total_steps, "steps", already_done=done)
         self._loss = math.nan
         self._fault: OSError | None = None
 
@@ -273,10 +273,9 @@ class Recorder:
         except OSError as error:
             self._fault = error
         self._loss = event.metrics.get("train/loss", self._loss)
-        due = time.monotonic() - self._printed > 10
-        if isinstance(event, EpochEnded) or due:
+        is_due = self._progress.is_due()
+        if isinstance(event, EpochEnded) or is_due:
             self.say(self._line(event))
-            self._printed = time.monotonic()
 
     def say(self, line: str) -> None:
         """Show a line to the person who waits."""
@@ -293,9 +292,7 @@ class Recorder:
             figure = event.metrics[f"val/{self._training.monitor}"]
             line += f"  val/{self._training.monitor} {figure:.3f}{'*' if event.improved else ' '}"
             line += f" {event.metrics['train/rows_per_second']:,.0f} rows/s"
-        done = event.global_step - self._first
-        left = (time.monotonic() - self._start) / max(done, 1) * (self._total_steps - event.global_step)
-        return f"{line}  {int(left) // 60}:{int(left) % 60:02d} left"
+        return f"{line}  {self._progress.time_left(event.global_step)}"
 
 
 def _sum_over_workers(tensor: Tensor) -> Tensor:

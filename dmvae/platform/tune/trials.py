@@ -3,7 +3,6 @@
 import logging
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -17,6 +16,7 @@ from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule, TrialSchedule
 from ray.tune.search.optuna import OptunaSearch
 
 from dmvae.config.search import SearchConfig
+from dmvae.data.progress import Progress
 from dmvae.platform.tracking.outbox import Outbox
 from dmvae.platform.tracking.tracked_run import TrackedRun
 from dmvae.platform.tune import study
@@ -48,7 +48,7 @@ def run_trials(
     storage = task.study_dir / ".tune"
     shutil.rmtree(storage, ignore_errors=True)
     with _quiet(), Outbox(tracked) as outbox:
-        watcher = _Watcher(task, outbox, progress, known, todo, concurrent)
+        watcher = _Watcher(task, outbox, progress, known, todo)
         tuner = tune.Tuner(
             tune.with_resources(tune.with_parameters(run_trial, task=task), _resources_of(config)),
             tune_config=tune.TuneConfig(
@@ -132,12 +132,11 @@ def _scheduler(config: SearchConfig) -> TrialScheduler | None:
 class _Watcher(tune.Callback):
     """Record how each trial ends: in its folder, on the console and in the study's MLflow run."""
 
-    def __init__(
-        self, task: TrialTask, outbox: Any, log: Callable[[str], None], known: list[Trial], todo: int, concurrent: int
-    ) -> None:
+    def __init__(self, task: TrialTask, outbox: Any, log: Callable[[str], None], known: list[Trial], todo: int) -> None:
         self._task, self._outbox, self._log = task, outbox, log
-        self._todo, self._done, self._concurrent = todo, 0, concurrent
-        self._start, self._logged = time.monotonic(), len([trial for trial in known if trial.result is not None])
+        self._todo, self._done = todo, 0
+        self._progress = Progress(log, "trial", todo, "trials")
+        self._logged = len([trial for trial in known if trial.result is not None])
 
     def __getstate__(self) -> dict[str, Any]:
         """Return nothing: Tune pickles its callbacks into a state file, which is never read back."""
@@ -162,7 +161,14 @@ class _Watcher(tune.Callback):
         trials = study.trials_of(self._task.study_dir)
         ended = next(t for t in trials if t.folder == folder)
         best = study.best_trials(self._task.config, trials)
-        self._log(_line(self._task.config, ended, best, self._left()))
+        self._log(
+            _line(
+                self._task.config,
+                ended,
+                best,
+                f"{self._done}/{self._todo} done, {self._progress.time_left(self._done)}",
+            )
+        )
         self._logged += 1
         if best and best[0].result is not None:
             metrics = {f"best/{name}": value for name, value in best[0].result.figures.items()}
@@ -173,10 +179,6 @@ class _Watcher(tune.Callback):
     def _is_metric(self, name: str) -> bool:
         stem = name.partition("/")[0].removesuffix("_se")
         return stem in (*self._task.config.objectives, "seconds_per_step", "parameters", "joint_nll")
-
-    def _left(self) -> str:
-        seconds = int((time.monotonic() - self._start) / self._done * (self._todo - self._done))
-        return f"{self._done}/{self._todo} done, {seconds // 60}:{seconds % 60:02d} left"
 
 
 def _line(config: SearchConfig, trial: Trial, best: list[Trial], left: str) -> str:

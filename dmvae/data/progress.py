@@ -34,17 +34,32 @@ class Progress:
 
         The last unit is not logged: the caller says what came of the task.
         """
-        now = time.monotonic()
-        if now - self._logged >= _INTERVAL_SECONDS and done != self._total:
-            self._logged = now
+        if done != self._total and self.is_due():
             self._log(self.line(done))
+
+    def is_due(self) -> bool:
+        """Return whether a line is due, every few seconds; then the next one is due later."""
+        is_due = time.monotonic() - self._logged >= _INTERVAL_SECONDS
+        if is_due:
+            self._logged = time.monotonic()
+        return is_due
 
     def line(self, done: int) -> str:
         """Return the line for `done` units."""
-        speed = (done - self._first) / max(time.monotonic() - self._start, 1e-9)
         of_total = "" if self._total is None else f" of {self._total:,}"
-        left = "" if self._total is None or not speed else f", {minutes((self._total - done) / speed)} left"
-        return f"{self._task} {done:,}{of_total} {self._unit}, {speed:,.0f} {self._unit}/s{left}"
+        left = self.time_left(done)
+        return (
+            f"{self._task} {done:,}{of_total} {self._unit}, {self._speed(done):,.0f} {self._unit}/s"
+            f"{', ' if left else ''}{left}"
+        )
+
+    def time_left(self, done: int) -> str:
+        """Return the time left at the speed so far, such as `3:05 left`; nothing if it is not known."""
+        speed = self._speed(done)
+        return "" if self._total is None or not speed else f"{minutes((self._total - done) / speed)} left"
+
+    def _speed(self, done: int) -> float:
+        return (done - self._first) / max(time.monotonic() - self._start, 1e-9)
 
 
 def minutes(seconds: float) -> str:

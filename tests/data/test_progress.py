@@ -2,8 +2,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from dmvae.data.preparation import progress
-from dmvae.data.preparation.progress import Progress, minutes
+from dmvae.data import progress
+from dmvae.data.progress import Progress, minutes
 
 
 @pytest.fixture
