@@ -41,7 +41,7 @@ class PromoteConfig(Section):
     margin: NonNegativeFloat = 0.0
     """Amount by which a metric other than `nll` must be better."""
     rollback: bool = False
-    """Make the previous champion the champion again; no other setting but `name` is used."""
+    """Make the previous champion the champion again, without an evaluation."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """Split, draws and measures of the evaluation."""
     tracking: TrackingConfig = TrackingConfig()

@@ -137,13 +137,15 @@ def evaluate_nll(
     total = -(-len(split) // BLOCK_ROWS)
     blocks: dict[int, Columns] = {} if store is None else store.blocks()
     todo = [number for number in range(total) if number not in blocks]
-    report = Progress(progress, f"NLL of {split.name}:", total, "blocks", already_done=len(blocks))
+    done = sum(len(block["id"]) for block in blocks.values())
+    report = Progress(progress, f"NLL of {split.name}:", len(split), already_done=done)
     try:
         for number, block in map_on_workers(Evaluator, (task,), Evaluator.estimate, todo, workers, task.device):
             blocks[number] = block
             if store is not None:
                 store.add(number, block)
-            report.update(len(blocks))
+            done += len(block["id"])
+            report.update(done)
     finally:
         if store is not None:
             store.flush()

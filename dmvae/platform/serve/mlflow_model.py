@@ -1,6 +1,7 @@
 """Package a model for MLflow: a pyfunc loaded from code, with the modules that it needs and no pickle."""
 
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -49,7 +50,8 @@ def save(content: Path, target: Path) -> None:
 
 @contextmanager
 def quiet_mlflow() -> Iterator[None]:
-    """Show only MLflow's errors."""
+    """Show only MLflow's errors, and none of its progress bars unless the environment asks for them."""
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     logger = logging.getLogger("mlflow")
     level = logger.level
     logger.setLevel(logging.ERROR)
