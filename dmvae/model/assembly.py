@@ -7,7 +7,7 @@ from torch import nn
 
 from dmvae.config.model import DMVAEConfig
 from dmvae.distributions.likelihoods import Likelihood, build
-from dmvae.nn import networks
+from dmvae.nn.networks import Dimensions, architecture_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,16 +42,18 @@ def assemble(
     parts = Parts({}, {}, {}, custom)
     for name in config.modalities:
         parts.likelihoods[name] = build(config, name)
-        build_encoder, build_decoder = networks.builders(config.architecture(name).name)
-        architecture, dims = config.architecture(name), _dimensions(config, name, parts.likelihoods[name])
+        settings, dims = config.architecture(name), _dimensions(config, name, parts.likelihoods[name])
         encoder, decoder = given["encoders"].get(name), given["decoders"].get(name)
-        parts.encoders[name] = build_encoder(architecture, dims) if encoder is None else encoder
-        parts.decoders[name] = build_decoder(architecture, dims) if decoder is None else decoder
+        if encoder is None or decoder is None:
+            architecture = architecture_of(settings, dims, name)
+            encoder = architecture.encoder(settings, dims) if encoder is None else encoder
+            decoder = architecture.decoder(settings, dims) if decoder is None else decoder
+        parts.encoders[name], parts.decoders[name] = encoder, decoder
     return parts
 
 
-def _dimensions(config: DMVAEConfig, name: str, likelihood: Likelihood) -> networks.Dimensions:
-    return networks.Dimensions(
+def _dimensions(config: DMVAEConfig, name: str, likelihood: Likelihood) -> Dimensions:
+    return Dimensions(
         shape=config.shapes[name],
         output_shape=likelihood.output_shape,
         shared_dim=config.latent_dim,

@@ -13,7 +13,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dmvae.distributions.gaussian import at_least_float32
-from dmvae.nn.networks import EncoderOutput, MLPDecoder, MLPEncoder
+from dmvae.nn.networks import EncoderOutput
+from dmvae.nn.networks.mlp import MLPDecoder, MLPEncoder
 
 _SMALL = 2**17
 """Perceptrons with more weights than this gain nothing from running together."""

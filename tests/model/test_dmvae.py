@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from dmvae import DMVAE, Batch, DMVAEConfig
 from dmvae.config.model import ArchitectureConfig
-from dmvae.nn.networks import Dimensions, EncoderOutput, MLPDecoder, MLPEncoder
+from dmvae.nn.networks import Dimensions, EncoderOutput
+from dmvae.nn.networks.mlp import MLPDecoder, MLPEncoder
 from tests.linear_gaussian import exact_log_prob, linear_model, sample_rows
 
 SHAPES = {"image": (1, 3, 2), "text": (4,), "code": (2,)}

@@ -11,7 +11,8 @@ from dmvae import DMVAE, Batch, DMVAEConfig
 from dmvae.config.model import ArchitectureConfig
 from dmvae.model.loss import Noise
 from dmvae.model.outputs import DMVAEOutput
-from dmvae.nn.networks import Dimensions, EncoderOutput, MLPDecoder, MLPEncoder
+from dmvae.nn.networks import Dimensions, EncoderOutput
+from dmvae.nn.networks.mlp import MLPDecoder, MLPEncoder
 from tests.linear_gaussian import exact_log_prob, linear_model, sample_rows
 
 SHAPES = {"a": (3,), "b": (4,), "c": (2, 3)}

@@ -4,8 +4,8 @@ from torch import nn
 
 from dmvae import DMVAE, Batch, DMVAEConfig
 from dmvae.config.model import ArchitectureConfig
-from dmvae.nn import networks
-from dmvae.nn.networks import Dimensions, MLPDecoder, MLPEncoder
+from dmvae.nn.networks import Dimensions, architecture_of, register, registry
+from dmvae.nn.networks.mlp import MLPDecoder, MLPEncoder
 
 
 def dimensions(shape: tuple[int, ...], classes: int | None = None) -> Dimensions:
@@ -13,14 +13,17 @@ def dimensions(shape: tuple[int, ...], classes: int | None = None) -> Dimensions
     return Dimensions(shape, output_shape, shared_dim=3, private_dim=2, classes=classes)
 
 
+def build(settings: ArchitectureConfig, dims: Dimensions) -> tuple[nn.Module, nn.Module]:
+    architecture = architecture_of(settings, dims, "a")
+    return architecture.encoder(settings, dims), architecture.decoder(settings, dims)
+
+
 @pytest.mark.parametrize(
     ("architecture", "shape"),
     [("mlp", (7,)), ("mlp", (1, 28, 28)), ("conv", (1, 28, 28)), ("conv", (3, 32, 32)), ("conv", (1, 32, 32))],
 )
 def test_every_architecture_maps_rows_to_latents_and_back(architecture: str, shape: tuple[int, ...]) -> None:
-    build_encoder, build_decoder = networks.builders(architecture)
-    settings = ArchitectureConfig(name=architecture)
-    encoder, decoder = build_encoder(settings, dimensions(shape)), build_decoder(settings, dimensions(shape))
+    encoder, decoder = build(ArchitectureConfig(name=architecture), dimensions(shape))
     output = encoder(torch.randn(4, *shape))
     assert output.embedding.shape == output.log_covariance.shape == (4, 3)
     assert output.style_embedding.shape == output.style_log_covariance.shape == (4, 2)
@@ -29,9 +32,8 @@ def test_every_architecture_maps_rows_to_latents_and_back(architecture: str, sha
 
 @pytest.mark.parametrize("architecture", ["mlp", "conv"])
 def test_every_output_depends_on_its_own_row_alone(architecture: str) -> None:
-    build_encoder, build_decoder = networks.builders(architecture)
-    settings, dims = ArchitectureConfig(name=architecture), dimensions((1, 28, 28))
-    encoder, decoder = build_encoder(settings, dims).double(), build_decoder(settings, dims).double()
+    networks = build(ArchitectureConfig(name=architecture), dimensions((1, 28, 28)))
+    encoder, decoder = (network.double() for network in networks)
     x, z = torch.randn(3, 1, 28, 28, dtype=torch.float64), torch.randn(3, 5, dtype=torch.float64)
     torch.testing.assert_close(encoder(x).style_embedding[1:2], encoder(x[1:2]).style_embedding)
     torch.testing.assert_close(decoder(z).reconstruction[1:2], decoder(z[1:2]).reconstruction)
@@ -39,19 +41,16 @@ def test_every_output_depends_on_its_own_row_alone(architecture: str) -> None:
 
 @pytest.mark.parametrize("size", [28, 32])
 def test_the_conv_networks_see_and_paint_every_pixel(size: int) -> None:
-    build_encoder, build_decoder = networks.builders("conv")
-    settings, dims = ArchitectureConfig(name="conv"), dimensions((1, size, size))
+    encoder, decoder = build(ArchitectureConfig(name="conv"), dimensions((1, size, size)))
     x = torch.randn(8, 1, size, size, requires_grad=True)
-    build_encoder(settings, dims)(x).embedding.sum().backward()
+    encoder(x).embedding.sum().backward()
     assert bool((x.grad.abs().sum(0) > 0).all())
-    image = build_decoder(settings, dims)(torch.randn(8, 5)).reconstruction
+    image = decoder(torch.randn(8, 5)).reconstruction
     assert bool((image.std(0) > 0).all())
 
 
 def test_the_conv_networks_are_those_of_the_paper() -> None:
-    build_encoder, build_decoder = networks.builders("conv")
-    settings, dims = ArchitectureConfig(name="conv"), dimensions((3, 32, 32))
-    encoder, decoder = build_encoder(settings, dims), build_decoder(settings, dims)
+    encoder, decoder = build(ArchitectureConfig(name="conv"), dimensions((3, 32, 32)))
     down = [layer for layer in encoder.modules() if isinstance(layer, nn.Conv2d)]
     up = [layer for layer in decoder.modules() if isinstance(layer, nn.ConvTranspose2d)]
     assert [layer.out_channels for layer in down] == [32, 64, 128, 256]
@@ -62,8 +61,7 @@ def test_the_conv_networks_are_those_of_the_paper() -> None:
 
 def test_no_decoder_squashes_its_output() -> None:
     for architecture in ("mlp", "conv"):
-        _, build_decoder = networks.builders(architecture)
-        decoder = build_decoder(ArchitectureConfig(name=architecture), dimensions((1, 28, 28)))
+        _, decoder = build(ArchitectureConfig(name=architecture), dimensions((1, 28, 28)))
         output = decoder(1000 * torch.randn(50, 5)).reconstruction
         assert output.min() < -3, architecture
         assert output.max() > 3, architecture
@@ -104,9 +102,8 @@ def test_categories_enter_one_hot() -> None:
 @pytest.mark.parametrize("architecture", ["mlp", "conv"])
 def test_dropout_is_off_unless_asked_for(architecture: str) -> None:
     dims = dimensions((1, 28, 28))
-    for builder in networks.builders(architecture):
-        without = builder(ArchitectureConfig(name=architecture), dims)
-        with_it = builder(ArchitectureConfig(name=architecture, dropout=0.4), dims)
+    settings = ArchitectureConfig(name=architecture), ArchitectureConfig(name=architecture, dropout=0.4)
+    for without, with_it in zip(*(build(setting, dims) for setting in settings), strict=True):
         assert not [m for m in without.modules() if isinstance(m, nn.Dropout)]
         assert {m.p for m in with_it.modules() if isinstance(m, nn.Dropout)} == {0.4}
 
@@ -118,26 +115,25 @@ def test_conv_refuses_widths_and_shapes_that_it_does_not_have() -> None:
         (ArchitectureConfig(name="conv"), dimensions((784,)), r"\(784,\)"),
         (ArchitectureConfig(name="conv"), dimensions((1, 28, 28), classes=3), "categories"),
     ):
-        for builder in networks.builders("conv"):
-            with pytest.raises(ValueError, match=message):
-                builder(settings, dims)
+        with pytest.raises(ValueError, match=f"'conv' for modality 'image': .*{message}"):
+            architecture_of(settings, dims, "image")
 
 
 def test_a_registered_architecture_is_used_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(networks, "_REGISTRY", dict(networks._REGISTRY))
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
 
     class Offset(MLPEncoder):
         pass
 
-    networks.register("offset", Offset, MLPDecoder)
+    register("offset", Offset, MLPDecoder)
     model = DMVAE(DMVAEConfig(input_dims={"a": (3,), "b": (2,)}, architectures={"a": {"name": "offset"}}))
     assert type(model.encoders["a"]) is Offset
     assert type(model.encoders["b"]) is MLPEncoder
     assert bool(model(Batch({"a": torch.zeros(2, 3)})).loss.isfinite())
-    with pytest.raises(ValueError, match="'offset' again"):
-        networks.register("offset", Offset, MLPDecoder)
+    with pytest.raises(ValueError, match="'offset' is already registered"):
+        register("offset", Offset, MLPDecoder)
 
 
 def test_an_unknown_architecture_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"'resnet'.*mlp, conv"):
+    with pytest.raises(ValueError, match=r"'resnet' for modality 'a'\. Available: conv, mlp"):
         DMVAE(DMVAEConfig(input_dims={"a": (3,)}, architectures={"a": {"name": "resnet"}}))

@@ -1,0 +1,15 @@
+"""Encoders and decoders, a module per architecture, and the registry of their names.
+
+Every module here is loaded with the package and registers its architecture by itself.
+"""
+
+from importlib import import_module
+from pkgutil import iter_modules
+
+from dmvae.nn.networks.interface import DecoderOutput, Dimensions, EncoderOutput
+from dmvae.nn.networks.registry import Architecture, architecture_of, register
+
+__all__ = ["Architecture", "DecoderOutput", "Dimensions", "EncoderOutput", "architecture_of", "register"]
+
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")

@@ -1,0 +1,79 @@
+"""The interface of encoders and decoders, and the layers that several of them use."""
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, eq=False)
+class EncoderOutput:
+    """The output of an encoder: means and log-variances of the shared and the private (style) posterior."""
+
+    embedding: Float[Tensor, "row shared"]
+    log_covariance: Float[Tensor, "row shared"]
+    style_embedding: Float[Tensor, "row private"]
+    style_log_covariance: Float[Tensor, "row private"]
+
+
+@dataclass(frozen=True, eq=False)
+class DecoderOutput:
+    """The output of a decoder: the parameters of its modality's likelihood, `(rows, *output_shape)`."""
+
+    reconstruction: Tensor
+
+
+@dataclass(frozen=True)
+class Dimensions:
+    """The sizes and values that a pair of networks is built for.
+
+    Attributes:
+        shape: shape of one row of the modality.
+        output_shape: shape of the likelihood's parameters for one row.
+        shared_dim: dimension of the shared latent.
+        private_dim: dimension of the private latent.
+        classes: number of classes of categorical values; None for other values.
+        counts: whether the values are counts, which spread over orders of magnitude.
+        start: what the decoder's output should be close to before training.
+        pad: the class that fills up short rows; None if there is none.
+    """
+
+    shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+    shared_dim: int
+    private_dim: int
+    classes: int | None = None
+    counts: bool = False
+    start: float = 0.0
+    pad: int | None = None
+
+
+class Heads(nn.Linear):
+    """A linear map to both posteriors: shared mean, shared log-variance, private mean, private log-variance."""
+
+    def __init__(self, in_features: int, dims: Dimensions) -> None:
+        super().__init__(in_features, 2 * dims.shared_dim + 2 * dims.private_dim)
+        self.sizes = [dims.shared_dim] * 2 + [dims.private_dim] * 2
+
+    def split(self, features: Tensor) -> EncoderOutput:
+        """Map features to the posteriors' parameters."""
+        return EncoderOutput(*self(features).split(self.sizes, dim=-1))
+
+
+def dense_layers(sizes: list[int], dropout: float) -> list[nn.Module]:
+    """Return a linear layer, a ReLU and, unless it is 0, dropout for every pair of neighbouring sizes."""
+    layers: list[nn.Module] = []
+    for in_size, out_size in itertools.pairwise(sizes):
+        layers += [nn.Linear(in_size, out_size), nn.ReLU()]
+        layers += [nn.Dropout(dropout)] if dropout else []
+    return layers
+
+
+def start_at(last: nn.Module, dims: Dimensions) -> nn.Module:
+    """Shift the bias of a decoder's last layer by the start of its output."""
+    assert isinstance(last.bias, Tensor)
+    with torch.no_grad():
+        last.bias += dims.start
+    return last
