@@ -1,4 +1,4 @@
-"""Diagonal Gaussians: sampling, divergence from the prior, density, product of experts."""
+"""Diagonal Gaussians: samples, densities, divergences from the prior, and products of experts."""
 
 import math
 from dataclasses import dataclass
@@ -43,13 +43,13 @@ def product_of_experts(
     log_var: Float[Tensor, "expert row dim"],
     present: Bool[Tensor, "expert row"],
 ) -> DiagGaussian:
-    """Multiply the experts that are present and the standard-normal prior into one Gaussian per row.
+    """Multiply the experts that a row has and the standard-normal prior into one Gaussian per row.
 
         precision = 1 + sum_e present_e / var_e
         mean      = (sum_e present_e * mean_e / var_e) / precision
 
-    computed relative to the largest log-precision, in float32 or better, so that no finite log-variance
-    overflows. A row without any expert is the prior. What an absent expert holds is never read.
+    Computed relative to the largest log-precision, in float32 or better, so that no finite log-variance
+    overflows. A row without any expert has the prior. Values of an absent expert are never read.
 
     Source: Lee & Pavlovic 2021, q(z_s|X).
     """
@@ -64,6 +64,6 @@ def product_of_experts(
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Return half-precision values, which autocast's networks return, as float32."""
-    # in half precision a sum over a modality's elements has no accurate digit left
+    """Convert half precision, which networks return under autocast, to float32."""
+    # in half precision a sum over the elements of a modality keeps no accurate digit
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

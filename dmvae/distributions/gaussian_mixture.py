@@ -1,7 +1,7 @@
-"""A density of the latents fitted after training: a Gaussian mixture in place of the standard-normal prior.
+"""The fitted prior: Gaussian mixtures of the latents, fitted after training, in place of the standard normal.
 
-The aggregated posterior of a trained model is not the prior: z_s has clusters, and private latents depend on it. What
-is fitted is q(z_s) and, per modality, q(z_s, z_p), of which p(z_p | z_s) is closed form.
+The aggregated posterior of a trained model differs from the prior: z_s has clusters, and private latents depend on it.
+Mixtures are fitted to q(z_s) and, per modality, to q(z_s, z_p), which gives p(z_p | z_s) in closed form.
 """
 
 import math
@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 DENSITY_FILE = "density.safetensors"
-_RIDGE = 1e-4  # added to the covariances' diagonal, of latents whose scale is about 1
+_RIDGE = 1e-4  # added to the diagonal of covariances; latents have a scale of about 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +30,7 @@ class GaussianMixture:
 
     @classmethod
     def fit(cls, points: Float[Tensor, "row dim"], num_components: int, seed: int = 0) -> "GaussianMixture":
-        """Fit by EM, with fewer components where there are fewer than ten points for each.
+        """Fit by EM, with at least ten points per component: fewer points give fewer components.
 
         Raises:
             ValueError: for fewer than two points.
@@ -40,15 +40,13 @@ class GaussianMixture:
             from sklearn.exceptions import ConvergenceWarning
             from sklearn.mixture import GaussianMixture as Mixture
         except ImportError as error:
-            raise ImportError("a mixture is fitted by scikit-learn. Run pip install 'dmvae[report]'.") from error
+            raise ImportError("scikit-learn not found. Run pip install 'dmvae[report]'.") from error
         if len(points) < 2:
-            raise ValueError(f"a density is fitted to two latents or more; got {len(points)}.")
+            raise ValueError(f"Cannot fit a mixture: expected at least 2 points, got {len(points)}.")
         components = max(1, min(num_components, len(points) // 10))
         mixture = Mixture(components, reg_covar=_RIDGE, random_state=seed, max_iter=100, tol=1e-3)
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", ConvergenceWarning
-            )  # a likelihood not yet at rest is a density all the same
+            warnings.simplefilter("ignore", ConvergenceWarning)  # a fit that has not converged is a density too
             mixture.fit(points.detach().cpu().double().numpy())
         return cls(*(torch.from_numpy(np.array(part)) for part in (
             mixture.weights_, mixture.means_, mixture.covariances_)))  # fmt: skip
@@ -59,7 +57,7 @@ class GaussianMixture:
         return self.weights @ self.means
 
     def sample(self, num: int, generator: torch.Generator | None = None) -> Float[Tensor, "{num} dim"]:
-        """Draw from the mixture, with a generator of the CPU."""
+        """Draw from the mixture; `generator` must be on the CPU."""
         component = torch.multinomial(self.weights, num, replacement=True, generator=generator)
         noise = torch.randn(num, self.means.shape[1], dtype=torch.float64, generator=generator)
         return self.means[component] + _scale(torch.linalg.cholesky(self.covariances)[component], noise)
@@ -71,7 +69,7 @@ class GaussianMixture:
     def sample_given(
         self, given: Float[Tensor, "row known"], generator: torch.Generator | None = None
     ) -> Float[Tensor, "row rest"]:
-        """Draw the last dimensions given the first ones, with a generator of the CPU."""
+        """Draw the last dimensions given the first ones; `generator` must be on the CPU."""
         shares, means, covariance = self._condition(given)
         component = torch.multinomial(shares, 1, replacement=True, generator=generator)
         chosen = means.gather(1, component.unsqueeze(-1).expand(-1, -1, means.shape[2])).squeeze(1)
@@ -105,7 +103,7 @@ class GaussianMixture:
 
 @dataclass(frozen=True, eq=False)
 class FittedPrior:
-    """What takes the prior's place: q(z_s), and q(z_s, z_p) of every modality."""
+    """A replacement of the standard-normal prior: q(z_s), and q(z_s, z_p) of every modality."""
 
     shared: GaussianMixture
     joint: Mapping[str, GaussianMixture]
@@ -122,14 +120,14 @@ class FittedPrior:
         return_mean: bool = False,
         generator: torch.Generator | None = None,
     ) -> Float[Tensor, "*row private"]:
-        """Draw z_p given z_s, or return its mean; in the type and on the device of `shared`."""
+        """Draw z_p given z_s, or return its mean, with the dtype and device of `shared`."""
         given = shared.reshape(-1, shared.shape[-1]).to("cpu", torch.float64)
         mixture = self.joint[modality]
         drawn = mixture.mean_given(given) if return_mean else mixture.sample_given(given, generator)
         return drawn.reshape(*shared.shape[:-1], -1).to(shared)
 
     def save(self, folder: str | Path) -> None:
-        """Write `density.safetensors` into a folder, whole or not at all."""
+        """Write `density.safetensors` into a folder atomically."""
         from safetensors.torch import save_file
 
         parts = {"shared": self.shared, **{f"joint/{name}": mixture for name, mixture in self.joint.items()}}
@@ -145,13 +143,13 @@ class FittedPrior:
         """Read what `save` wrote.
 
         Raises:
-            FileNotFoundError: if the folder has no density.
+            FileNotFoundError: if the folder has no such file.
         """
         from safetensors.torch import load_file
 
         file = Path(folder) / DENSITY_FILE
         if not file.is_file():
-            raise FileNotFoundError(f"a fitted density is {DENSITY_FILE}; {folder} has none.")
+            raise FileNotFoundError(f"Fitted prior not found: {folder} has no {DENSITY_FILE}.")
         parts: dict[str, dict[str, Any]] = {}
         for name, tensor in load_file(file).items():
             part, _, key = name.rpartition("/")

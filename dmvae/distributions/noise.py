@@ -1,8 +1,8 @@
-"""Standard-normal noise that belongs to a row: addressed by a key, the same wherever and in whatever batch it is drawn.
+"""Standard-normal noise as a function of a row's key, independent of batch and worker.
 
-torch's generators are sequences, so a worker that owns some rows of a batch would have to draw the others' noise
-too, and a row's noise would depend on its neighbours. Here every value is a function of (key, row, place alone):
-the SplitMix64 finaliser of a counter (Steele, Lea and Flood 2014), then the Box-Muller transform.
+torch's generators are sequences: a worker with some rows of a batch would have to draw the noise of the others too, and
+a row's noise would depend on its neighbours. Here every value is a function of (key, place) alone: the SplitMix64
+finaliser of a counter (Steele, Lea and Flood 2014), then the Box-Muller transform.
 """
 
 import math
@@ -19,11 +19,11 @@ _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
 
 VERSION = 2
-"""Of the values that a key stands for: estimates of one version are not gone on with in another."""
+"""Changes when a key gives other values, so that estimates of one version are not resumed with another."""
 
 
 def _mix(x: Tensor) -> Tensor:
-    """The SplitMix64 finaliser, elementwise; int64 arithmetic wraps and `>>` is made logical by a mask."""
+    """Apply the SplitMix64 finaliser elementwise; int64 arithmetic wraps, and a mask makes `>>` logical."""
     return _mix_in_place(x.clone())
 
 
@@ -38,19 +38,19 @@ def _mix_in_place(x: Tensor) -> Tensor:
 
 
 def _mix_number(x: int) -> int:
-    """The same of one Python integer."""
+    """Apply the SplitMix64 finaliser to a Python integer."""
     x = _wrap((x ^ ((x >> 30) & 0x3FFFFFFFF)) * _MIX_1)
     x = _wrap((x ^ ((x >> 27) & 0x1FFFFFFFFF)) * _MIX_2)
     return x ^ ((x >> 31) & 0x1FFFFFFFF)
 
 
 def _wrap(x: int) -> int:
-    """Bring a Python integer into the range of int64, as tensors stay in it by themselves."""
+    """Wrap a Python integer into the range of int64, as tensor arithmetic does."""
     return (x + 2**63) % 2**64 - 2**63
 
 
 def chain(*parts: int | Tensor) -> Tensor:
-    """Hash integers, or int64 tensors that broadcast, into int64 keys; the order of the parts matters."""
+    """Hash integers and broadcastable int64 tensors into int64 keys; the order of the parts matters."""
     number, key = 0, None
     for part in parts:
         if isinstance(part, Tensor):
@@ -59,7 +59,7 @@ def chain(*parts: int | Tensor) -> Tensor:
             continue
         hashed = _mix_number(_wrap(part + _GOLDEN))
         if key is None:
-            # what all rows have in common, in Python's integers: a tensor operation costs many times as much
+            # in Python integers as long as all rows have the parts in common: tensor operations cost much more
             number = _mix_number(_wrap(number + _GOLDEN) ^ hashed)
         else:
             key = _mix((key + _GOLDEN) ^ hashed)
@@ -67,7 +67,7 @@ def chain(*parts: int | Tensor) -> Tensor:
 
 
 def row_keys(ids: Ids) -> Int64[Tensor, " row"]:
-    """Return one int64 key per row name; names that differ have keys that differ (two strings: but for 2^-64)."""
+    """Return an int64 key per row id; different ids have different keys (strings: except with probability 2^-64)."""
     if isinstance(ids, Tensor):
         return ids.to(torch.int64)
     if len(ids) == 0:
@@ -78,7 +78,7 @@ def row_keys(ids: Ids) -> Int64[Tensor, " row"]:
     keys = torch.zeros(len(ids), dtype=torch.int64)
     for place in range(words.shape[1]):
         word = torch.from_numpy(words[:, place].copy())
-        # the padding belongs to the longest name of this batch: it must leave a shorter name's key alone
+        # padding depends on the longest id of the batch: it must not change the key of a shorter one
         keys = torch.where(word == 0, keys, chain(keys, place, word))
     return keys
 
@@ -89,12 +89,12 @@ def standard_normal(
     """Draw N(0, 1) values: places `start` to `start + num` of every key's stream.
 
     The value at (key, place) depends on nothing else, so any split of rows or places gives the same noise. It has the
-    precision of float32, whatever type it is returned in, and is at most 6.7 in size.
+    precision of float32 in any `dtype`, and its magnitude is at most 6.7.
     """
     first, last = start // 2, -(-(start + num) // 2)
     counter = torch.arange(first + 1, last + 1, dtype=torch.int64, device=keys.device) * _GOLDEN
     bits = _mix_in_place(_mix(keys)[:, None] + counter)
-    # two signed 32-bit halves: one for the angle, the other's size, from 0 to 2^31, for the radius
+    # two signed 32-bit halves: one for the angle, the magnitude of the other, 0 to 2^31, for the radius
     halves = bits.view(torch.int32).view(*bits.shape, 2).float()
     angle = halves[..., 0] * (2 * math.pi * 2**-32)
     radius = halves[..., 1].abs().add_(0.5).mul_(2**-31).log_().mul_(-2).sqrt_()

@@ -1,7 +1,7 @@
-"""Networks of several modalities run together: small perceptrons of one layout as one batched product.
+"""Batched execution: small perceptrons of several modalities with the same layout run as one batched product.
 
-A step with many small networks is mostly the cost of starting operations. Weights stay where they are, in one module
-per modality; they are stacked for the product, and autograd brings each its gradient.
+With many small networks, most of a step is the cost of launching operations. Weights stay in one module per modality;
+they are stacked for the product, and autograd returns the gradient of each.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -17,12 +17,12 @@ from dmvae.nn.networks import EncoderOutput
 from dmvae.nn.networks.mlp import MLPDecoder, MLPEncoder
 
 _SMALL = 2**17
-"""Perceptrons with more weights than this gain nothing from running together."""
+"""Perceptrons with more weights than this gain nothing from being batched."""
 
 
 @dataclass(frozen=True, eq=False)
 class Decoder:
-    """A decoder network as a function from [z_shared, z_private] to a likelihood's parameters."""
+    """A decoder network as a function from [z_shared, z_private] to the parameters of a likelihood."""
 
     network: nn.Module
 
@@ -32,7 +32,7 @@ class Decoder:
 
 
 def encode_each(given: Mapping[str, tuple[nn.Module, Tensor]]) -> dict[str, Any]:
-    """Run every encoder on its rows; those of one layout on equally many rows as one batched product."""
+    """Run every encoder on its rows; those with the same layout and number of rows as one batched product."""
     layouts = {name: layout(encoder) for name, (encoder, _) in given.items()}
     kinds = {name: found and (found, given[name][1].shape[0]) for name, found in layouts.items()}
     outputs: dict[str, Any] = {}
@@ -50,7 +50,7 @@ def encode_each(given: Mapping[str, tuple[nn.Module, Tensor]]) -> dict[str, Any]
 
 
 def decode_each(decoders: Sequence[Callable[[Tensor], Tensor]], z: Float[Tensor, "decoder row latent"]) -> Tensor:
-    """Run decoders of one layout (or a single one of any kind), each on its rows; `(decoder, row, *output)`."""
+    """Run decoders with the same layout, or one of any kind, each on its rows; return `(decoder, row, *output)`."""
     if len(decoders) == 1:
         return decoders[0](z[0]).unsqueeze(0)
     networks = [decoder.network for decoder in decoders if isinstance(decoder, Decoder)]
@@ -60,14 +60,14 @@ def decode_each(decoders: Sequence[Callable[[Tensor], Tensor]], z: Float[Tensor,
 
 
 def decoder_layout(decode: Callable[[Tensor], Tensor]) -> Hashable | None:
-    """Return what decoders have in common that `decode_each` can run together; None for one that runs alone."""
+    """Return a key that is equal for decoders that `decode_each` can batch; None for one that must run alone."""
     return layout(decode.network) if isinstance(decode, Decoder) else None
 
 
 def layout(network: nn.Module) -> Hashable | None:
-    """Return what perceptrons have in common that can run as one batched product; None for any other network.
+    """Return a key that is equal for perceptrons that can run as one batched product; None for any other network.
 
-    A network that is watched by hooks, compiled, or has other layers than it was made with, runs by itself.
+    A network that has hooks, is compiled, or has other layers than it was built with, must run alone.
     """
     if not isinstance(network, MLPEncoder | MLPDecoder) or type(network) not in (MLPEncoder, MLPDecoder):
         return None
@@ -94,7 +94,7 @@ def layout(network: nn.Module) -> Hashable | None:
 
 
 def group_by_layout(kinds: Mapping[str, Hashable | None]) -> list[tuple[str, ...]]:
-    """Put names of one kind together, in their order; None is alone."""
+    """Group names with equal keys, in their order; a name without a key is a group of its own."""
     found: dict[Hashable, list[str]] = {}
     for name, kind in kinds.items():
         found.setdefault(name if kind is None else (kind,), []).append(name)
@@ -107,7 +107,7 @@ def _is_watched(module: nn.Module) -> bool:
 
 
 def _layers_of(network: nn.Module) -> list[Any]:
-    # a step asks for them often, and nn.Module is slow to give attributes
+    # called several times a step, and attributes of nn.Module are slow
     parts: dict[str, Any] = network._modules
     heads = [parts["heads"]] if "heads" in parts else []
     return [*parts["body"]._modules.values(), *heads]

@@ -56,7 +56,7 @@ def test_a_saved_density_is_the_same_and_holds_no_pickle(density: FittedPrior, t
     mine, theirs = (part.sample(5, torch.Generator().manual_seed(1)) for part in (density, loaded))
     assert torch.equal(mine[0], theirs[0])
     assert all(torch.equal(mine[1][name], theirs[1][name]) for name in SHAPES)
-    with pytest.raises(FileNotFoundError, match="has none"):
+    with pytest.raises(FileNotFoundError, match=r"has no density\.safetensors"):
         FittedPrior.load(tmp_path / "absent")
 
 

@@ -1,6 +1,6 @@
-"""log p(x_m | z) of each kind of modality, a module per likelihood, and the registry of their names.
+"""Likelihoods p(x_m | z), a module for each, and the registry of their names.
 
-Every module here is loaded with the package and registers its likelihood by itself.
+Loading the package loads all of its modules, and each registers its likelihood.
 """
 
 from importlib import import_module

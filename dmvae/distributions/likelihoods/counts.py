@@ -1,4 +1,4 @@
-"""What likelihoods of counts have in common: size factors, and means that are proportional to them."""
+"""The common part of likelihoods of counts: size factors, and means proportional to them."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What every likelihood offers: its density, its mean, draws, and the derivatives that the NLL needs."""
+"""The interface of likelihoods: density, mean, draws, and the derivatives that the NLL needs."""
 
 from collections.abc import Hashable, Sequence
 from typing import ClassVar
@@ -13,8 +13,7 @@ _OF_ANY_MODULE = frozenset(vars(nn.Module()))
 class Likelihood(nn.Module):
     """The distribution of one modality given its decoder's output.
 
-    Leading dimensions are free and broadcast: a decoder's output `(sources, rows, *output_shape)` may meet
-    values `(rows, *shape)`.
+    Leading dimensions broadcast: an output `(sources, rows, *output_shape)` goes with values `(rows, *shape)`.
 
     Attributes:
         shape: shape of one row of the modality.
@@ -23,7 +22,7 @@ class Likelihood(nn.Module):
         is_continuous: whether draws are real numbers, of which no two are equal.
         are_counts: whether values are counts, whose mean is proportional to the row's size factor.
         size_factor: of rows for which none is known; of counts.
-        start: the decoder's output before training: what a good start for it is.
+        start: what the decoder's output should be close to before training.
         classes: the number of classes, if values are classes.
         pad: the class that fills up short rows, if there is one.
     """
@@ -58,7 +57,7 @@ class Likelihood(nn.Module):
         raise NotImplementedError
 
     def mean_at(self, output: Float[Tensor, "..."], size_factors: Float[Tensor, " row"]) -> Tensor:
-        """Return E[x | output] for an output `(..., row, *shape)` of rows with these size factors (of counts)."""
+        """Return E[x | output] for an output `(..., row, *shape)` and, for counts, the rows' size factors."""
         return self.mean(output)
 
     def likeliest(self, output: Tensor, value: Tensor | None = None) -> Tensor:
@@ -74,7 +73,7 @@ class Likelihood(nn.Module):
         return value
 
     def is_density(self, value: Tensor) -> bool:
-        """Tell whether `log_prob` of these values is a log-density or log-probability."""
+        """Tell whether `log_prob` is a log-density or log-probability of these values."""
         return True
 
     def in_support(self, value: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""What normal and Laplace distributions have in common: a location from the decoder, and a scale."""
+"""The common part of normal and Laplace distributions: a location from the decoder, and a scale."""
 
 import math
 

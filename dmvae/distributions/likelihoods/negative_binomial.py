@@ -75,9 +75,9 @@ class NegativeBinomial(Counts):
 
 
 def _log_normaliser(counts: Float[Tensor, "*row size"], log_r: Float[Tensor, " size"]) -> Float[Tensor, "*row"]:
-    """Return log Gamma(x + r) / (Gamma(r) r^x x!) in float64, summed over elements; where x = 0 it is 0."""
+    """Return log Gamma(x + r) / (Gamma(r) r^x x!) in float64, summed over elements; it is 0 where x = 0."""
     flat = counts.reshape(-1, counts.shape[-1])
-    row, element = flat.nonzero(as_tuple=True)  # few of cells' counts, and the gamma function is dear
+    row, element = flat.nonzero(as_tuple=True)  # few counts of a cell are not 0, and the gamma function is slow
     x, r = flat[row, element].double(), log_r.exp()
     terms = torch.lgamma(x + r[element]) - torch.lgamma(r)[element] - x * log_r[element] - torch.lgamma(x + 1)
     return terms.new_zeros(len(flat)).index_add(0, row, terms).view(counts.shape[:-1])

@@ -15,7 +15,7 @@ class Poisson(Counts):
     def log_prob(self, output: Tensor, value: Tensor) -> Float[Tensor, "..."]:
         """Return the log-probability in nats, summed over the modality's elements."""
         counts, log_mean = self._split(output, value)
-        # of the rows, not of every draw: cheap even in float64, where sums of large terms keep their digits
+        # a term per row and not per draw: cheap even in float64, where sums of large terms keep their digits
         normaliser = torch.lgamma(counts.double() + 1).sum(-1).to(output.dtype)
         return (counts * log_mean - log_mean.exp()).sum(-1) - normaliser
 

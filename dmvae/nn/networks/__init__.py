@@ -1,6 +1,6 @@
 """Encoders and decoders, a module per architecture, and the registry of their names.
 
-Every module here is loaded with the package and registers its architecture by itself.
+Loading the package loads all of its modules, and each registers its architecture.
 """
 
 from importlib import import_module

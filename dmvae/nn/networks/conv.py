@@ -36,7 +36,7 @@ class ConvEncoder(nn.Module):
 
 
 class ConvDecoder(nn.Module):
-    """The mirror of `ConvEncoder`; for 28x28 the border of the 32x32 image is cut off."""
+    """The mirror of `ConvEncoder`; for 28x28 the border of the 32x32 image is cropped."""
 
     def __init__(self, architecture: ArchitectureConfig, dims: Dimensions) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class ConvDecoder(nn.Module):
 
 
 def _convolve(layers: list[nn.Module]) -> nn.Sequential:
-    """Chain layers, with the channels of a filter's pixel side by side: torch lays images out alike, and is faster."""
+    """Chain layers in the channels-last memory format, which is faster."""
     chained: nn.Sequential = nn.Sequential(*layers).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return chained
 

@@ -13,7 +13,7 @@ from dmvae.nn.networks.registry import register
 
 
 class MLPEncoder(nn.Module):
-    """A perceptron on the flattened row; categories enter one-hot, padding as zeros, counts as log(1 + x)."""
+    """A perceptron on the flattened row; categories are one-hot, padding is zero, counts are log(1 + x)."""
 
     def __init__(self, architecture: ArchitectureConfig, dims: Dimensions) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class MLPEncoder(nn.Module):
         return self.heads.split(self.body(self.features(x)))
 
     def features(self, x: Tensor) -> Float[Tensor, "row _"]:
-        """Return rows as the first layer takes them."""
+        """Return rows in the form that the first layer takes."""
         if self.classes is not None:
             padding = None if self.pad is None else (x == self.pad).unsqueeze(-1)
             x = F.one_hot(x, self.classes).to(self.heads.weight.dtype)

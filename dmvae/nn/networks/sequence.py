@@ -15,9 +15,9 @@ _KERNEL_SIZE = 5
 
 
 class SequenceEncoder(nn.Module):
-    """Classes and places embedded, convolutions over neighbours, and their mean over the row; padding is left out.
+    """Embeddings of classes and positions, convolutions, and their mean over the row without padding.
 
-    How much padding a row has changes nothing.
+    The amount of padding changes nothing.
     """
 
     def __init__(self, architecture: ArchitectureConfig, dims: Dimensions) -> None:
@@ -44,7 +44,7 @@ class SequenceEncoder(nn.Module):
 
 
 class SequenceDecoder(nn.Module):
-    """A perceptron from the latents and a place to the classes' logits there; every place is by itself."""
+    """A perceptron from the latents and a position to the logits of its classes, for each position alone."""
 
     def __init__(self, architecture: ArchitectureConfig, dims: Dimensions) -> None:
         super().__init__()
