@@ -35,7 +35,7 @@ def linear_model(
     model = DMVAE(config).double().eval()
     with torch.no_grad():
         for name in config.modalities:
-            encoder, decoder = _linear(model.encoders[name]), _linear(model.decoders[name])
+            encoder, decoder = linear_layer(model.encoders[name]), linear_layer(model.decoders[name])
             size, dim = decoder.weight.shape
             decoder.weight.copy_(torch.randn(size, dim, generator=generator, dtype=torch.float64) / math.sqrt(dim))
             decoder.bias.copy_(torch.randn(size, generator=generator, dtype=torch.float64))
@@ -54,7 +54,7 @@ def sample_rows(model: DMVAE, rows: int, seed: int = 0, missing: float = 0.0) ->
     data, masks = {}, {}
     for name, shape in model.config.shapes.items():
         private = torch.randn(rows, private_dims[name], generator=generator, dtype=torch.float64)
-        decoder = _linear(model.decoders[name])
+        decoder = linear_layer(model.decoders[name])
         noise = torch.randn(rows, math.prod(shape), generator=generator, dtype=torch.float64)
         flat = torch.cat((shared, private), dim=1) @ decoder.weight.T + decoder.bias + _scale(model, name) * noise
         masks[name] = torch.rand(rows, generator=generator) >= missing
@@ -83,7 +83,7 @@ def exact_log_prob(model: DMVAE, batch: Batch) -> Tensor:
 def _marginal(model: DMVAE, names: list[str]) -> tuple[Tensor, Tensor]:
     """Return the mean and the covariance of x of the given modalities, one after the other."""
     dim, private_dims = model.config.latent_dim, model.config.private_dims
-    decoders = [_linear(model.decoders[name]) for name in names]
+    decoders = [linear_layer(model.decoders[name]) for name in names]
     shared = torch.cat([decoder.weight[:, :dim] for decoder in decoders])
     private = torch.block_diag(*(decoder.weight[:, dim:] for decoder in decoders))
     assert private.shape[1] == sum(private_dims[name] for name in names)
@@ -106,7 +106,7 @@ def _posterior(decoder: nn.Linear, scale: float, latent_dim: int) -> tuple[Tenso
     return weight, bias
 
 
-def _linear(network: nn.Module) -> nn.Linear:
+def linear_layer(network: nn.Module) -> nn.Linear:
     """Return the one linear layer of a network without hidden layers."""
     (layer,) = (module for module in network.modules() if isinstance(module, nn.Linear))
     return layer

@@ -1,4 +1,4 @@
-"""DMVAE: the model that a person holds; thin methods over the mathematics beside it."""
+"""The model: thin methods around the mathematics in the modules beside it."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -31,14 +31,14 @@ Modalities = str | Iterable[str]
 class DMVAE(nn.Module):
     """The Private-Shared Disentangled Multimodal VAE.
 
-    Every modality has a private latent z_p; all share z_s, whose posterior is the product of the experts of
-    the modalities that a row has and the prior. Any row may lack any modality.
+    Every modality has a private latent z_p, and all share z_s. The posterior of z_s is the product of the experts of
+    the modalities that a row has, and the prior. Any modality of a row may be missing.
 
     Args:
         config: with `input_dims`.
-        encoders: networks for some modalities, in place of the configured architecture. An encoder's output
-            has `embedding`, `log_covariance`, `style_embedding`, `style_log_covariance`.
-        decoders: likewise; a decoder takes [z_s, z_p] and its output has `reconstruction`.
+        encoders: networks for some modalities, in place of the configured architecture. The output of an encoder
+            must have `embedding`, `log_covariance`, `style_embedding` and `style_log_covariance`.
+        decoders: likewise. A decoder takes [z_s, z_p], and its output must have `reconstruction`.
 
     Attributes:
         encoders: network per modality.
@@ -62,8 +62,8 @@ class DMVAE(nn.Module):
         parts = assemble(config, encoders, decoders)
         self.config = config.model_copy(update={"custom_architectures": parts.custom})
         self.likelihoods, self.encoders, self.decoders = parts.likelihoods, parts.encoders, parts.decoders
-        # torch finds modules here. ModuleDict refuses names such as `type`, which are legal for modalities: hence the
-        # prefix; and it is slow to ask, hence the plain dicts above
+        # torch finds modules here. ModuleDict refuses names such as `type`, which are legal for modalities, hence the
+        # prefix; and its items are slow to get, hence the plain dicts above
         for kind in ("likelihoods", "encoders", "decoders"):
             modules = {f"modality_{name}": module for name, module in getattr(self, kind).items()}
             setattr(self, f"_{kind}", nn.ModuleDict(modules))
@@ -76,7 +76,7 @@ class DMVAE(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """Device of the parameters."""
         return self._parameter.device
 
     @property
@@ -86,10 +86,10 @@ class DMVAE(nn.Module):
 
     @property
     def _parameter(self) -> nn.Parameter:
-        # a step asks often, and torch walks all modules to list parameters: hence one module's own
+        # asked several times a step, and torch walks all modules to list parameters: hence the one of a fixed module
         module, name = self._owner
         parameter = module._parameters.get(name)
-        if parameter is None:  # a parametrisation, such as a spectral norm, holds it now
+        if parameter is None:  # a parametrisation, such as a spectral norm, has taken it
             parameter = next(parameter for parameter in self.parameters() if parameter.is_floating_point())
         return parameter
 
@@ -99,9 +99,9 @@ class DMVAE(nn.Module):
         """Compute the training objective of a batch.
 
         Args:
-            inputs: rows, incomplete or not.
-            noise: of the reparameterised samples; None draws it from torch's global generator.
-            divergence_weight: multiplies every beta (a warm-up's factor).
+            inputs: rows, complete or not.
+            noise: for the reparameterised samples; None draws it from torch's global generator.
+            divergence_weight: factor on every beta, for warm-up.
         """
         batch = self._batch(inputs)
         if noise is None:
@@ -119,36 +119,33 @@ class DMVAE(nn.Module):
         )
         row_loss = bound.row_loss
         if torch.is_grad_enabled() and not row_loss.requires_grad:
-            # nothing is observed; a worker with such rows, or none, still joins the reduction of gradients, with zeros.
-            # It has to be done here, inside what DDP wraps
+            # without any value to learn from, this worker must still reduce gradients with the others, as zeros; and it
+            # must do so here, inside the module that DDP wraps
             row_loss = row_loss + 0.0 * torch.stack([p.sum() for p in self.parameters()]).sum()
         return DMVAEOutput(row_loss.sum() / max(len(batch), 1), row_loss, bound.terms)
 
     def observe(self, inputs: MultimodalRows, modalities: Modalities = "all") -> dict[str, Observed]:
-        """Encode each modality of the rows that have it; a modality that no row has is left out.
-
-        Encoders see present rows only.
-        """
+        """Encode each modality of the rows that have it; modalities that no row has are left out."""
         names = self._names(modalities, "modalities")
         return observe(self._batch(inputs), {name: self.encoders[name] for name in names}, self.likelihoods)
 
     @property
     def decode_functions(self) -> dict[str, Decode]:
-        """Per modality, [z_s, z_p] to the likelihood's parameters."""
+        """Functions from [z_s, z_p] to the parameters of the likelihood, per modality."""
         return {name: Decoder(decoder) for name, decoder in self.decoders.items()}
 
     def posteriors(
         self, inputs: MultimodalRows, cond_mod: Modalities = "all"
     ) -> tuple[DiagGaussian, dict[str, DiagGaussian]]:
-        """Return q(z_s | what each row has of `cond_mod`) and each q(z_p | x_m), the prior where a row lacks m.
+        """Return q(z_s | x_A), A being what a row has of `cond_mod`, and each q(z_p | x_m), the prior if m is missing.
 
-        Unlike `encode` this keeps the gradient and the mode.
+        Unlike `encode`, it keeps gradients and the mode.
         """
         batch = self._batch(inputs)
         return self.combine(self.observe(batch, self._names(cond_mod, "cond_mod")), len(batch))
 
     def combine(self, observed: Mapping[str, Observed], num_rows: int) -> tuple[DiagGaussian, dict[str, DiagGaussian]]:
-        """Return the shared posterior and the private ones of all rows from what `observe` returned."""
+        """Return the shared and the private posteriors of all rows from the result of `observe`."""
         zeros = torch.zeros(num_rows, self.config.latent_dim, dtype=self.dtype, device=self.device)
         return combine(observed, zeros, self.config.private_dims)
 
@@ -162,10 +159,10 @@ class DMVAE(nn.Module):
         generator: torch.Generator | None = None,
         density: FittedPrior | None = None,
     ) -> ModelOutput:
-        """Sample latents given the modalities in `cond_mod` that each row has, or return the posteriors' means.
+        """Sample latents given the modalities of `cond_mod` that each row has, or return the posterior means.
 
-        Private latents of modalities outside it come from the prior, row by row; with `density`, a fitted one, from
-        p(z_p | z_s), and the shared latent of a row with nothing from p(z_s).
+        Private latents of the other modalities are drawn from the prior. With a fitted prior as `density` they are
+        drawn from p(z_p | z_s), and the shared latent of a row without any modality from p(z_s).
 
         Returns:
             `.z` and `.modalities_z[m]`: `(rows, dim)` for N=1, `(N, rows, dim)` for N>1, `(N * rows, dim)` with
@@ -175,7 +172,7 @@ class DMVAE(nn.Module):
             ValueError: for an unknown or empty set of modalities, or N below 1.
         """
         if N < 1:
-            raise ValueError(f"N is the number of samples per row, at least 1; got N={N}.")
+            raise ValueError(f"N must be at least 1, but got N={N}.")
         batch = self._batch(inputs)
         with inference_mode(self):
             observed = self.observe(batch, self._names(cond_mod, "cond_mod"))
@@ -188,7 +185,7 @@ class DMVAE(nn.Module):
 
         Returns:
             the decoder's output per modality (logits for bernoulli and categorical, log-means for counts), with the
-            latents' leading dimensions; `means` brings it to the data's scale.
+            leading dimensions of the latents; `means` converts it to the data's scale.
         """
         with inference_mode(self):
             return decode_latents(self._decode_functions_of(modalities, "modalities"), embedding)
@@ -204,7 +201,7 @@ class DMVAE(nn.Module):
         generator: torch.Generator | None = None,
         density: FittedPrior | None = None,
     ) -> ModelOutput:
-        """Generate `gen_mod` from the modalities in `cond_mod` that each row has: `encode`, then `decode`."""
+        """Generate `gen_mod` from the modalities of `cond_mod` that each row has: `encode`, then `decode`."""
         wanted = self._names(gen_mod, "gen_mod")
         embedding = self.encode(inputs, cond_mod, N, return_mean, flatten, generator, density)
         return self.decode(embedding, wanted)
@@ -212,9 +209,8 @@ class DMVAE(nn.Module):
     def means(self, output: Tensor, modality: str, inputs: MultimodalRows | None = None) -> Tensor:
         """Return E[x_m | output] on the data's scale, for a decoder's output `(..., *output_shape)`.
 
-        Counts are shown at a size factor, the likelihood's as a rule. With `inputs`, output being `(..., rows,
-        *output_shape)` of their rows, it is the row's own where it is known: as given, or the total of the counts
-        that the row has.
+        Means of counts are proportional to a size factor, by default the likelihood's. With `inputs`, whose rows the
+        output `(..., rows, *output_shape)` belongs to, it is the row's own: as given, or the total of its counts.
         """
         likelihood = self.likelihoods[modality]
         if inputs is None or not likelihood.are_counts:
@@ -224,9 +220,9 @@ class DMVAE(nn.Module):
     def generate_from_prior(
         self, n_samples: int, generator: torch.Generator | None = None, density: FittedPrior | None = None
     ) -> ModelOutput:
-        """Sample all latents from the prior, or a density in its place, `(n_samples, dim)`; `decode` takes them."""
+        """Sample all latents `(n_samples, dim)` from the prior, or from a fitted one; `decode` takes them."""
         if n_samples < 1:
-            raise ValueError(f"n_samples is at least 1; got {n_samples}.")
+            raise ValueError(f"n_samples must be at least 1, but got {n_samples}.")
         return sample_latents(self.config, n_samples, self.dtype, self.device, generator, density)
 
     def joint_nll(
@@ -240,8 +236,8 @@ class DMVAE(nn.Module):
     ) -> NLLEstimate:
         """Estimate -log p(x_A) of every row, A being what it has of `modalities`, with its Monte Carlo error.
 
-        A row's estimate depends on the seed and its id alone (its place in the batch where it has no id). Latents
-        are drawn from a fit to the row's posterior, or with `proposal="encoder"` from the encoders' posteriors.
+        A row's estimate depends only on the seed and its id (without ids, its position in the batch). Latents are
+        drawn from a fit to the row's posterior, or with `proposal="encoder"` from the posteriors of the encoders.
         """
         batch = self._batch(inputs)
         with inference_mode(self):
@@ -268,10 +264,10 @@ class DMVAE(nn.Module):
         generator: torch.Generator | None = None,
         proposal: str = "refined",
     ) -> dict[str, Tensor]:
-        """Estimate -log p(x_m | x_S) for each m of `pred_mods` on its own, in nats.
+        """Estimate -log p(x_m | x_S) in nats, for each m of `pred_mods` alone.
 
-        S is what a row has of `subset`; where that is nothing this is the marginal. The mean is over the rows
-        that have m; NaN where no row has it.
+        S is what a row has of `subset`; if it is empty, this is the marginal. The mean is over the rows that have m,
+        and NaN if no row has it.
 
         Raises:
             ValueError: if `subset` and `pred_mods` overlap, or either is unknown or empty.
@@ -279,7 +275,7 @@ class DMVAE(nn.Module):
         given, wanted = self._names(subset, "subset"), self._names(pred_mods, "pred_mods")
         overlap = [name for name in wanted if name in given]
         if overlap:
-            raise ValueError(f"pred_mods are predicted from subset, so they do not overlap; got {overlap} in both.")
+            raise ValueError(f"subset and pred_mods must not overlap, but both contain {overlap}.")
         batch, seed = self._batch(inputs), draw_seed(generator)
         if batch.ids is None:
             batch = replace(batch, ids=torch.arange(len(batch)))
@@ -291,7 +287,7 @@ class DMVAE(nn.Module):
         return results
 
     def save(self, dir: str | Path) -> None:  # noqa: A002 (the seed's name)
-        """Write `model.json` and `model.safetensors` into a folder, each whole or not at all."""
+        """Write `model.json` and `model.safetensors` into a folder, each atomically."""
         write_folder(Path(dir), self.config, self.state_dict())
 
     @classmethod
@@ -301,19 +297,19 @@ class DMVAE(nn.Module):
         encoders: Mapping[str, nn.Module] | None = None,
         decoders: Mapping[str, nn.Module] | None = None,
     ) -> "DMVAE":
-        """Read a model's folder, or a checkpoint's; the result is on the CPU, in eval mode.
+        """Load a model from its folder or from a checkpoint, onto the CPU and in eval mode.
 
         Raises:
-            FileNotFoundError: if the folder is no model's.
-            ValueError: if a file cannot be read, the model was made with networks given by hand and they are not
-                given here, or the weights do not belong to the config.
+            FileNotFoundError: if the folder has no model.
+            ValueError: if a file cannot be read, networks that were given by hand are missing, or the weights do not
+                belong to the config.
         """
         config, tensors = read_folder(Path(dir))
         with torch.random.fork_rng(devices=[]):  # loading leaves the caller's random numbers alone
             model = cls(config, encoders, decoders)
         own = model.state_dict()
         check_weights(Path(dir), own, tensors)
-        # the file's tensors are neither aligned nor laid out as the model's own; the last bits of sums depend on both
+        # tensors of a file differ from those of a model in alignment and layout, on which the last bits of sums depend
         copies = {name: torch.empty_like(own[name], dtype=t.dtype).copy_(t) for name, t in tensors.items()}
         model.load_state_dict(copies, assign=True)
         return model.eval()
@@ -329,7 +325,8 @@ class DMVAE(nn.Module):
         unknown = [name for name in names if name not in known]
         if unknown or not names:
             raise ValueError(
-                f"{argument} is 'all', or one or more modalities of the model; got {list(names)}. Known: {list(known)}."
+                f"{argument} must be 'all' or name at least one modality of the model, but got {list(names)}. "
+                f"Available: {list(known)}."
             )
         return tuple(name for name in known if name in names)
 

@@ -1,4 +1,4 @@
-"""From incomplete rows to posteriors: inputs are checked, encoded where they are present, and combined."""
+"""From incomplete rows to posteriors: check inputs, encode the values that are present, combine the experts."""
 
 from collections.abc import Mapping
 
@@ -14,7 +14,7 @@ from dmvae.model.loss import Observed
 from dmvae.nn.batched import encode_each
 
 ACTIVE_VARIANCE = 0.01
-"""A unit whose posterior mean varies more than this over rows is active (Burda et al. 2016)."""
+"""A unit is active if the variance of its posterior mean over rows exceeds this (Burda et al. 2016)."""
 
 
 def conform(
@@ -24,22 +24,24 @@ def conform(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Batch:
-    """Check names and shapes, and bring values to a model's floating-point type and device.
+    """Check names and shapes, and move values to the floating-point type and device of a model.
 
     Raises:
-        ValueError: for a modality, a shape or a type of values that is not the model's.
+        ValueError: if a modality, a shape or a dtype does not fit the model.
     """
     stray = sorted(set(inputs.data) - set(config.modalities))
     if stray:
-        raise ValueError(f"data holds modalities of the model {list(config.modalities)}; got {stray}.")
+        raise ValueError(f"Unknown modalities in data: {stray}. Available: {list(config.modalities)}.")
     is_gpu = device.type == "cuda"
     data = {}
     for name, values in inputs.data.items():
         if tuple(values.shape[1:]) != config.shapes[name]:
-            raise ValueError(f"a row of {name!r} has shape {config.shapes[name]}; got values {tuple(values.shape)}.")
+            raise ValueError(
+                f"Rows of {name!r} must have shape {config.shapes[name]}, but got values {tuple(values.shape)}."
+            )
         categorical = likelihoods[name].classes is not None
         if categorical and values.is_floating_point():
-            raise ValueError(f"a categorical modality's values are int64; got {values.dtype} for {name!r}.")
+            raise ValueError(f"Values of the categorical modality {name!r} must be int64, but got {values.dtype}.")
         data[name] = values.to(device, torch.int64 if categorical else dtype, non_blocking=is_gpu)
     masks = getattr(inputs, "masks", None)
     if masks is not None:
@@ -53,7 +55,7 @@ def conform(
 def observe(
     batch: Batch, encoders: Mapping[str, nn.Module], likelihoods: Mapping[str, Likelihood]
 ) -> dict[str, Observed]:
-    """Encode each modality of the rows that have it; a modality that no row has is left out."""
+    """Encode each modality of the rows that have it; modalities that no row has are left out."""
     here: dict[str, tuple[Tensor, Tensor | None, Tensor, Tensor | None]] = {}
     for name in encoders:
         if name not in batch.data or len(batch) == 0:
@@ -81,7 +83,7 @@ def observe(
 def combine(
     observed: Mapping[str, Observed], zeros: Float[Tensor, "row shared"], private_dims: Mapping[str, int]
 ) -> tuple[DiagGaussian, dict[str, DiagGaussian]]:
-    """Return the shared posterior and the private ones of all rows; `zeros` has the rows, type and device."""
+    """Return the shared and the private posteriors of all rows; `zeros` gives their number, dtype and device."""
     nowhere = torch.zeros(1, len(zeros), dtype=torch.bool, device=zeros.device)
     parts = observed.values()
     shared = product_of_experts(
@@ -100,7 +102,7 @@ def combine(
 
 
 def present(batch: Batch, name: str) -> Bool[Tensor, " row"]:
-    """Tell which rows have a modality, on the device of its values."""
+    """Return which rows have a modality, on the device of its values."""
     if name not in batch.data:
         return torch.zeros(len(batch), dtype=torch.bool)
     mask = (batch.masks or {}).get(name)
@@ -108,13 +110,13 @@ def present(batch: Batch, name: str) -> Bool[Tensor, " row"]:
 
 
 def size_factors(batch: Batch, name: str, unknown: float, like: Tensor) -> Float[Tensor, " row"]:
-    """Return what a row's counts are proportional to: its size factor, else their total, else `unknown`.
+    """Return the size factor of each row: as given, else the total of its counts, else `unknown`.
 
     Args:
         batch: rows.
-        name: of the modality of counts.
-        unknown: of rows that have neither.
-        like: has the type and the device of the result.
+        name: a modality of counts.
+        unknown: for rows that have neither.
+        like: gives dtype and device of the result.
     """
     found = like.new_full((len(batch),), unknown)
     if name in batch.data:

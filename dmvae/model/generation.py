@@ -1,4 +1,4 @@
-"""What a model's latents are drawn from, and what they are decoded to."""
+"""Draw latents from posteriors or the prior, and decode them."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ from dmvae.model.outputs import ModelOutput
 
 @contextmanager
 def inference_mode(model: nn.Module) -> Iterator[None]:
-    """Switch to eval mode without a graph; afterwards each module has the mode it had."""
+    """Evaluate in eval mode without gradients, then restore the mode of every module."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -38,17 +38,17 @@ def draw_latents(
     generator: torch.Generator | None = None,
     density: FittedPrior | None = None,
 ) -> ModelOutput:
-    """Sample each row's posteriors, or return their means; see `DMVAE.encode`.
+    """Sample the posteriors of each row, or return their means; see `DMVAE.encode`.
 
     Args:
         shared: posterior of z_s.
-        private: posterior of every modality's z_p, the prior where a row lacks it.
-        present: the rows that have each modality that was given.
-        num_draws: per row.
-        return_mean: in place of draws.
-        flatten: draws and rows into one dimension.
-        generator: of the draws; None is torch's global one.
-        density: takes the prior's place.
+        private: posterior of z_p per modality; the prior where a row lacks the modality.
+        present: which rows have each of the modalities that are given.
+        num_draws: draws per row.
+        return_mean: return means in place of draws.
+        flatten: merge draws and rows into one dimension.
+        generator: of the draws; None: torch's global one.
+        density: replaces the prior.
     """
 
     def draw(gaussian: DiagGaussian) -> Tensor:
@@ -76,7 +76,7 @@ def sample_latents(
     generator: torch.Generator | None = None,
     density: FittedPrior | None = None,
 ) -> ModelOutput:
-    """Sample all latents from the prior, or a density in its place, `(num, dim)`."""
+    """Sample all latents `(num, dim)` from the prior, or from `density` in its place."""
     if density is not None:
         shared, drawn = density.sample(num, _on_cpu(generator))
         latents = {name: latent.to(device, dtype) for name, latent in drawn.items()}
@@ -88,7 +88,7 @@ def sample_latents(
 
 
 def decode_latents(functions: Mapping[str, Decode], embedding: Mapping[str, Any]) -> ModelOutput:
-    """Decode latents with any leading dimensions, which the outputs keep."""
+    """Decode latents; outputs keep their leading dimensions."""
     z, private = embedding["z"], embedding["modalities_z"]
     outputs = ModelOutput()
     for name, decode in functions.items():

@@ -1,8 +1,8 @@
 """The training objective: one evidence lower bound per source of the shared latent, and its named terms.
 
-Sources are the joint posterior and, as the configuration says, each modality's or random subsets' of what a row has.
-
-A pure function of posteriors, decoders, rows and noise. What a row does not have is neither decoded nor read.
+The sources are the joint posterior and, depending on the configuration, each modality or random subsets of what a row
+has. The objective is a pure function of posteriors, decoders, rows and noise. Missing values are neither decoded nor
+read.
 """
 
 import math
@@ -19,19 +19,19 @@ from dmvae.distributions.likelihoods import Likelihood, log_prob_each, stack
 from dmvae.nn.batched import decode_each, decoder_layout, group_by_layout
 
 Decode = Callable[[Tensor], Tensor]
-"""[z_shared, z_private] `(rows, dims)` to a likelihood's parameters `(rows, *output_shape)`."""
+"""From [z_shared, z_private] `(rows, dims)` to the parameters of a likelihood `(rows, *output_shape)`."""
 _DECODED_NUMBERS = 3 * 2**17
-"""Decoder outputs at once on a CPU, up to twice as many: the system clears fresh memory for what is larger."""
+"""Decoder outputs per call on a CPU, at most twice as many: larger tensors take fresh memory, which costs time."""
 
 
 @dataclass(frozen=True, eq=False)
 class Observed:
-    """The rows of a batch that have one modality, and the posteriors that its encoder gives them.
+    """The rows of a batch that have one modality, and their posteriors.
 
     Attributes:
-        present: which rows of the batch these are.
-        rows: their positions in the batch; None means all of them, in order.
-        values: `(observed, *shape)`, as `Likelihood.observe` gives them.
+        present: which rows of the batch have the modality.
+        rows: their positions in the batch; None: all rows, in order.
+        values: `(observed, *shape)`, as `Likelihood.observe` returns them.
         shared: q(z_s | x_m), observed rows only.
         private: q(z_p | x_m), observed rows only.
     """
@@ -43,7 +43,7 @@ class Observed:
     private: DiagGaussian
 
     def scatter(self, compact: Float[Tensor, "observed *rest"]) -> Float[Tensor, "row *rest"]:
-        """Put observed rows at their places in the batch, zeros elsewhere."""
+        """Scatter observed rows to their positions in the batch, with zeros elsewhere."""
         if self.rows is None:
             return compact
         dense = compact.new_zeros((len(self.present), *compact.shape[1:]))
@@ -52,12 +52,12 @@ class Observed:
 
 @dataclass(frozen=True, eq=False)
 class Noise:
-    """Standard-normal noise of one batch, drawn afresh for every source (the joint posterior, then the others).
+    """Standard-normal noise of one batch, independent for every source (the joint posterior, then the others).
 
     Attributes:
         shared: of the shared latent.
         private: of each private latent.
-        subsets: what chooses the random subsets: a score per modality, then the size; None if there are none.
+        subsets: selects the random subsets: a score per modality, then the size; None without random subsets.
     """
 
     shared: Float[Tensor, "source row shared"]
@@ -66,13 +66,13 @@ class Noise:
 
     @staticmethod
     def width(config: DMVAEConfig) -> int:
-        """Number of normals that one row needs."""
+        """Return how many normals one row needs."""
         choices = config.num_subsets * (1 + len(config.modalities)) if config.sources == "subsets" else 0
         return len(config.source_names) * (config.latent_dim + sum(config.private_dims.values())) + choices
 
     @classmethod
     def from_normals(cls, normals: Float[Tensor, "row width"], config: DMVAEConfig) -> "Noise":
-        """Cut each row's normals into the noise of every source and latent."""
+        """Split the normals of each row into the noise of every source and latent."""
         dims, num = {"": config.latent_dim, **config.private_dims}, len(config.source_names)
         latents, choices = normals.tensor_split([num * sum(dims.values())], dim=1)
         sources = latents.reshape(len(normals), num, sum(dims.values())).transpose(0, 1)
@@ -85,10 +85,10 @@ class Noise:
 
 @dataclass(frozen=True, eq=False)
 class TermSums:
-    """Named terms as sums over rows and the number of rows that have the term: they add over batches and workers.
+    """Named terms as sums over rows and numbers of rows, which add over batches and workers.
 
-    The sources' names (`joint` and each modality's, or `subset_1` and so on) count every row, so that they add up to
-    the loss; a divergence or a log-likelihood counts the rows in which it exists.
+    Terms of sources (`joint`, and the modalities or `subset_1` and so on) count every row, so that their means add up
+    to the loss. Divergences and log-likelihoods count the rows that have them.
     """
 
     names: tuple[str, ...]
@@ -100,14 +100,14 @@ class TermSums:
         return TermSums(self.names, self.total + other.total, self.count + other.count)
 
     def means(self) -> dict[str, Tensor]:
-        """Return each term's mean in nats per row that has it; 0 where no row has it."""
+        """Return the mean of each term in nats per row that has it; 0 if no row has it."""
         means = self.total / self.count.clamp(min=1)
         return dict(zip(self.names, means.unbind(), strict=True))
 
 
 @dataclass(frozen=True, eq=False)
 class LossOutput:
-    """The objective of a batch: per row the sum of the negative bounds of its sources, in nats, and the named terms."""
+    """The objective of a batch: the sum of the negative ELBOs of each row, in nats, and the named terms."""
 
     row_loss: Float[Tensor, " row"]
     terms: TermSums
@@ -126,22 +126,22 @@ def multimodal_elbo_loss(
         ELBO_s   = sum_{i in A} lambda_i log p(x_i | z_s, z_pi) - beta KL(q_s || p) - sum_{i in A} beta_i KL(q_pi || p)
         row loss = -(ELBO_joint + sum_{j in A} ELBO_j)   or   -(ELBO_joint + sum_k ELBO_{S_k})
 
-    A is what the row has; the joint source is the product of the experts in A and the prior, source j is the raw
-    q(z_s | x_j), source S_k the product of the experts in a random subset of A and the prior. Private latents are
-    drawn afresh for each source. A row with nothing costs 0.
+    A is what the row has. The joint source is the product of the experts in A and the prior, source j is the raw
+    q(z_s | x_j), and source S_k is the product of the experts in a random subset of A and the prior. Private latents
+    are drawn independently for each source. A row without any modality has loss 0.
 
     Args:
         config: weights and dimensions.
-        observed: per modality with at least one row, that modality's rows; others are left out.
+        observed: the rows of each modality that at least one row has.
         decoders: per modality.
         likelihoods: per modality.
         noise: of this batch.
-        divergence_weight: multiplies beta and every beta_i (a warm-up's factor).
+        divergence_weight: factor on beta and every beta_i, for warm-up.
 
     Source: Lee & Pavlovic 2021, with the shared divergence counted once per source.
     """
     shared, here, present = _sources(config, observed, noise)
-    kl_shared = shared.kl_from_prior()  # 0 where there is no source: the prior stands in its place
+    kl_shared = shared.kl_from_prior()  # 0 where a row has no such source, since the prior stands in its place
     z_shared = shared.sample(noise.shared)
     is_complete = len(observed) == len(config.modalities) and all(part.rows is None for part in observed.values())
     kl_private, log_p, names = [], [], list[str]()
@@ -149,7 +149,7 @@ def multimodal_elbo_loss(
         parts = [observed[name] for name in family]
         mean = stack([part.scatter(part.private.mean) for part in parts])
         private = DiagGaussian(mean, stack([part.scatter(part.private.log_var) for part in parts]))
-        kl_private.append(private.kl_from_prior())  # 0 where the row has no such modality
+        kl_private.append(private.kl_from_prior())  # 0 where a row has no such modality
         z_private = DiagGaussian(mean.unsqueeze(1), private.log_var.unsqueeze(1)).sample(
             stack([noise.private[name] for name in family])
         )
@@ -181,7 +181,7 @@ def multimodal_elbo_loss(
 
 
 def term_names(config: DMVAEConfig) -> tuple[str, ...]:
-    """Return the names of the objective's terms, in their fixed order."""
+    """Return the names of the terms, in their fixed order."""
     sources, modalities = config.source_names, config.modalities
     return (
         *sources,
@@ -194,7 +194,7 @@ def term_names(config: DMVAEConfig) -> tuple[str, ...]:
 def _sources(
     config: DMVAEConfig, observed: Mapping[str, Observed], noise: Noise
 ) -> tuple[DiagGaussian, Bool[Tensor, "source row"], Bool[Tensor, "modality row"]]:
-    """Return the shared posterior of every source `(source, row, dim)`, where it exists, and who has what."""
+    """Return the shared posterior of every source, which rows have it, and which rows have each modality."""
     zeros = torch.zeros_like(noise.shared[0])
     nowhere = torch.zeros(zeros.shape[0], dtype=torch.bool, device=zeros.device)
     parts = [observed.get(name) for name in config.modalities]
@@ -220,21 +220,21 @@ def choose_subsets(
 ) -> Bool[Tensor, "subset modality row"]:
     """Return random subsets of the modalities that each row has.
 
-    A subset's size is uniform in 1, ..., max(1, |A| - 1), its members are uniform given the size: prediction from one
-    modality and from all but one are trained alike. A row with one modality has just that, and a row with nothing has
-    the empty set. It depends on the row's own normals alone.
+    The size of a subset is uniform in 1, ..., max(1, |A| - 1), and its members are uniform given the size, so that
+    prediction from one modality and from all but one are trained equally. A row with one modality always has that
+    subset, a row without any the empty one. The result depends only on the row's own normals.
     """
     scores, number = normals[..., :-1].permute(0, 2, 1), torch.special.ndtr(normals[..., -1])
     ranks = scores.masked_fill(~present, -math.inf).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     largest = (present.sum(0) - 1).clamp(min=1)
-    # in float32 the largest normals have the distribution function 1
+    # in float32 the distribution function of the largest normals is 1
     size = 1 + (number * largest).floor().long().clamp(max=largest - 1)
     chosen: Tensor = (ranks < size.unsqueeze(1)) & present
     return chosen
 
 
 def _families(observed: Mapping[str, Observed], decoders: Mapping[str, Decode]) -> list[tuple[str, ...]]:
-    """Put modalities together that nothing is missing of and whose decoders run as one."""
+    """Group complete modalities whose decoders can be batched."""
     return group_by_layout(
         {name: decoder_layout(decoders[name]) if part.rows is None else None for name, part in observed.items()}
     )
@@ -247,10 +247,10 @@ def _log_likelihood(
     decoders: Sequence[Decode],
     likelihoods: Sequence[Likelihood],
 ) -> Float[Tensor, "member source row"]:
-    """Return log p(x_i | z_s, z_pi) of every pair of a source and a row that has both, 0 elsewhere.
+    """Return log p(x_i | z_s, z_pi) of every pair of a source and a row, 0 for pairs that do not exist.
 
-    All sources and members of a family are decoded in one call, where that is not too large, and only the pairs that
-    exist: None means all.
+    Only existing pairs are decoded (None: all exist), in one call for all sources and members of a group unless the
+    result is too large.
     """
     grid, values = z.shape[:3], [part.values for part in parts]
     z = z.flatten(1, 2)
@@ -272,13 +272,13 @@ def _log_likelihood(
 
 
 def _num_pieces(z: Float[Tensor, "member pair latent"], likelihood: Likelihood) -> int:
-    """Return in how many calls to decode latents; in one on a device that is not the CPU."""
+    """Return the number of calls to decode latents in; 1 unless the device is the CPU."""
     numbers = z.shape[0] * z.shape[1] * math.prod(likelihood.output_shape)
     return max(1, numbers // _DECODED_NUMBERS) if z.device.type == "cpu" else 1
 
 
 def _in_order(found: list[Tensor], names: list[str], config: DMVAEConfig, like: Tensor) -> Tensor:
-    """Put families' tables `(member, ...)` in the order of the modalities; zeros for those after them in `names`."""
+    """Put the tables `(member, ...)` of groups in the order of the modalities, with zeros for absent modalities."""
     absent = len(names) - sum(len(table) for table in found)
     table = torch.cat([*found, torch.zeros_like(like).expand(absent, *like.shape)])
     if names == list(config.modalities):
@@ -287,7 +287,7 @@ def _in_order(found: list[Tensor], names: list[str], config: DMVAEConfig, like: 
 
 
 def _sum_over_rows(names: tuple[str, ...], totals: tuple[Tensor, ...], counts: tuple[Tensor, ...]) -> TermSums:
-    """Add tables `(..., row)` up over rows, without gradient, in float64 so that long sums lose nothing."""
+    """Sum tables `(..., row)` over rows without gradients, in float64 to keep the precision of long sums."""
 
     def add_up(tables: tuple[Tensor, ...]) -> Tensor:
         return torch.cat([table.detach().flatten(0, -2) for table in tables]).sum(-1, dtype=torch.float64)

@@ -1,6 +1,6 @@
-"""A model that answers: rows as people have them, in the units of their data, to latents, imputations and likelihoods.
+"""Predictions in the units of the data: from rows as JSON to latents, reconstructions, imputations and NLLs.
 
-What is loaded where nothing but torch, pydantic, numpy and safetensors is installed.
+It needs torch, pydantic, numpy and safetensors only, so that registered models can be served without anything else.
 """
 
 import json
@@ -27,7 +27,7 @@ MAX_DRAWS = 100_000
 
 
 class ModalitySpec(BaseModel):
-    """How a modality's values stand to what the model reads; the manifest's fields of the same names."""
+    """The shape, type and scaling of a modality; the fields of the manifest with the same names."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -41,27 +41,27 @@ class ModalitySpec(BaseModel):
     low: tuple[float, ...] | None = None
     high: tuple[float, ...] | None = None
     has_size_factor: bool = False
-    """Whether the training rows came with size factors; without, a row's is the total of its counts."""
+    """Whether training rows had size factors; if not, a row's size factor is the total of its counts."""
 
     @cached_property
     def _scale(self) -> Scale:
         return Scale(self)
 
     def read(self, values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Bring `(rows, *shape)` of the data's units to what the model was trained on, as `dtype` or their own."""
+        """Convert values `(rows, *shape)` from the data's units to the model's, as `dtype` or their own."""
         return self._scale.read(values, dtype or values.dtype)
 
     def show(self, values: Tensor) -> Tensor:
-        """Bring `(..., *shape)` of the model back to the data's units."""
+        """Convert values `(..., *shape)` from the model's units to the data's."""
         return self._scale.show(values)
 
     def log_jacobian(self, values: Tensor) -> Tensor:
-        """Nats of each row to add to -log p of the values as read, `(rows, *shape)`, for that of the values given."""
+        """Return the nats to add to -log p of each row of values in the model's units, for that in the data's units."""
         return self._scale.log_jacobian(values)
 
 
 def row_type(shapes: Mapping[str, Sequence[int]]) -> type[BaseModel]:
-    """Return the type of one row: every modality may be left out or null, an unknown name is refused."""
+    """Return the type of one row: modalities may be left out or null, and unknown names are refused."""
     fields: dict[str, Any] = {}
     for name, shape in shapes.items():
         nested: Any = float
@@ -72,27 +72,27 @@ def row_type(shapes: Mapping[str, Sequence[int]]) -> type[BaseModel]:
 
 
 class Request(BaseModel):
-    """What is asked of the rows."""
+    """The operation to apply to rows, and its settings."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     operation: Operation = "impute"
-    """`encode`, `reconstruct` what is observed, `impute` what is not, `nll`, or `sample` from the prior."""
+    """`encode`, `reconstruct` observed modalities, `impute` missing ones, `nll`, or `sample` from the prior."""
     num_samples: int = Field(0, ge=0, le=1000)
-    """Draws that `impute` shows beside mean and spread."""
+    """Draws that `impute` returns beside mean and standard deviation."""
     num_draws: PositiveInt = Field(100, ge=2, le=MAX_DRAWS)
-    """Of `impute`'s mean and spread; of `nll`, decoder rows per modality."""
+    """Draws for the mean and standard deviation of `impute`; decoder rows per modality of `nll`."""
     seed: int = Field(0, ge=0, lt=2**62)
-    """Of the draws."""
+    """Seed of the draws."""
 
 
 class Predictor:
-    """A model with its units.
+    """A model that answers requests in the units of the data.
 
     Attributes:
         model: in eval mode.
-        units: by modality.
-        shapes: by field of a row; with a modality of counts a row may have a `size_factor`.
+        units: per modality.
+        shapes: per field of a row: the modalities, and `size_factor` if one of them holds counts.
         counts: the modalities of counts.
         row: the type of one row.
     """
@@ -107,15 +107,15 @@ class Predictor:
 
     @classmethod
     def load(cls, folder: Path) -> "Predictor":
-        """Read a folder with a model and `units.json`."""
+        """Load a model from a folder that has `units.json`."""
         units = json.loads((folder / UNITS).read_text())
         return cls(DMVAE.load(folder), {name: ModalitySpec.model_validate(unit) for name, unit in units.items()})
 
     def parse(self, rows: Sequence[Any]) -> list[dict[str, Any]]:
-        """Check rows and return them as dicts with every modality, and the size factor of counts; None where missing.
+        """Check rows, and return them as dicts with every field, None where it is missing.
 
         Raises:
-            ValueError: naming the row, the field and what is wrong with it.
+            ValueError: naming the row, the field and the fault.
         """
         parsed = []
         for number, given in enumerate(rows):
@@ -124,22 +124,22 @@ class Predictor:
             except ValidationError as error:
                 first = error.errors(include_url=False)[0]
                 field = str(first["loc"][0]) if first["loc"] else "row"
-                known = f"; a row has {', '.join(self.units)}" if first["type"] == "extra_forbidden" else ""
-                raise ValueError(f"row {number}: {field}: {first['msg']}{known}") from None
+                known = f". Available: {', '.join(self.units)}" if first["type"] == "extra_forbidden" else ""
+                raise ValueError(f"Row {number}, {field}: {first['msg']}{known}") from None
             parsed.append({name: getattr(row, name) for name in self.shapes})
         return parsed
 
     def batch(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
-        """Bring parsed rows to the model's units.
+        """Convert parsed rows to a batch in the model's units.
 
         Raises:
-            ValueError: naming the row and the modality whose values have another shape, are not finite, not classes or
-                no counts, or whose size factor is not positive, or absent where the training rows had one.
+            ValueError: naming the row and the field, if values have another shape or are illegal, or a size factor
+                is not positive or missing although training rows had one.
         """
         data, masks = {}, {}
         for name, unit in self.units.items():
             masks[name] = torch.tensor([row[name] is not None for row in rows], dtype=torch.bool)
-            # measurements with a large mean are scaled before they lose digits, as when a dataset is read
+            # in float64, since values with a large mean must be scaled before they lose digits
             wide, dtype = (torch.float64, torch.float32) if unit.classes is None else (torch.int64, torch.int64)
             values = torch.zeros((len(rows), *unit.shape), dtype=wide)
             for number, row in enumerate(rows):
@@ -154,14 +154,14 @@ class Predictor:
         for number, row in enumerate(rows):
             found = row["size_factor"]
             if found is not None and not 0 < found < math.inf:
-                raise ValueError(f"row {number}: size_factor: it is positive and finite; got {found:g}.")
+                raise ValueError(f"Row {number}, size_factor: must be positive and finite, but got {found:g}.")
             for name in self.counts:
                 if found is None and self.units[name].has_size_factor and row[name] is not None:
-                    raise ValueError(f"row {number}: size_factor: the training rows had one beside {name}; give it.")
+                    raise ValueError(f"Row {number}, size_factor: missing, but the training rows had one. Add it.")
         return torch.tensor([math.nan if row["size_factor"] is None else row["size_factor"] for row in rows])
 
     def answer(self, rows: Sequence[Any], request: Request) -> list[dict[str, Any]]:
-        """Answer a request about rows; every answer says which modalities were observed.
+        """Answer a request for each row; answers list the observed modalities.
 
         Raises:
             ValueError: as `parse` and `batch` do.
@@ -198,7 +198,7 @@ class Predictor:
     def _impute(
         self, batch: Batch, request: Request, answers: list[dict[str, Any]], generator: torch.Generator
     ) -> None:
-        """Every row is given the same standard-normal draws, so that an answer does not depend on the row's company."""
+        """Impute with the same normal draws for every row, so that answers do not depend on the other rows."""
         num = max(request.num_draws, request.num_samples)
         with torch.no_grad():
             shared, private = self.model.posteriors(batch)
@@ -223,12 +223,12 @@ class Predictor:
                 answers[number]["imputed"][name] = told
 
     def _decoded(self, name: str, shared: Tensor, private: Tensor, rows: Batch) -> Tensor:
-        """Decode latents `(..., row, dim)` of one modality to its mean, on the CPU."""
+        """Decode latents `(..., row, dim)` to the mean of one modality, on the CPU."""
         output = self.model.decode({"z": shared, "modalities_z": {name: private}}, name)[name]
         return self.model.means(output, name, rows).double().cpu()
 
     def _nll(self, batch: Batch, request: Request, answers: list[dict[str, Any]], _: torch.Generator) -> None:
-        # one id for all: a row's draws depend on its id and the seed, and not on its company
+        # the same id for all: draws depend on the id and the seed, and must not depend on the other rows
         batch = replace(batch, ids=torch.zeros(len(batch), dtype=torch.int64))
         found = self.model.joint_nll(batch, request.num_draws, seed=request.seed)
         jacobians = {name: unit.log_jacobian(batch.data[name]).tolist() for name, unit in self.units.items()}
@@ -245,24 +245,24 @@ class Predictor:
                 answer.setdefault("values", {})[name] = shown[number].tolist()
 
     def _checked(self, name: str, values: Any, number: int) -> Tensor:
-        unit = self.units[name]
+        unit, where = self.units[name], f"Row {number}, {name}"
         try:
             array = np.asarray(values, dtype=np.float64)
         except ValueError:
-            raise ValueError(f"row {number}: {name}: a row of it has shape {unit.shape}; got ragged lists.") from None
+            raise ValueError(f"{where}: expected shape {unit.shape}, got ragged lists.") from None
         if array.shape != unit.shape:
-            raise ValueError(f"row {number}: {name}: a row of it has shape {unit.shape}; got {array.shape}.")
+            raise ValueError(f"{where}: expected shape {unit.shape}, got {array.shape}.")
         if not np.isfinite(array).all():
-            raise ValueError(f"row {number}: {name}: values are finite; got NaN or infinity. Leave it out if missing.")
+            raise ValueError(f"{where}: values must be finite, but got NaN or infinity. Leave out what is missing.")
         if unit.dtype == "uint8" and (array.min() < 0 or array.max() > 255):
-            raise ValueError(f"row {number}: {name}: values are 0 to 255; got {array.min():g} to {array.max():g}.")
+            raise ValueError(f"{where}: values must be 0 to 255, but got {array.min():g} to {array.max():g}.")
         if unit.scaling == "log1p" and array.min() < 0:
-            raise ValueError(f"row {number}: {name}: values are 0 or more; got {array.min():g}.")
+            raise ValueError(f"{where}: values must be 0 or more, but got {array.min():g}.")
         if unit.classes is not None and ((array % 1 != 0).any() or array.min() < 0 or array.max() >= unit.classes):
-            raise ValueError(f"row {number}: {name}: values are classes 0 to {unit.classes - 1}; got {array.max():g}.")
+            raise ValueError(f"{where}: values must be classes 0 to {unit.classes - 1}, but got {array.max():g}.")
         if name in self.counts and ((array % 1 != 0).any() or array.min() < 0):
             wrong = array[(array % 1 != 0) | (array < 0)][0]
-            raise ValueError(f"row {number}: {name}: counts are whole numbers of 0 or more; got {wrong:g}.")
+            raise ValueError(f"{where}: counts must be whole numbers of 0 or more, but got {wrong:g}.")
         return torch.from_numpy(array)
 
 

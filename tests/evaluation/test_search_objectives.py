@@ -34,7 +34,7 @@ def test_a_weighted_sum_is_minimised_with_coherence_against_it() -> None:
 
 def test_an_objective_is_added_with_one_entry(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def largest(evaluation: ModelEvaluation) -> dict[str, Estimate]:
-        return {"largest": Estimate(max(float(p.abs().max()) for p in evaluation.model.parameters()))}
+        return {"largest": Estimate(max(float(p.detach().abs().max()) for p in evaluation.model.parameters()))}
 
     monkeypatch.setitem(OBJECTIVES, "largest", SearchObjective(largest, direction="maximize"))
     model = DMVAE(DMVAEConfig(input_dims={"a": (3,)}))

@@ -13,7 +13,7 @@ from torch import Tensor
 from dmvae import DMVAE, Batch, DMVAEConfig
 from dmvae.model.loss import Noise
 from dmvae.model.outputs import DMVAEOutput
-from tests.linear_gaussian import exact_log_prob
+from tests.linear_gaussian import exact_log_prob, linear_layer
 
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / "dmvae_golden.json").read_text())
 SHAPES = {name: tuple(shape) for name, shape in GOLDEN["meta"]["shapes"].items()}
@@ -46,8 +46,8 @@ def golden_model(config: str) -> DMVAE:
 
 def parameters(model: DMVAE) -> dict[str, Tensor]:
     """Parameters under the golden file's names, as `encoders.a.f.weight`."""
-    linear = {f"encoders.{name}": model.encoders[name].heads for name in SHAPES}
-    linear |= {f"decoders.{name}": model.decoders[name].body[0] for name in SHAPES}
+    linear = {f"encoders.{name}": linear_layer(model.encoders[name]) for name in SHAPES}
+    linear |= {f"decoders.{name}": linear_layer(model.decoders[name]) for name in SHAPES}
     return {f"{key}.f.{part}": getattr(layer, part) for key, layer in linear.items() for part in ("weight", "bias")}
 
 

@@ -13,7 +13,7 @@ from dmvae.model.loss import Noise
 from dmvae.model.outputs import DMVAEOutput
 from dmvae.nn.networks import Dimensions, EncoderOutput
 from dmvae.nn.networks.mlp import MLPDecoder, MLPEncoder
-from tests.linear_gaussian import exact_log_prob, linear_model, sample_rows
+from tests.linear_gaussian import exact_log_prob, linear_layer, linear_model, sample_rows
 
 SHAPES = {"a": (3,), "b": (4,), "c": (2, 3)}
 SOURCES = ("joint", *SHAPES)
@@ -261,7 +261,7 @@ def test_the_joint_bound_is_the_evidence_where_the_experts_are_exact() -> None:
     model = linear_model(SHAPES, 1, 1, {"a": 0.7, "b": 1.0, "c": 0.5})
     with torch.no_grad():
         for name, scale in (("a", 0.7), ("b", 1.0), ("c", 0.5)):
-            decoder, encoder = model.decoders[name].body[0], model.encoders[name].heads
+            decoder, encoder = linear_layer(model.decoders[name]), linear_layer(model.encoders[name])
             decoder.weight[:, 1] = 0  # x depends on the shared latent alone: the private posterior is the prior
             loading = decoder.weight[:, 0]
             precision = loading @ loading / scale**2

@@ -117,16 +117,16 @@ def test_spread_is_that_of_draws_in_the_units_of_the_data(served: Predictor) -> 
     [
         (
             {"gnee": [1, 2, 3]},
-            r"row 1: gnee: Extra inputs are not permitted; a row has image, gene, count,",
+            r"Row 1, gnee: Extra inputs are not permitted\. Available: image, gene, count,",
         ),
-        ({"gene": [1, 2]}, r"row 1: gene: a row of it has shape \(3,\); got \(2,\)"),
-        ({"gene": [1, 2, "x"]}, r"row 1: gene: Input should be a valid number"),
-        ({"gene": [1, 2, float("nan")]}, r"row 1: gene: values are finite"),
-        ({"image": [[[0, 256], [0, 0]]]}, r"row 1: image: values are 0 to 255; got 0 to 256"),
-        ({"image": [[[0, 1], [0]]]}, r"row 1: image: a row of it has shape \(1, 2, 2\); got ragged lists"),
-        ({"count": [0, -1]}, r"row 1: count: values are 0 or more; got -1"),
-        ({"kind": [0, 3]}, r"row 1: kind: values are classes 0 to 2"),
-        ([1, 2], r"row 1: row: "),
+        ({"gene": [1, 2]}, r"Row 1, gene: expected shape \(3,\), got \(2,\)"),
+        ({"gene": [1, 2, "x"]}, r"Row 1, gene: Input should be a valid number"),
+        ({"gene": [1, 2, float("nan")]}, r"Row 1, gene: values must be finite"),
+        ({"image": [[[0, 256], [0, 0]]]}, r"Row 1, image: values must be 0 to 255, but got 0 to 256"),
+        ({"image": [[[0, 1], [0]]]}, r"Row 1, image: expected shape \(1, 2, 2\), got ragged lists"),
+        ({"count": [0, -1]}, r"Row 1, count: values must be 0 or more, but got -1"),
+        ({"kind": [0, 3]}, r"Row 1, kind: values must be classes 0 to 2"),
+        ([1, 2], r"Row 1, row: "),
     ],
 )
 def test_a_wrong_row_is_named_with_its_field(served: Predictor, row: Any, message: str) -> None:
@@ -174,10 +174,10 @@ def test_imputed_counts_are_at_the_row_s_size_factor_or_the_training_rows() -> N
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"rna": [1.5, 0]}, "row 0: rna: counts are whole numbers of 0 or more; got 1.5"),
+        ({"rna": [1.5, 0]}, "Row 0, rna: counts must be whole numbers of 0 or more, but got 1.5"),
         ({"rna": [1, -2]}, "got -2"),
-        ({"rna": [1, 2], "size_factor": 0}, "row 0: size_factor: it is positive and finite; got 0"),
-        ({"rna": [1, 2]}, "row 0: size_factor: the training rows had one beside rna; give it"),
+        ({"rna": [1, 2], "size_factor": 0}, "Row 0, size_factor: must be positive and finite, but got 0"),
+        ({"rna": [1, 2]}, "Row 0, size_factor: missing, but the training rows had one"),
     ],
 )
 def test_counts_that_are_none_are_refused(row: dict[str, Any], message: str) -> None:
