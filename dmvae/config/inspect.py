@@ -1,4 +1,4 @@
-"""What a dataset is looked at for."""
+"""Settings of `jobs.inspect`."""
 
 from pydantic import Field
 
@@ -6,11 +6,11 @@ from dmvae.config.section import Section
 
 
 class InspectConfig(Section):
-    """What one `jobs.inspect` run looks at."""
+    """Which dataset one `jobs.inspect` run reports on."""
 
     dataset: str = Field(min_length=1)
-    """A dataset's folder or URI."""
+    """The dataset's folder or URI."""
     output: str | None = None
-    """The folder of `train.toml` and `missingness.png`. None: the configuration is printed, and nothing is drawn."""
+    """The folder for `train.toml` and `missingness.png`. None prints the configuration and draws nothing."""
     verify: bool = False
-    """Also check every shard's SHA-256 and values anew against the manifest."""
+    """Also check the SHA-256 and the values of every shard against the manifest."""

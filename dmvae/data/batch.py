@@ -1,4 +1,4 @@
-"""Rows of incomplete multimodal data: one tensor per modality, and who is present."""
+"""A batch of incomplete multimodal rows: one tensor for each modality, and masks of the rows that have it."""
 
 import operator
 from collections.abc import Callable, Iterator, Mapping
@@ -11,16 +11,16 @@ from jaxtyping import Bool
 from torch import Tensor
 
 Ids = Tensor | np.ndarray[Any, np.dtype[Any]]
-"""Row names: an int64 tensor, or a numpy array of strings."""
+"""Ids of rows: an int64 tensor, or a numpy array of strings."""
 
 
 @runtime_checkable
 class MultimodalRows(Protocol):
-    """Anything with `.data` and, optionally, `.masks`, as the model's methods accept it."""
+    """Any object with `.data` and, optionally, `.masks`; the model accepts all of them."""
 
     @property
     def data(self) -> Mapping[str, Tensor]:
-        """One tensor `(rows, *shape)` per modality."""
+        """One tensor `(rows, *shape)` for each modality."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,17 +28,18 @@ class Batch:
     """Rows of several modalities, any of which may be missing in any row.
 
     Attributes:
-        data: one tensor `(rows, *shape)` per modality. A modality left out is missing in every row. The value
-            of a missing slot is never read: it may be zero, NaN or garbage.
-        masks: boolean or 0/1, `(rows,)` or `(rows, 1)`, true where the row has the modality. None, or a
-            modality left out of it: present in every row.
-        labels: int64 `(rows,)`, a class per row; negative where there is none.
-        ids: the rows' names, an int64 tensor or a numpy array of strings.
-        size_factors: float `(rows,)`, positive: what a row's expected counts are proportional to, such as the depth
-            of its sequencing. Read in rows that have a modality of counts; None, or NaN: its total in the row.
+        data: one tensor `(rows, *shape)` for each modality. An absent modality is missing in every row. Values of
+            missing rows are never read: they may be zero, NaN or anything else.
+        masks: boolean or 0/1, `(rows,)` or `(rows, 1)`, true where the row has the modality. A modality without a mask
+            is present in every row; None means no modality has one.
+        labels: int64 `(rows,)`, the class of each row; negative for a row without one.
+        ids: the ids of the rows, an int64 tensor or a numpy array of strings.
+        size_factors: float `(rows,)`, positive. The expected counts of a row are proportional to it; an example is
+            sequencing depth. Used for modalities of counts only. NaN, or None for all rows, means the total count of
+            the row.
 
     Raises:
-        ValueError: if tensors disagree on the number of rows, or a mask belongs to no modality or is not 0/1.
+        ValueError: if the tensors have different numbers of rows, or a mask is not 0/1 or names no modality.
     """
 
     data: Mapping[str, Tensor]
@@ -51,15 +52,13 @@ class Batch:
         masks = {} if self.masks is None else dict(self.masks)
         stray = sorted(masks.keys() - self.data.keys())
         if stray:
-            raise ValueError(
-                f"a mask belongs to a modality of data; got masks for {stray}. Known: {sorted(self.data)}."
-            )
+            raise ValueError(f"Unknown modalities {stray} in masks. The batch has {sorted(self.data)}.")
         lengths = {name: values.shape[0] for name, values in self.data.items()}  # len() takes ten times as long
         lengths |= {f"mask of {name}": mask.shape[0] for name, mask in masks.items()}
         others = {"labels": self.labels, "ids": self.ids, "size_factors": self.size_factors}
         lengths |= {name: len(part) for name, part in others.items() if part is not None}
         if len(set(lengths.values())) > 1:
-            raise ValueError(f"all parts of a batch have the same number of rows; got {lengths}.")
+            raise ValueError(f"All parts of a batch must have the same number of rows, but got {lengths}.")
         if self.masks is not None:
             object.__setattr__(self, "masks", {name: _as_boolean(name, mask) for name, mask in masks.items()})
 
@@ -70,12 +69,12 @@ class Batch:
         return 0
 
     def __getitem__(self, rows: SupportsIndex | slice | Tensor) -> "Batch":
-        """Select rows by number (a batch of one row), slice, index tensor or boolean tensor."""
+        """Select rows by position (a batch of one row), slice, index tensor or boolean tensor."""
         if isinstance(rows, SupportsIndex) and getattr(rows, "ndim", 0) == 0:
-            place = operator.index(rows)  # numpy's integers and tensors of one number too
-            if not -len(self) <= place < len(self):
-                raise IndexError(f"row {place} of a batch of {len(self)}")
-            rows = slice(place, place + 1 or None)
+            position = operator.index(rows)  # also numpy integers and tensors of one number
+            if not -len(self) <= position < len(self):
+                raise IndexError(f"Row {position} is out of range: the batch has {len(self)} rows.")
+            rows = slice(position, position + 1 or None)
 
         def select(part: Tensor) -> Tensor:
             return part[rows.to(part.device) if isinstance(rows, Tensor) else rows]
@@ -99,7 +98,7 @@ class Batch:
         return self._each(lambda part: part.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Batch":
-        """Return the batch in memory from which a GPU copies while it computes."""
+        """Return the batch in pinned memory, from which a GPU can copy asynchronously."""
         return self._each(Tensor.pin_memory)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
@@ -114,16 +113,16 @@ class Batch:
 
 def _as_boolean(name: str, mask: Tensor) -> Tensor:
     if mask.dim() not in (1, 2) or (mask.dim() == 2 and mask.shape[1] != 1):
-        raise ValueError(f"a mask is (rows,) or (rows, 1); got {tuple(mask.shape)} for {name!r}.")
+        raise ValueError(f"Mask of modality {name!r} must be (rows,) or (rows, 1), but got {tuple(mask.shape)}.")
     flat = mask.reshape(-1)
     if flat.dtype == torch.bool:
         return flat
     if bool(((flat != 0) & (flat != 1)).any()):
-        raise ValueError(f"a mask is boolean or 0/1; got other values for {name!r}.")
+        raise ValueError(f"Mask of modality {name!r} must be boolean or 0/1, but has other values.")
     return flat != 0
 
 
 def has(batch: Batch, name: str) -> Bool[Tensor, " row"]:
-    """Tell which rows have a modality."""
+    """Return which rows have a modality."""
     mask = (batch.masks or {}).get(name)
     return torch.full((len(batch),), name in batch.data) if mask is None else mask.cpu()

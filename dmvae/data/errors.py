@@ -1,5 +1,5 @@
-"""The error that bad data raises."""
+"""The error for invalid data."""
 
 
 class DatasetError(ValueError):
-    """Data, or a request for data, that breaks a law; the message states the law, what was found and the remedy."""
+    """Invalid data, or a request for data that does not exist; the message says what is wrong, where, and the fix."""

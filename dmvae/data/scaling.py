@@ -1,4 +1,4 @@
-"""Between the values of the data and those that a model reads: each scaling, its inverse and its Jacobian."""
+"""Scale the values of a modality for the model, and back: each scaling, its inverse and its Jacobian."""
 
 import math
 from typing import Protocol, runtime_checkable
@@ -9,7 +9,7 @@ from torch import Tensor
 
 @runtime_checkable
 class Scaled(Protocol):
-    """What a manifest says of a modality's values, and the units of a registered model."""
+    """A description of a modality's values, as manifests and registered models have it."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...  # noqa: D102
@@ -35,8 +35,8 @@ class Scale:
         standardise  s = (x - mean) / std
         log1p        s = log(1 + x)
 
-    `low`, `high`, `mean` and `std` are of each element, over the observed training rows; where low is high, a
-    difference of 1 stands for theirs.
+    Here x is the stored value and s the scaled one. `low`, `high`, `mean` and `std` are statistics of each element over
+    the observed training rows; where low equals high, their difference is taken as 1.
     """
 
     def __init__(self, info: Scaled) -> None:
@@ -56,24 +56,24 @@ class Scale:
 
     @property
     def moves_zero(self) -> bool:
-        """Whether zero is not read as zero."""
+        """Whether the stored value zero is scaled to another value."""
         return self._offset is not None
 
     def read(self, values: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Bring `(..., *shape)` of the data to what the model reads; the result may be the argument."""
+        """Scale stored values `(..., *shape)` for the model; the result may be the argument itself."""
         if self._is_byte:
             scaled = values.to(dtype)
             return scaled / 255 if scaled is values else scaled.div_(255)
         if not self._is_log and self._offset is None:
             return values.to(dtype)
-        # in the wider of both types: float64 measurements with a large mean would otherwise cancel
+        # in the wider of both types, because float64 values with a large mean would lose their digits
         wide = values.to(torch.promote_types(values.dtype, dtype))
         if self._offset is None or self._spread is None:
             return wide.log1p().to(dtype)
         return ((wide - self._offset.to(wide)) / self._spread.to(wide)).to(dtype)
 
     def show(self, values: Tensor) -> Tensor:
-        """Bring `(..., *shape)` of the model back to the data's units; no less than 0 where those are counts."""
+        """Invert `read`: return scaled values `(..., *shape)` in the units of the data; with log1p, at least 0."""
         if self._is_byte:
             return values * 255
         if self._is_log:
@@ -83,9 +83,9 @@ class Scale:
         return values * self._spread.to(values) + self._offset.to(values)
 
     def log_jacobian(self, values: Tensor) -> Tensor:
-        """Return log |d x / d s| of each row of values `(rows, *shape)` as the model reads them, in nats.
+        """Return log |d x / d s| for each row of scaled values `(rows, *shape)`, in nats.
 
-        Added to -log p(s) it gives -log p(x), since p(x) = p(s) / |d x / d s|.
+        Add it to -log p(s) to get -log p(x), since p(x) = p(s) / |d x / d s|.
         """
         if self._is_log:  # x = exp(s) - 1
             return values.flatten(1).double().sum(1)

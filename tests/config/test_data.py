@@ -1,14 +1,18 @@
 import subprocess
 import sys
 import tomllib
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from pkgutil import iter_modules
+from typing import Any, get_args
 
 import pytest
 import tyro
 from pydantic import ValidationError
 
-from dmvae.config.data import DataConfig, DigitsSource, NpzSource, PrepareConfig
+from dmvae.config.data import DataConfig, PrepareConfig
+from dmvae.config.section import Section
+from dmvae.config.sources import DigitsSource, NpzSource, Source
 
 CONFIGS = Path(__file__).parents[2] / "jobs/configs"
 
@@ -35,16 +39,16 @@ def test_a_description_survives_json() -> None:
         ({"source": {"kind": "parquet"}}, "parquet"),
         ({"source": {"kind": "npz"}}, "path"),
         ({"source": {"kind": "digits", "path": "x"}}, "path"),
-        ({"source": {"kind": "digits", "missing": 1.5}}, r"a share lies in \[0, 1\]; got 1.5"),
-        ({"source": {"kind": "digits", "missing": {"mnist": -0.1}}}, r"a share lies in \[0, 1\]; got -0.1"),
+        ({"source": {"kind": "digits", "missing": 1.5}}, "between 0 and 1, but got 1.5"),
+        ({"source": {"kind": "digits", "missing": {"mnist": -0.1}}}, "between 0 and 1, but got -0.1"),
         ({"source": {"kind": "digits", "missing": {"svhn": 0.1}}}, "svhn"),
         ({"source": {"kind": "digits", "pairs_per_image": 0}}, "pairs_per_image"),
-        ({"splits": {"train": 0.8}}, "add up to 1"),
-        ({"splits": {"train": 1.5, "val": -0.5}}, "add up to 1"),
-        ({"splits": {}}, "add up to 1"),
-        ({"splits": {"../train": 1.0}}, "Invalid name"),
+        ({"splits": {"train": 0.8}}, "must be positive and add up to 1"),
+        ({"splits": {"train": 1.5, "val": -0.5}}, "must be positive and add up to 1"),
+        ({"splits": {}}, "must be positive and add up to 1"),
+        ({"splits": {"../train": 1.0}}, "../train"),
         ({"splits": {"a": 0.5, "b": 0.5}, "scaling": {"x": "standardise"}}, "the split 'train'"),
-        ({"scaling": {"joint": "none"}}, "Invalid modality name"),
+        ({"scaling": {"joint": "none"}}, "'joint'"),
         ({"scaling": {"x": "standardize"}}, "standardise"),
         ({"partial": "ignore"}, "refuse"),
         ({"shard_megabytes": 0}, "shard_megabytes"),
@@ -88,6 +92,25 @@ def test_help_says_what_every_setting_means(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_settings_load_without_torch_numpy_or_pyarrow() -> None:
-    loaded = "import dmvae.config.data, sys; print(sorted({'torch', 'numpy', 'pyarrow'} & set(sys.modules)))"
+    heavy = "{'torch', 'numpy', 'pyarrow'}"
+    loaded = f"import dmvae.config.data, dmvae.config.sources, sys; print(sorted({heavy} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def sections() -> dict[str, type[Section]]:
+    """The section of every kind of source."""
+    union = get_args(Source)[0]
+    return {get_args(section.model_fields["kind"].annotation)[0]: section for section in get_args(union)}
+
+
+def test_every_kind_of_source_has_a_reader_of_the_same_name_and_no_reader_is_forgotten() -> None:
+    package = import_module("dmvae.data.preparation.sources")
+    modules = {name: import_module(f"{package.__name__}.{name}") for _, name, _ in iter_modules(package.__path__)}
+    assert {name for name, module in modules.items() if callable(getattr(module, "read", None))} == sections().keys()
+
+
+def test_every_setting_of_a_source_is_described() -> None:
+    for section in sections().values():
+        for name in section.model_fields.keys() - {"kind"}:
+            assert f"    {name}: " in (section.__doc__ or ""), (section, name)

@@ -79,12 +79,12 @@ def test_masks_of_every_documented_form_become_boolean_rows(dtype: torch.dtype, 
 
 @pytest.mark.parametrize("value", [2.0, -1.0, 0.5, float("nan")])
 def test_a_mask_of_other_values_is_refused(value: float) -> None:
-    with pytest.raises(ValueError, match=r"0/1.*'a'"):
+    with pytest.raises(ValueError, match=r"'a' must be boolean or 0/1"):
         Batch({"a": torch.zeros(2, 3)}, {"a": torch.tensor([1.0, value])})
 
 
 def test_a_mask_of_another_shape_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"\(2, 3\).*'a'"):
+    with pytest.raises(ValueError, match=r"'a' must be .*got \(2, 3\)"):
         Batch({"a": torch.zeros(2, 3)}, {"a": torch.ones(2, 3)})
 
 

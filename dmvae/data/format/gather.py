@@ -1,4 +1,4 @@
-"""Rows of any number of mapped files at once: one gather per column, wherever they lie."""
+"""Gather rows from any number of memory-mapped files at once, with one copy for each column."""
 
 import ctypes
 from collections.abc import Mapping, Sequence
@@ -15,11 +15,11 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 @dataclass(frozen=True)
 class Addresses:
-    """Where in memory the record batches of a file's column begin.
+    """The memory addresses of a column's record batches in one file.
 
     Attributes:
-        values: of the first row's value.
-        bits: of the first row's validity; 0 where the record batch has no null.
+        values: the address of the first row's value.
+        bits: the address of the validity bits; 0 if the record batch has no null.
     """
 
     values: Int64[np.ndarray, " group"]
@@ -28,23 +28,32 @@ class Addresses:
 
 @dataclass(frozen=True)
 class Located:
-    """Where rows lie: their file, their record batch among those of all files, their place there, and their bit."""
+    """Where rows are stored.
+
+    Attributes:
+        position: the row's position, counted through all files.
+        file: the file.
+        group: the record batch, counted through all files.
+        offset: the row's position in its record batch.
+        byte: the byte of its validity bit.
+        bit: a mask that selects the bit.
+    """
 
     position: Int64[np.ndarray, " row"]
     file: Int64[np.ndarray, " row"]
     group: Int64[np.ndarray, " row"]
-    place: Int64[np.ndarray, " row"]
+    offset: Int64[np.ndarray, " row"]
     byte: Int64[np.ndarray, " row"]
     bit: UInt8[np.ndarray, " row"]
 
 
 class Gatherer:
-    """The columns of files that have the same ones; a row's position counts through the files.
+    """Gathers rows from files with the same columns, by their position counted through all files.
 
     Args:
-        columns: of every file.
-        rows: of each file.
-        record_batch_rows: of each file; its last record batch may have fewer.
+        columns: the columns of every file.
+        rows: the number of rows of each file.
+        record_batch_rows: the rows of each file's record batches; the last one may have fewer.
     """
 
     def __init__(self, columns: Columns, rows: Sequence[int], record_batch_rows: Sequence[int]) -> None:
@@ -59,7 +68,7 @@ class Gatherer:
         self._span = 1 << 62, 0
 
     def add(self, file: int, columns: Mapping[str, Addresses], low: int, high: int) -> None:
-        """Note where a file is mapped, from address `low` to `high`; others may be read meanwhile."""
+        """Add a file that is mapped from address `low` to `high`; other files may be read at the same time."""
         groups = slice(self._group_start[file], self._group_start[file + 1])
         for name, found in columns.items():
             self._addresses[name].values[groups] = found.values
@@ -67,28 +76,28 @@ class Gatherer:
         self._span = min(low, self._span[0]), max(high, self._span[1])
 
     def locate(self, positions: Int64[np.ndarray, " row"]) -> Located:
-        """Return where rows lie."""
+        """Return where rows are stored."""
         if len(self._group_rows) == 1:
             file = np.zeros_like(positions)
-            group, place = np.divmod(positions, self._group_rows[0])
+            group, offset = np.divmod(positions, self._group_rows[0])
         else:
             file = np.searchsorted(self._row_start, positions, side="right") - 1
-            group, place = np.divmod(positions - self._row_start[file], self._group_rows[file])
+            group, offset = np.divmod(positions - self._row_start[file], self._group_rows[file])
             group += self._group_start[file]
-        return Located(positions, file, group, place, place >> 3, np.left_shift(1, place & 7).astype(np.uint8))
+        return Located(positions, file, group, offset, offset >> 3, np.left_shift(1, offset & 7).astype(np.uint8))
 
     def values(self, name: str, rows: Located) -> Array:
         """Copy the values of a column, `(rows, *shape)`, from files that were added and are still mapped.
 
-        What stands in a missing slot is undefined.
+        Values of missing rows are undefined.
         """
         dtype, shape = self._types[name]
         size = dtype.itemsize * int(np.prod(shape, dtype=np.int64))
         if not len(rows.group):
             return np.empty((0, *shape), dtype=dtype)
-        low, high = self._span  # once: a thread that maps another file moves it
+        low, high = self._span  # read once, since a thread that maps another file changes it
         offsets = self._addresses[name].values[rows.group]
-        offsets += rows.place * size
+        offsets += rows.offset * size
         offsets -= low
         return np.asarray(_memory(low, high, size)[offsets].view(dtype).reshape(-1, *shape))
 
@@ -104,6 +113,6 @@ class Gatherer:
 
 
 def _memory(low: int, high: int, size: int) -> Array:
-    """Return what looks like an array with an item of `size` bytes at every byte of memory, mapped or not."""
+    """View memory as an array with an item of `size` bytes at every byte, whether mapped or not."""
     memory = memoryview((ctypes.c_uint8 * (high - low)).from_address(low))
     return np.ndarray((high - low - size + 1,), f"V{size}", memory, strides=(1,))

@@ -1,4 +1,4 @@
-"""The manifest of a dataset: what its shards hold, as one JSON file that is written last."""
+"""The manifest of a dataset: a JSON file that describes its shards, and is written last."""
 
 import hashlib
 import json
@@ -20,24 +20,25 @@ VERSION = 1
 
 
 class ModalityInfo(Section):
-    """What is known of one modality.
+    """One modality of a dataset.
 
     Attributes:
-        shape: of one row.
-        dtype: of the stored elements, as numpy calls it.
-        likelihood: a hint for whoever trains: `normal` for floats and uint8, `categorical` for int64; `poisson` or
-            `negative_binomial` for counts in floats or int64, which are read as they are, in floats.
-        classes: of a categorical modality; its values are 0..classes-1.
-        scaling: what reading does to the stored values x, element by element: nothing (`none`), to [0, 1] by x / 255
-            for uint8 and (x - low) / (high - low) for floats (`unit`, always for uint8), (x - mean) / std
-            (`standardise`) or log(1 + x) (`log1p`, of values of 0 or more); see `dmvae.data.scaling.Scale`.
-        mean: of the observed training rows, one number per element in row-major order; for `standardise`.
-        std: likewise; a feature that is constant in training has 1.
-        low: the least value of the observed training rows, likewise; for `unit` of floats.
-        high: the largest.
-        size_factor: of counts, the mean over the observed training rows: of the column of size factors, else of the
-            rows' totals. Rows that lack the modality are shown at it.
-        rate: of counts, the mean of an observed element at size factor 1, over the training rows.
+        shape: the shape of one row.
+        dtype: the numpy name of the stored element type.
+        likelihood: the likelihood to suggest: `normal` for floats and uint8, `categorical` for int64, `poisson` or
+            `negative_binomial` for counts in floats or int64, which are read unscaled, as floats.
+        classes: the number of classes of a categorical modality; its values are 0..classes-1.
+        scaling: how stored values x are scaled when read, element by element: not at all (`none`), to [0, 1] by
+            x / 255 for uint8 and (x - low) / (high - low) for floats (`unit`, always for uint8), to (x - mean) / std
+            (`standardise`), or to log(1 + x) (`log1p`, for values of 0 or more); see `dmvae.data.scaling.Scale`.
+        mean: the mean over the observed training rows, one number for each element in row-major order; for
+            `standardise`.
+        std: the standard deviation, likewise; 1 for a feature that is constant in training.
+        low: the minimum over the observed training rows, likewise; for `unit` of floats.
+        high: the maximum, likewise.
+        size_factor: for counts, the mean over the observed training rows of the size factor (of the row's total, if
+            there is no column of size factors). Rows that lack the modality are decoded with it.
+        rate: for counts, the mean of an element at size factor 1 over the observed training rows.
     """
 
     shape: tuple[int, ...]
@@ -55,24 +56,25 @@ class ModalityInfo(Section):
     @model_validator(mode="after")
     def _check(self) -> "ModalityInfo":
         if min(self.shape, default=1) < 1:
-            raise ValueError(f"a dimension is at least 1; got shape={self.shape}.")
+            raise ValueError(f"Dimensions must be at least 1, but got shape={self.shape}.")
         categorical, counts = (values_of(self.likelihood) == kind for kind in ("classes", "counts"))
         if categorical != bool(self.classes) or (not counts and categorical != (self.dtype == "int64")):
             raise ValueError(
-                f"int64 modalities are categorical and have classes, or are counts; others are neither categorical nor "
-                f"have classes; got dtype={self.dtype}, likelihood={self.likelihood!r}, classes={self.classes}. Store "
-                f"measurements as floats."
+                f"int64 must be categorical with classes, or counts, and other types must be neither categorical nor "
+                f"have classes, but got dtype={self.dtype}, likelihood={self.likelihood!r}, classes={self.classes}. "
+                f"Store measurements as floats."
             )
         if counts and (self.scaling != "none" or self.dtype == "uint8"):
             raise ValueError(
-                f"counts are floats or int64 and are not scaled; got dtype={self.dtype}, scaling={self.scaling!r}, "
-                f"likelihood={self.likelihood!r}. Store them as float32, and leave their scaling out."
+                f"Counts must be floats or int64 without scaling, but got dtype={self.dtype}, "
+                f"scaling={self.scaling!r}, likelihood={self.likelihood!r}. Store them as float32, and remove the "
+                f"scaling."
             )
         only = {"uint8": "unit", "int64": "none"}.get(self.dtype, self.scaling)
         if self.scaling != only:
             raise ValueError(
-                f"uint8 is scaled to [0, 1], int64 is left alone, floats may be scaled; got dtype={self.dtype}, "
-                f"scaling={self.scaling!r}."
+                f"Scaling of {self.dtype} must be {only!r}, but got {self.scaling!r}. Store values as float32 to scale "
+                f"them otherwise."
             )
         is_unit = self.scaling == "unit" and self.dtype != "uint8"
         for names, parts, wanted in (
@@ -82,22 +84,22 @@ class ModalityInfo(Section):
             lengths = {None if part is None else len(part) for part in parts}
             if lengths != ({math.prod(self.shape)} if wanted else {None}):
                 raise ValueError(
-                    f"{names} have a number for each element where the scaling takes them, and are absent elsewhere; "
-                    f"got {lengths} of them for scaling={self.scaling!r}, dtype={self.dtype}."
+                    f"{names} must have one number for each element if the scaling needs them, else be absent, but got "
+                    f"{lengths} numbers for scaling={self.scaling!r}, dtype={self.dtype}."
                 )
         if any(high < low for low, high in zip(self.low or (), self.high or (), strict=True)):
-            raise ValueError("low is at most high; got others.")
+            raise ValueError("low must be at most high for every element.")
         if self.std is not None and min(self.std) <= 0:
-            raise ValueError(f"a standard deviation is positive; got {min(self.std)}.")
+            raise ValueError(f"Standard deviations must be positive, but got {min(self.std)}.")
         return self
 
     @property
     def log_jacobian(self) -> float | None:
         """Log |d raw / d scaled| of one row that has this modality, in nats; None for `log1p`.
 
-        Added to -log p of the values as read, it gives -log p of the values as stored: p(raw) = p(scaled) /
-        |d raw / d scaled|. A row's sum runs over the modalities that the row has. For `log1p` it differs between
-        rows: it is the sum of a row's values as read.
+        Add it to -log p of the scaled values to get -log p of the stored ones, since p(raw) = p(scaled) /
+        |d raw / d scaled|; sum over the modalities that a row has. For `log1p` it differs between rows: it is the sum
+        of a row's scaled values.
         """
         if self.scaling == "log1p":
             return None
@@ -108,14 +110,14 @@ class ModalityInfo(Section):
 
     @property
     def column(self) -> TensorColumn:
-        """The Arrow column that it is stored in."""
+        """The Arrow column that stores it."""
         return TensorColumn(self.shape, self.dtype)
 
 
 class ShardInfo(Section):
-    """One Arrow file: its path in the dataset with forward slashes, and what must be found there.
+    """One shard: its path in the dataset with forward slashes, and what the file must hold.
 
-    Its record batches have `record_batch_rows` rows each, the last one perhaps fewer. `observed` counts the rows that
+    Its record batches have `record_batch_rows` rows each; the last one may have fewer. `observed` counts the rows that
     have each modality.
     """
 
@@ -131,7 +133,9 @@ class ShardInfo(Section):
     def _check_path(cls, path: str) -> str:
         pure = PurePosixPath(path)
         if pure.is_absolute() or ".." in pure.parts or "\\" in path or ":" in path or "\0" in path or not pure.parts:
-            raise ValueError(f"a shard lies in the dataset's folder; got path={path!r}. Do not use this dataset.")
+            raise ValueError(
+                f"Shards must lie inside the dataset's folder, but got path={path!r}. Do not trust this dataset."
+            )
         return path
 
 
@@ -142,26 +146,26 @@ class SplitInfo(Section):
 
     @property
     def rows(self) -> int:
-        """Rows of all shards."""
+        """The number of rows in all shards."""
         return sum(shard.rows for shard in self.shards)
 
     @property
     def observed(self) -> dict[str, int]:
-        """Rows that have each modality."""
+        """The number of rows that have each modality."""
         names = self.shards[0].observed if self.shards else {}
         return {name: sum(shard.observed[name] for shard in self.shards) for name in names}
 
 
 class Manifest(Section):
-    """The whole of a dataset in one record.
+    """The description of a whole dataset.
 
     Attributes:
-        id_type: type of the row names.
+        id_type: the type of the ids.
         has_label: whether there is a column of labels.
-        size_factor: type of the column of size factors; None without one.
+        size_factor: the type of the column of size factors; None without one.
         modalities: by name, in the order of the columns.
         splits: by name.
-        origin: how the dataset was made; says nothing about its content and does not enter the fingerprint.
+        origin: how the dataset was made. It does not describe the content, and is not part of the fingerprint.
     """
 
     format: Literal["dmvae-dataset"] = "dmvae-dataset"
@@ -178,12 +182,15 @@ class Manifest(Section):
         shards = [shard for split in self.splits.values() for shard in split.shards]
         paths = [shard.path for shard in shards]
         if len(set(paths)) < len(paths):
-            raise ValueError(f"a shard is listed once; got {sorted({p for p in paths if paths.count(p) > 1})} twice.")
+            raise ValueError(f"Shards listed more than once: {sorted({p for p in paths if paths.count(p) > 1})}.")
         for shard in shards:
             if shard.observed.keys() != self.modalities.keys() or not all(
                 0 <= count <= shard.rows for count in shard.observed.values()
             ):
-                raise ValueError(f"{shard.path}: every modality is observed in 0 to all rows; got {shard.observed}.")
+                raise ValueError(
+                    f"Observed rows of {shard.path} must be between 0 and {shard.rows} for every modality, but got "
+                    f"{shard.observed}."
+                )
         return self
 
     @property
@@ -199,13 +206,13 @@ class Manifest(Section):
 
     @property
     def bytes(self) -> int:
-        """Of all shards."""
+        """The size of all shards."""
         return sum(shard.bytes for split in self.splits.values() for shard in split.shards)
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256, in hexadecimal, of what decides the values that are read and their place; not of `origin`."""
-        # a manifest from before there were these fields keeps its fingerprint
+        """SHA-256, in hexadecimal, of everything that determines the values read and their order; not of `origin`."""
+        # manifests from before these fields existed keep their fingerprint
         content = self.model_dump(mode="json", exclude={"origin"})
         for part in (content, *content["modalities"].values()):
             for field in ("size_factor", "rate", "low", "high"):
@@ -215,7 +222,7 @@ class Manifest(Section):
 
 
 def save_manifest(manifest: Manifest, folder: Path) -> None:
-    """Write `manifest` as `folder/dataset.json`, whole or not at all."""
+    """Write `manifest` atomically to `folder/dataset.json`."""
     content = {"fingerprint": manifest.fingerprint, **manifest.model_dump(mode="json")}
     write_atomically(folder / MANIFEST_NAME, json.dumps(content, indent=1))
 
@@ -224,21 +231,21 @@ def load_manifest(folder: Path) -> Manifest:
     """Read `folder/dataset.json`.
 
     Raises:
-        DatasetError: if there is none, or it is not a manifest of this version, or was edited.
+        DatasetError: if it is absent, is not a manifest of this version, or was edited.
     """
     path = folder / MANIFEST_NAME
     if not path.is_file():
         raise DatasetError(
-            f"a dataset is a folder with a {MANIFEST_NAME}; got {str(folder)!r}, which has none. "
-            f"Make one with jobs.prepare, or compute it from shards with dmvae.data.preparation.build_manifest."
+            f"No {MANIFEST_NAME} found in {folder}. Prepare a dataset with jobs.prepare, or compute the manifest of "
+            f"existing shards with dmvae.data.preparation.build_manifest."
             if folder.is_dir()
-            else f"a dataset is a folder; got {str(folder)!r}, which does not exist. Make it with jobs.prepare."
+            else f"Dataset not found: {folder} does not exist. Correct the path, or prepare it with jobs.prepare."
         )
     return parse_manifest(path.read_bytes(), str(path))
 
 
 def parse_manifest(text: bytes, path: str) -> Manifest:
-    """Return the manifest that was read from `path`.
+    """Parse a manifest; `path` is where it was read, for messages.
 
     Raises:
         DatasetError: if it is not a manifest of this version, or was edited.
@@ -246,15 +253,13 @@ def parse_manifest(text: bytes, path: str) -> Manifest:
     try:
         content = json.loads(text)
     except ValueError as error:
-        raise DatasetError(f"{path}: a manifest is JSON; got {error}. Make the dataset again.") from error
+        raise DatasetError(f"Cannot read manifest {path} as JSON: {error}. Prepare the dataset again.") from error
     if not isinstance(content, dict) or content.get("format") != "dmvae-dataset":
-        raise DatasetError(
-            f"{path}: a manifest says format = 'dmvae-dataset'; this file does not. Choose another folder."
-        )
+        raise DatasetError(f"{path} is not a manifest: it lacks format = 'dmvae-dataset'. Choose another folder.")
     if content.get("version") != VERSION:
         raise DatasetError(
-            f"{path}: this program reads version {VERSION}; got version={content.get('version')!r}. "
-            f"Make the dataset again, or use the release that wrote it."
+            f"Cannot read manifest {path}: expected version {VERSION}, got {content.get('version')!r}. "
+            f"Prepare the dataset again, or use the release that wrote it."
         )
     recorded = content.pop("fingerprint", None)
     try:
@@ -262,10 +267,12 @@ def parse_manifest(text: bytes, path: str) -> Manifest:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "manifest"
-        raise DatasetError(f"{path}: {where}: {first['msg']} Make the dataset again.") from error
+        raise DatasetError(
+            f"Invalid manifest {path}, {where}: {first['msg'].removeprefix('Value error, ')} Prepare the dataset again."
+        ) from error
     if recorded != manifest.fingerprint:
         raise DatasetError(
-            f"{path}: the recorded fingerprint is that of the content; got {recorded!r}. The file was edited: "
-            f"make the dataset again, or compute the manifest anew from the shards."
+            f"Manifest {path} was edited: its fingerprint {recorded!r} does not match its content. Prepare the dataset "
+            f"again, or compute the manifest from the shards with dmvae.data.preparation.build_manifest."
         )
     return manifest

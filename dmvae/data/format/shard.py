@@ -1,4 +1,4 @@
-"""One memory-mapped Arrow file: rows gathered by their byte offset, without a loop over rows or record batches."""
+"""One memory-mapped shard; rows are gathered by byte offset, without a loop over rows or record batches."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 
 def open_reader(path: Path) -> tuple[pa.ipc.RecordBatchFileReader, pa.Buffer]:
-    """Map `path` and return a reader and the buffer that is the whole file.
+    """Map `path` into memory, and return a reader and a buffer of the whole file.
 
     Raises:
         DatasetError: if it is not an Arrow IPC file.
@@ -26,26 +26,26 @@ def open_reader(path: Path) -> tuple[pa.ipc.RecordBatchFileReader, pa.Buffer]:
         with pa.memory_map(str(path)) as source:
             buffer = source.read_buffer(source.size())
         reader = pa.ipc.open_file(buffer)
-        _ = reader.schema.names  # damaged names are no text
+        _ = reader.schema.names  # fails if damaged names are not text
         return reader, buffer
     except (pa.ArrowException, OSError, ValueError) as error:
         raise DatasetError(
-            f"{path}: a shard is an Arrow IPC file (not a stream, not Feather v1); got: {error}. Copy it again from "
-            f"where it came, or make the dataset again."
+            f"Cannot read {path} as an Arrow IPC file (not a stream, not Feather v1): {error}. Copy the shard again, "
+            f"or prepare the dataset again."
         ) from error
 
 
 class MappedShard:
-    """The rows of one file, by position.
+    """The rows of one shard, by position.
 
     Args:
         path: the file.
-        where: what messages call it. None: `path`.
-        hold: what has to live as long as the map is used.
+        where: its name in messages; None for `path`.
+        hold: an object that must live as long as the file is mapped.
 
     Raises:
-        DatasetError: if the file is no shard, is compressed, has a null id, or its record batches are not all of one
-            size (the last may be shorter).
+        DatasetError: if the file is not a shard, is compressed, has a null id, or its record batches differ in size
+            (the last may be shorter).
     """
 
     def __init__(self, path: Path, where: str | None = None, hold: object = None) -> None:
@@ -56,10 +56,10 @@ class MappedShard:
         try:
             batches = [reader.get_batch(index) for index in range(reader.num_record_batches)]
             for batch in batches:
-                batch.validate()  # buffers as long as their arrays need
-                batch.column("id").validate(full=True)  # strings that lie in their buffer
+                batch.validate()  # that buffers are long enough for their arrays
+                batch.column("id").validate(full=True)  # that strings lie within their buffer
         except (pa.ArrowException, OSError, ValueError) as error:
-            raise DatasetError(f"{self.where}: a shard can be read; got: {error}. Copy it again.") from error
+            raise DatasetError(f"Cannot read shard {self.where}: {error}. Copy it again.") from error
         sizes = np.array([batch.num_rows for batch in batches], dtype=np.int64)
         self.rows = int(sizes.sum())
         self.record_batch_rows = int(sizes[0]) if len(sizes) else 1
@@ -67,7 +67,7 @@ class MappedShard:
         self._ids = pa.chunked_array([batch.column("id") for batch in batches], reader.schema.field("id").type)
         if self._ids.null_count:
             row = self._ids.is_null().to_pylist().index(True)
-            raise DatasetError(f"an id is not null; got null in {self.where}, row {row}. Give the row an id.")
+            raise DatasetError(f"Missing id in {self.where}, row {row}. Give the row an id.")
         self._addresses = {
             name: self._locate([batch.column(name) for batch in batches], name) for name in self.columns.fixed_size
         }
@@ -75,12 +75,12 @@ class MappedShard:
         self.enter(self._rows, 0)
 
     def enter(self, gatherer: Gatherer, file: int) -> None:
-        """Tell a gatherer of several shards where this one is mapped; it must not outlive this object's use."""
+        """Add this shard to the gatherer of several; the gatherer must not be used after this object is gone."""
         start = int(self._buffer.address)
         gatherer.add(file, self._addresses, start, start + int(self._buffer.size))
 
     def gather(self, name: str, rows: Int64[np.ndarray, " row"]) -> Array:
-        """Copy the values of a column, `(rows, *shape)`; what stands in a missing slot is undefined."""
+        """Copy the values of a column, `(rows, *shape)`; values of missing rows are undefined."""
         return self._rows.values(name, self._rows.locate(rows))
 
     def present(self, name: str, rows: Int64[np.ndarray, " row"]) -> Bool[np.ndarray, " row"]:
@@ -88,7 +88,7 @@ class MappedShard:
         return self._rows.present(name, self._rows.locate(rows))
 
     def ids(self, rows: Int64[np.ndarray, " row"]) -> Array:
-        """Return the row names, int64 or strings."""
+        """Return the ids, int64 or strings."""
         if self.columns.id_type == "int64":
             return self.gather("id", rows)
         return np.asarray(self._ids.take(pa.array(rows)).to_pylist(), dtype=str)
@@ -97,8 +97,8 @@ class MappedShard:
         even = len(sizes) == 0 or (bool((sizes[:-1] == sizes[0]).all()) and 0 < sizes[-1] <= sizes[0])
         if not even:
             raise DatasetError(
-                f"{self.where}: a shard's record batches have one size (the last may be shorter); got {sizes[:8]}... "
-                f"Write it with combine_chunks() and write_table(table, max_chunksize=...)."
+                f"Record batches of {self.where} must have the same number of rows (the last may have fewer), but have "
+                f"{sizes[:8].tolist()}. Write it with combine_chunks() and write_table(table, max_chunksize=...)."
             )
 
     def _locate(self, arrays: list[pa.Array], name: str) -> Addresses:
@@ -107,8 +107,8 @@ class MappedShard:
             buffers = array.buffers()
             if len(buffers) == 3 and array.storage.values.null_count:
                 raise DatasetError(
-                    f"{self.where}: a modality is present or missing as a whole; got null elements in {name!r}. "
-                    f"Fill them, or make the whole row null."
+                    f"Modality {name!r} has null elements inside rows in {self.where}. Fill them in, or make the whole "
+                    f"row null."
                 )
             values[group] = self._address(buffers[-1], array, name)
             bits[group] = 0 if array.null_count == 0 else self._address(buffers[0], array, name)
@@ -118,28 +118,28 @@ class MappedShard:
         offset = int(buffer.address - self._buffer.address)
         if array.offset or not 0 <= offset <= self._buffer.size - buffer.size:
             raise DatasetError(
-                f"{self.where}: shards are not compressed, so that they can be mapped; got a compressed column "
-                f"{name!r}. Write it again without IpcWriteOptions(compression=...)."
+                f"Cannot map {self.where} into memory: column {name!r} is compressed. Write it again without "
+                f"IpcWriteOptions(compression=...)."
             )
         return int(buffer.address)
 
 
 @dataclass(frozen=True)
 class ShardFile:
-    """A shard's file on this node.
+    """The file of a shard on this node.
 
     Attributes:
-        path: of the file.
-        where: where it comes from, for messages.
-        is_summed: whether its SHA-256 was compared with the manifest when it was copied here.
-        hold: keeps it here.
+        path: the file.
+        where: its origin, for messages.
+        is_verified: whether its SHA-256 was compared with the manifest when it was copied here.
+        hold: an object that keeps the file from being removed.
     """
 
     path: Path
     where: str
-    is_summed: bool = False
+    is_verified: bool = False
     hold: object = None
 
     def map(self) -> MappedShard:
-        """Map its rows."""
+        """Map the file into memory."""
         return MappedShard(self.path, self.where, self.hold)

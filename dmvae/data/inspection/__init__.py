@@ -1,1 +1,5 @@
-"""What a dataset holds, told to a person before anything is trained on it."""
+"""Inspect a dataset before training: what it holds, what may be wrong with it, and settings for a first run.
+
+It imports the other folders of `dmvae.data`.
+`dmvae.report` and the command line may import it.
+"""

@@ -1,4 +1,4 @@
-"""Compute a manifest from shards, whoever wrote them: the only way that manifests are made."""
+"""Compute the manifest of a dataset from its shards, however they were written; every manifest is made here."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,16 +13,16 @@ from dmvae.data.files import sha256_of
 from dmvae.data.format.manifest import Manifest, ModalityInfo, ShardInfo, SplitInfo
 from dmvae.data.format.schema import Columns, TensorColumn
 from dmvae.data.format.shard import MappedShard
-from dmvae.data.preparation.running_stats import Summary
+from dmvae.data.preparation.running_stats import RunningStats
 from dmvae.data.storage.verify import check_values, row_blocks
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-_FIGURES = {"standardise": ("mean", "std"), "unit": ("low", "high")}
-"""What reading takes from the training rows, by scaling; uint8 needs nothing."""
+_STATISTICS = {"standardise": ("mean", "std"), "unit": ("low", "high")}
+"""The statistics of the training rows that each scaling needs; for uint8, `unit` needs none."""
 
 
-def survey(
+def build_manifest(
     folder: Path,
     *,
     scaling: Mapping[str, Scaling] | None = None,
@@ -30,66 +30,52 @@ def survey(
     classes: Mapping[str, int] | None = None,
     origin: Mapping[str, Any] | None = None,
 ) -> Manifest:
-    """Read every `folder/SPLIT/*.arrow`, shards in the order of their names, and say what is there.
+    """Read every `folder/SPLIT/*.arrow`, shards in the order of their names, and describe them in a manifest.
 
-    With `save_manifest` it turns a folder of shards that someone made with pyarrow alone into a dataset.
+    Together with `save_manifest` it turns a folder of shards that were written with pyarrow alone into a dataset.
 
     Args:
         folder: the dataset.
-        scaling: of float modalities, how they are read (see `ModalityInfo`); figures are taken over the rows of the
-            split `train` that have the modality.
-        likelihood: hints by modality; default `categorical` for int64, else `normal`.
-        classes: number of classes of a categorical modality; default: one more than the largest value in any split.
+        scaling: how float modalities are scaled when read (see `ModalityInfo`). Statistics are taken over the observed
+            rows of the split `train`.
+        likelihood: the likelihood to suggest for a modality; default `categorical` for int64, else `normal`.
+        classes: the number of classes of a categorical modality; default: one more than the largest value in any split.
         origin: how the dataset was made, to be recorded.
 
     Raises:
-        DatasetError: if a file is no shard, shards disagree, a value is NaN, infinite or a negative class, or a setting
-            belongs to no modality or to one of another type.
+        DatasetError: if a file is not a shard, shards have different columns, a value is NaN, infinite or a negative
+            class, or a setting names an unknown modality or does not fit its type.
     """
     files = _find_shards(folder)
     first = MappedShard(next(iter(files.values()))[0])
     scaling, likelihood, classes = dict(scaling or {}), dict(likelihood or {}), dict(classes or {})
     check_settings(first.columns, scaling, likelihood, classes)
-    summaries = {name: Summary(first.columns.modalities[name].size) for name, how in scaling.items() if how in _FIGURES}
-    logarithmic = [name for name, how in scaling.items() if how == "log1p"]
-    sizes = {name: Summary(2) for name, hint in likelihood.items() if values_of(hint) == "counts"}
-    largest = {
-        name: 0
-        for name, column in first.columns.modalities.items()
-        if column.dtype == "int64" and values_of(likelihood.get(name)) != "counts"
-    }
+    statistics = _Statistics(first.columns, scaling, likelihood)
     splits: dict[str, list[ShardInfo]] = {name: [] for name in files}
     for split, path in ((split, path) for split, paths in files.items() for path in paths):
-        shard = MappedShard(path)  # one at a time: what is mapped counts as memory
+        shard = MappedShard(path)  # one at a time, since mapped files count as memory
         if shard.columns != first.columns:
             raise DatasetError(
-                f"all shards have the same columns; got {shard.columns} in {shard.path}, "
-                f"{first.columns} in {first.path}. Write one of them again."
+                f"Shards must have the same columns, but got {shard.columns} in {shard.path} and {first.columns} in "
+                f"{first.path}. Write one of them again."
             )
         check_values(shard, classes, likelihood)
         splits[split].append(_describe_shard(folder, shard))
         for rows in row_blocks(shard):
-            for name in largest:
-                largest[name] = max(largest[name], int(_observed(shard, name, rows).max(initial=0)))
-            for name in logarithmic:
-                _refuse_negative(shard, name, rows)
-            for name in summaries if split == "train" else ():
-                summaries[name].add(_observed(shard, name, rows))
-            for name in sizes if split == "train" else ():
-                sizes[name].add(_sizes(shard, name, rows))
+            statistics.add(shard, rows, split == "train")
     return Manifest(
         id_type="int64" if first.columns.id_type == "int64" else "string",
         has_label=first.columns.has_label,
         size_factor=first.columns.size_factor,
         modalities={
-            name: _describe(
+            name: _describe_modality(
                 name,
                 column,
                 likelihood.get(name),
-                classes.get(name) or (largest[name] + 1 if name in largest else None),
+                classes.get(name) or statistics.num_classes(name),
                 scaling.get(name, "unit" if column.dtype == "uint8" else "none"),
-                summaries.get(name),
-                sizes.get(name),
+                statistics.scaled.get(name),
+                statistics.counts.get(name),
             )
             for name, column in first.columns.modalities.items()
         },
@@ -98,13 +84,45 @@ def survey(
     )
 
 
+class _Statistics:
+    """What a manifest says of the values: statistics of the training rows, and the largest class in any split.
+
+    Attributes:
+        scaled: statistics of each modality whose scaling needs them.
+        counts: statistics of `(size factor, total)` of each modality of counts.
+    """
+
+    def __init__(self, columns: Columns, scaling: Mapping[str, str], likelihood: Mapping[str, str]) -> None:
+        modalities = columns.modalities
+        self.scaled = {n: RunningStats(modalities[n].size) for n, how in scaling.items() if how in _STATISTICS}
+        self.counts = {n: RunningStats(2) for n, hint in likelihood.items() if values_of(hint) == "counts"}
+        self._log1p = [n for n, how in scaling.items() if how == "log1p"]
+        self._largest = {n: 0 for n, c in modalities.items() if c.dtype == "int64" and n not in self.counts}
+
+    def add(self, shard: MappedShard, rows: Array, is_train: bool) -> None:
+        """Add rows of a shard, given by position."""
+        for name in self._largest:
+            self._largest[name] = max(self._largest[name], int(_observed(shard, name, rows).max(initial=0)))
+        for name in self._log1p:
+            _check_not_negative(shard, name, rows)
+        if is_train:
+            for name, statistics in self.scaled.items():
+                statistics.add(_observed(shard, name, rows))
+            for name, statistics in self.counts.items():
+                statistics.add(_size_factors_and_totals(shard, name, rows))
+
+    def num_classes(self, name: str) -> int | None:
+        """Return one more than the largest class of a categorical modality; None for other modalities."""
+        return self._largest[name] + 1 if name in self._largest else None
+
+
 def _find_shards(folder: Path) -> dict[str, list[Path]]:
     splits = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     shards = {split.name: found for split in splits if (found := sorted(split.glob("*.arrow")))}
     if not shards:
         raise DatasetError(
-            f"a dataset has a folder per split with *.arrow files; got none in {str(folder)!r}. "
-            f"Write, say, train/part-00000.arrow."
+            f"No shards found in {folder}. Write *.arrow files to a folder for each split, such as "
+            f"train/part-00000.arrow."
         )
     return shards
 
@@ -114,19 +132,20 @@ def _observed(shard: MappedShard, name: str, rows: Array) -> Array:
     return shard.gather(name, rows[shard.present(name, rows)])
 
 
-def _refuse_negative(shard: MappedShard, name: str, rows: Array) -> None:
+def _check_not_negative(shard: MappedShard, name: str, rows: Array) -> None:
     here = rows[shard.present(name, rows)]
     values = shard.gather(name, here).reshape(len(here), -1)
     wrong = np.flatnonzero((values < 0).any(axis=1))
     if len(wrong):
         raise DatasetError(
-            f"log1p takes values of 0 or more; got {values[wrong[0]].min()} in {shard.path}, column {name!r}, row "
-            f"{here[wrong[0]]} (id {shard.ids(here[wrong[:1]])[0]}). Choose another scaling, or correct it."
+            f"Modality {name!r} is scaled with log1p, so values must be 0 or more, but got {values[wrong[0]].min()} in "
+            f"{shard.path}, row {here[wrong[0]]} (id {shard.ids(here[wrong[:1]])[0]}). Correct the value, or choose "
+            f"another scaling.{name}."
         )
 
 
-def _sizes(shard: MappedShard, name: str, rows: Array) -> Array:
-    """Return `(rows, 2)`: the size factor, or else the total, and the total of each of `rows` that has the counts."""
+def _size_factors_and_totals(shard: MappedShard, name: str, rows: Array) -> Array:
+    """Return `(rows, 2)` for the observed `rows`: the size factor (the total, if there is none) and the total."""
     counts = _observed(shard, name, rows)
     totals = counts.reshape(len(counts), -1).sum(axis=1, dtype=np.float64)
     if not shard.columns.size_factor:
@@ -152,16 +171,16 @@ def _describe_shard(folder: Path, shard: MappedShard) -> ShardInfo:
 def check_settings(
     columns: Columns, scaling: Mapping[str, str], likelihood: Mapping[str, str], classes: Mapping[str, int]
 ) -> None:
-    """Refuse settings that do not fit the columns.
+    """Check that settings fit the columns.
 
     Raises:
-        DatasetError: naming the modality and the setting.
+        DatasetError: if a setting names an unknown modality, or does not fit its type.
     """
     unknown = sorted({*scaling, *likelihood, *classes} - set(columns.modalities))
     if unknown:
-        known = ", ".join(columns.modalities)
         raise DatasetError(
-            f"a setting belongs to a modality; got {unknown}. The dataset has {known}: correct the name."
+            f"Unknown modalities {unknown} in the settings. Correct the names; the dataset has "
+            f"{', '.join(columns.modalities)}."
         )
     for name, column in columns.modalities.items():
         how = scaling.get(name, "unit" if column.dtype == "uint8" else "none")
@@ -171,41 +190,42 @@ def check_settings(
 def _check_hints(name: str, dtype: str, scaling: str, likelihood: str | None, classes: int | None) -> None:
     if scaling != {"uint8": "unit", "int64": "none"}.get(dtype, scaling):
         raise DatasetError(
-            f"floats can be scaled, uint8 is read in [0, 1] and int64 as it is; got scaling={scaling!r} for {name!r} "
-            f"of {dtype}. Leave its scaling out, or make it float32 in the source."
+            f"Cannot apply scaling {scaling!r} to modality {name!r} of type {dtype}: only floats can be scaled (uint8 "
+            f"is always read as [0, 1]). Remove scaling.{name}, or convert the source to float32."
         )
     values = values_of(likelihood)
     hinted, counts = classes is not None or values == "classes", values == "counts"
     if counts and (dtype == "uint8" or scaling != "none" or classes is not None):
         raise DatasetError(
-            f"counts are floats or int64, not scaled, without classes; got likelihood={likelihood!r}, "
-            f"scaling={scaling!r}, classes={classes} for {name!r} of {dtype}. Make them float32 in the source, "
-            f"and leave scaling and classes out."
+            f"Modality {name!r} holds counts (likelihood {likelihood!r}), which must be floats or int64 without "
+            f"scaling or classes, but got type {dtype}, scaling {scaling!r}, classes {classes}. Convert the source to "
+            f"float32, and remove scaling.{name} and its classes."
         )
     is_other = likelihood is not None and not counts and values != "classes"
     if (dtype == "int64" and is_other) or (dtype != "int64" and hinted):
         raise DatasetError(
-            f"int64 modalities are categorical or counts, others are not categorical; got likelihood={likelihood!r}, "
-            f"classes={classes} for {name!r} of {dtype}. Leave the hint out, or change the type in the source."
+            f"Likelihood {likelihood!r} with classes {classes} does not fit modality {name!r} of type {dtype}: int64 "
+            f"must be categorical or counts, and other types cannot be categorical. Remove likelihood.{name}, or "
+            f"change the type in the source."
         )
 
 
-def _describe(
+def _describe_modality(
     name: str,
     column: TensorColumn,
     likelihood: str | None,
     classes: int | None,
     scaling: str,
-    summary: Summary | None,
-    sizes: Summary | None,
+    statistics: RunningStats | None,
+    counts: RunningStats | None,
 ) -> ModalityInfo:
-    if summary is not None and not summary.rows and column.dtype != "uint8":
+    if statistics is not None and not statistics.rows and column.dtype != "uint8":
         raise DatasetError(
-            f"scaling={scaling!r} needs a training row that has the modality; got none for {name!r} in the split "
-            f"'train'. Leave its scaling out."
+            f"Cannot compute scaling {scaling!r}: no row of the split 'train' has modality {name!r}. "
+            f"Remove scaling.{name}."
         )
-    figures = _FIGURES.get(scaling, ()) if column.dtype != "uint8" else ()
-    size_factor, total = sizes.mean if sizes else (0.0, 0.0)
+    needed = _STATISTICS.get(scaling, ()) if column.dtype != "uint8" else ()
+    size_factor, total = counts.mean if counts else (0.0, 0.0)
     return ModalityInfo.model_validate(
         {
             "shape": column.shape,
@@ -213,7 +233,7 @@ def _describe(
             "likelihood": likelihood or ("categorical" if column.dtype == "int64" else "normal"),
             "classes": classes,
             "scaling": scaling,
-            **{figure: tuple(getattr(summary, figure).tolist()) for figure in figures},
+            **{statistic: tuple(getattr(statistics, statistic).tolist()) for statistic in needed},
             "size_factor": float(size_factor) or None,
             "rate": float(total / size_factor / column.size) if total else None,
         }

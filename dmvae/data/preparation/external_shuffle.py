@@ -1,8 +1,8 @@
-"""Rows in a random order that is decided by their ids and a seed, however many there are: an external sort by hash.
+"""Shuffle any number of rows in bounded memory: an external sort by a hash of their ids.
 
-A row's key is a hash of its id, and the order is that of the keys; so it depends neither on the source's own order nor
-on how the rows are cut into chunks. Rows are held while they fit; then they are divided by the first byte of their key
-among 256 files, each of which is sorted by itself, or divided again by the next byte if it is too large for that.
+The order is that of the hashes, so it depends on the ids and a seed alone: not on the order of the source, nor on how
+rows are cut into chunks. Rows stay in memory while they fit. Then they are distributed over 256 files by the first
+byte of their hash. Each file is sorted by itself, or distributed again by the next byte if it does not fit in memory.
 """
 
 import hashlib
@@ -22,12 +22,12 @@ from dmvae.data.preparation.rows import Rows
 Array = np.ndarray[Any, np.dtype[Any]]
 
 HELD_BYTES = 64 << 20
-"""Rows in memory: before they go to files, and when a file is sorted."""
+"""Bytes of rows in memory, before they go to files and while a file is sorted."""
 _FILES = 256
 
 
 def hash_keys(names: Array, seed: int) -> Array:
-    """Hash `(rows,)` integers or strings to uint64, by BLAKE2b with the seed as its key."""
+    """Hash `(rows,)` integers or strings to uint64 with BLAKE2b, keyed by the seed."""
     keyed = hashlib.blake2b(digest_size=8, key=seed.to_bytes(8, "little"))
     digests = bytearray()
     for name in names.tolist():
@@ -39,7 +39,7 @@ def hash_keys(names: Array, seed: int) -> Array:
 
 @dataclass
 class _Keyed:
-    """Rows with their keys and their numbers in the source."""
+    """Rows with their sort keys and their numbers in the source."""
 
     rows: Rows
     keys: Array
@@ -60,13 +60,13 @@ class _Keyed:
         )
 
 
-class Shuffle:
-    """Takes rows in any order, and gives them back in the order of their keys.
+class ExternalShuffle:
+    """Takes rows in any order, and yields them in the order of their keys.
 
     Args:
-        columns: of the rows.
-        folder: where files may be made; it is made when it is needed.
-        shift: the bits below the byte of the key by which rows are divided.
+        columns: the columns of the rows.
+        folder: for temporary files; created when needed.
+        shift: the number of key bits below the byte that rows are distributed by.
     """
 
     def __init__(self, columns: Columns, folder: Path, shift: int = 56) -> None:
@@ -76,17 +76,17 @@ class Shuffle:
         self._rows = np.zeros(_FILES, dtype=np.int64)
 
     def add(self, rows: Rows, keys: Array, numbers: Array) -> None:
-        """Take rows with their keys; rows of equal keys come in the order of their numbers."""
+        """Add rows with their keys; rows with equal keys are sorted by their numbers."""
         self._held.append(_Keyed(rows, keys, numbers))
         self._held_rows += len(rows)
         if not self._fits(self._held_rows):
             self._flush()
 
     def sorted(self, keep: bool = False) -> Iterator[tuple[Rows, Array]]:
-        """Yield all rows by key, with their numbers, in pieces that can be held.
+        """Yield all rows in the order of their keys, with their numbers, in pieces that fit in memory.
 
         Args:
-            keep: so that they can be had once more; else files are removed as they are read.
+            keep: keep the files, so that rows can be read again; else files are removed as they are read.
         """
         if not self._folder.exists():
             if self._held:
@@ -100,7 +100,7 @@ class Shuffle:
                 found = _Keyed.join(list(self._read(file))).by_key()
                 yield found.rows, found.numbers
             else:
-                finer = Shuffle(self._columns, file.with_suffix(".finer"), self._shift - 8)
+                finer = ExternalShuffle(self._columns, file.with_suffix(".finer"), self._shift - 8)
                 for part in self._read(file):
                     finer.add(part.rows, part.keys, part.numbers)
                 yield from finer.sorted()
@@ -109,7 +109,7 @@ class Shuffle:
                 file.unlink()
 
     def remove(self) -> None:
-        """Remove the files that are left."""
+        """Remove the remaining files."""
         if self._folder.exists():
             shutil.rmtree(self._folder)
 
@@ -117,7 +117,7 @@ class Shuffle:
         return num_rows * self._columns.row_bytes <= HELD_BYTES
 
     def _flush(self) -> None:
-        """Divide what is held among the files."""
+        """Distribute the rows in memory over the files."""
         if not self._held:
             return
         found = _Keyed.join(self._held)
@@ -137,7 +137,7 @@ class Shuffle:
         return batch.append_column("key", pa.array(part.keys)).append_column("number", pa.array(part.numbers))
 
     def _read(self, file: Path) -> Iterator[_Keyed]:
-        """Yield the batches of the streams that follow one another in a file."""
+        """Yield the record batches of a file, which is a sequence of Arrow streams."""
         size = file.stat().st_size
         with file.open("rb") as opened:
             while opened.tell() < size:

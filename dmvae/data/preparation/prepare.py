@@ -1,5 +1,6 @@
-"""From a source to a dataset: read and check, divide, shuffle, write; in memory that does not grow with the source."""
+"""Prepare a dataset: read and check a source, split and shuffle its rows, and write shards, in bounded memory."""
 
+import importlib
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -9,28 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from dmvae.config.data import (
-    CsvSource,
-    DigitsSource,
-    H5muSource,
-    ImagesSource,
-    NpzSource,
-    ParquetSource,
-    PrepareConfig,
-    Source,
-)
+from dmvae.config.data import PrepareConfig
+from dmvae.config.sources import Source
 from dmvae.data.errors import DatasetError
 from dmvae.data.format.manifest import save_manifest
-from dmvae.data.preparation.build_manifest import survey
+from dmvae.data.preparation.build_manifest import build_manifest
 from dmvae.data.preparation.rows import Rows
 from dmvae.data.preparation.scan import Scan
-from dmvae.data.preparation.sources.csv import read_csv
-from dmvae.data.preparation.sources.digits import read_digits
-from dmvae.data.preparation.sources.h5mu import read_h5mu
-from dmvae.data.preparation.sources.images import read_images
-from dmvae.data.preparation.sources.npz import read_npz
-from dmvae.data.preparation.sources.parquet import read_parquet
-from dmvae.data.preparation.stream import Stream, in_memory
+from dmvae.data.preparation.stream import Stream
 from dmvae.data.preparation.writer import SplitWriter, check_target, new_dataset
 from dmvae.data.progress import Progress
 from dmvae.data.storage.location import LocalDataset, check_free, locate, upload
@@ -39,21 +26,21 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 
 def prepare(config: PrepareConfig, progress: Callable[[str], None] = print) -> Path:
-    """Make the dataset that `config` describes and return its folder.
+    """Write the dataset that `config` describes, and return its folder.
 
-    The same configuration and rows give the same bytes. A source is read once; of all its rows a few numbers each are
-    held. While it works, the disk holds the rows twice.
+    The same configuration and rows give the same bytes. The source is read once; a few numbers of each row stay in
+    memory. Meanwhile the rows take up twice their size on disk.
 
     Args:
-        config: what to make.
-        progress: told, in a line of text each, what is being done and what was found.
+        config: the source, and how to prepare it.
+        progress: called with each line of progress.
 
     Raises:
-        DatasetError: if the folder is taken, the source is not there or breaks a law, or there is no room.
+        DatasetError: if the folder exists, the source is absent or invalid, or the disk is full.
     """
     target = Path(config.dataset)
     check_target(target, config.replace)
-    progress(f"reading {config.source.kind}")
+    progress(f"reading the {config.source.kind} source")
     with new_dataset(target, config.replace) as part:
         scratch = part / ".scratch"
         scratch.mkdir()
@@ -64,24 +51,24 @@ def prepare(config: PrepareConfig, progress: Callable[[str], None] = print) -> P
         _write(scan, part, config.shard_megabytes << 20, progress)
         scan.shuffle.remove()
         scratch.rmdir()
-        progress("checking what was written")
+        progress("checking the shards")
         origin = config.model_dump(mode="json", exclude={"dataset", "replace"})
-        save_manifest(survey(part, scaling=config.scaling, likelihood=config.likelihood, origin=origin), part)
+        save_manifest(build_manifest(part, scaling=config.scaling, likelihood=config.likelihood, origin=origin), part)
     progress(f"wrote {target}")
     return target
 
 
 def prepare_and_upload(config: PrepareConfig, progress: Callable[[str], None] = print) -> str:
-    """Make the dataset where `config` says, a folder or a URI of an object store, and return that.
+    """Write the dataset to the folder or URI that `config` names, and return that.
 
-    For an object store it is made in a temporary folder and uploaded, the manifest last.
+    For an object store, the dataset is written to a temporary folder and then uploaded, the manifest last.
 
     Raises:
-        DatasetError: as `prepare`, or if the store does not take it.
+        DatasetError: see `prepare`; or if the upload fails.
     """
-    place = locate(config.dataset)
-    if isinstance(place, LocalDataset):
-        return str(prepare(config.model_copy(update={"dataset": str(place.folder)}), progress))
+    location = locate(config.dataset)
+    if isinstance(location, LocalDataset):
+        return str(prepare(config.model_copy(update={"dataset": str(location.folder)}), progress))
     check_free(config.dataset, config.replace)
     with tempfile.TemporaryDirectory(prefix="dmvae-") as scratch:
         folder = prepare(config.model_copy(update={"dataset": f"{scratch}/dataset"}), progress)
@@ -91,24 +78,24 @@ def prepare_and_upload(config: PrepareConfig, progress: Callable[[str], None] = 
 
 
 def read_source(source: Source, seed: int, scratch: Path) -> Stream:
-    """Begin to read a source; `scratch` is a folder for files that are gone when it was read."""
-    if isinstance(source, NpzSource):
-        return read_npz(source)
-    if isinstance(source, ParquetSource):
-        return read_parquet(source)
-    if isinstance(source, CsvSource):
-        return read_csv(source, scratch)
-    if isinstance(source, ImagesSource):
-        return read_images(source)
-    if isinstance(source, H5muSource):
-        return read_h5mu(source)
-    assert isinstance(source, DigitsSource)
-    return in_memory(read_digits(source, seed), "digits")
+    """Begin to read a source, with `read` of the module that has the name of its kind.
+
+    Args:
+        source: its settings.
+        seed: decides anything random.
+        scratch: a folder for temporary files.
+
+    Raises:
+        DatasetError: if the source is absent or invalid.
+    """
+    module = importlib.import_module(f"dmvae.data.preparation.sources.{source.kind}")
+    stream: Stream = module.read(source, seed, scratch)
+    return stream
 
 
 def _write(scan: Scan, folder: Path, shard_bytes: int, progress: Callable[[str], None]) -> None:
-    """Write the rows to the folders of their splits, in the order of the shuffle."""
-    means = {name: _training_mean(scan, name) for name in scan.filled}
+    """Write the rows to the folders of their splits, in shuffled order."""
+    means = {name: _training_mean(scan, name) for name in scan.to_fill}
     observed = {split: dict.fromkeys(scan.columns.modalities, 0) for split in scan.names}
     written, done = Progress(progress, "wrote", len(scan.codes)), 0
     with ExitStack() as stack:
@@ -130,9 +117,12 @@ def _write(scan: Scan, folder: Path, shard_bytes: int, progress: Callable[[str],
 
 
 def _training_mean(scan: Scan, name: str) -> Array:
-    """Return the mean of each feature over the training rows that have a value there, in float64."""
+    """Return the mean of each feature over the training rows in which it is observed, in float64."""
     if "train" not in scan.names:
-        raise DatasetError(f"a training mean needs a split 'train'; got {sorted(scan.names)}. Set partial to 'drop'.")
+        raise DatasetError(
+            f"Cannot fill in training means: there is no split 'train' among {sorted(scan.names)}. Name a split "
+            f"'train', or set partial = 'drop'."
+        )
     shape = scan.columns.modalities[name].shape
     count, first, total = np.zeros(shape, dtype=np.int64), np.full(shape, np.nan), np.zeros((1, *shape))
     for rows, numbers in scan.shuffle.sorted(keep=True):
@@ -142,19 +132,20 @@ def _training_mean(scan: Scan, name: str) -> Array:
             continue
         known = ~np.isnan(values)
         count += known.sum(axis=0)
-        # from a value of the feature, so that a large mean costs no digits; one by one, so that pieces do not matter
+        # relative to a value of the feature, so that a large mean costs no digits; summed one by one, so that the
+        # result does not depend on the pieces
         found = values[known.argmax(axis=0), *np.indices(shape, sparse=True)]
         first = np.where(np.isnan(first), found, first)
         total = np.add.accumulate(np.concatenate((total, np.where(known, values - first, 0))))[-1:]
     if not count.all():
         raise DatasetError(
-            f"a training mean needs a training value; got none for {int((count == 0).sum())} features of {name!r}. "
-            f"Leave those features out, or set partial to 'drop'."
+            f"Cannot fill in training means: {int((count == 0).sum())} features of modality {name!r} have no training "
+            f"value. Remove these features from the source, or set partial = 'drop'."
         )
     return np.asarray(first + total[0] / count)
 
 
 def _fill(rows: Rows, means: Mapping[str, Array]) -> Rows:
-    """Put the training means where an observed row has NaN; rows that miss the modality stay as they are."""
+    """Replace NaN by the training means; values of rows that lack the modality are never read."""
     data = {name: np.where(np.isnan(rows.data[name]), mean, rows.data[name]) for name, mean in means.items()}
     return replace(rows, data={**rows.data, **{name: data[name].astype(rows.data[name].dtype) for name in data}})

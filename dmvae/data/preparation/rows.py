@@ -1,4 +1,4 @@
-"""Rows in memory as numpy arrays: what a source gives and a writer takes."""
+"""Rows in memory as numpy arrays, as sources yield and the writer takes them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,15 +20,16 @@ class Rows:
 
     Attributes:
         ids: `(rows,)`, int64 or strings.
-        data: `(rows, *shape)` per modality, of a type that shards store. The value of a missing slot is never read.
-        present: boolean `(rows,)` per modality, true where the row has it.
-        labels: int64 `(rows,)`, negative where there is none; None without labels.
-        splits: `(rows,)` strings, the split of each row; None where the source has no splits of its own.
-        groups: `(rows,)`, int64 or strings; rows of one group (a patient's) come into one split. None without groups.
-        size_factors: float64 `(rows,)`, positive, NaN where there is none (see `Batch`); None without size factors.
+        data: `(rows, *shape)` by modality, of a type that shards store. Values of missing rows are never read.
+        present: boolean `(rows,)` by modality, true where the row has it.
+        labels: int64 `(rows,)`, negative for a row without a label; None without labels.
+        splits: `(rows,)` strings, the split of each row; None if the source has no splits of its own.
+        groups: `(rows,)`, int64 or strings; all rows of a group (such as a patient) go to one split. None without
+            groups.
+        size_factors: float64 `(rows,)`, positive; NaN for a row without one (see `Batch`). None without size factors.
 
     Raises:
-        DatasetError: if the arrays do not fit together or are of a type that shards do not store.
+        DatasetError: if the arrays do not fit together, or have a type that shards do not store.
     """
 
     ids: Array
@@ -41,27 +42,29 @@ class Rows:
 
     def __post_init__(self) -> None:
         if self.ids.dtype != np.int64 and self.ids.dtype.kind != "U":
-            raise DatasetError(f"ids are int64 or strings; got {self.ids.dtype}. Cast them.")
+            raise DatasetError(f"Ids must be int64 or strings, but got {self.ids.dtype}. Cast them.")
         if not self.data:
-            raise DatasetError("rows have at least one modality; got none. Add an array.")
+            raise DatasetError("Rows must have at least one modality, but got none. Add an array.")
         if self.present.keys() != self.data.keys():
-            raise DatasetError(f"every modality has a mask; got {list(self.present)} for {list(self.data)}.")
+            raise DatasetError(
+                f"Every modality must have a mask: expected {list(self.data)}, got {list(self.present)}. Correct them."
+            )
         lengths = {name: len(values) for name, values in self.data.items()}
         lengths |= {f"mask.{name}": len(mask) for name, mask in self.present.items()}
         special = {"label": self.labels, "split": self.splits, "group": self.groups, "size_factor": self.size_factors}
         lengths |= {name: len(values) for name, values in special.items() if values is not None}
         if set(lengths.values()) != {len(self.ids)}:
-            raise DatasetError(f"all arrays have the same number of rows; got id: {len(self.ids)}, {lengths}.")
+            raise DatasetError(f"Arrays must have the same number of rows, but got id: {len(self.ids)}, {lengths}.")
         for name, values in self.data.items():
             _check_values(name, values)
         if self.size_factors is not None and self.size_factors.dtype != np.float64:
-            raise DatasetError(f"size factors are float64; got {self.size_factors.dtype}. Cast them.")
+            raise DatasetError(f"Size factors must be float64, but got {self.size_factors.dtype}. Cast them.")
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def take(self, index: Array | slice) -> "Rows":
-        """Return the rows that `index` selects: numbers, a slice or booleans."""
+        """Return the rows that `index` selects: positions, a slice or booleans."""
         return Rows(
             ids=self.ids[index],
             data={name: values[index] for name, values in self.data.items()},
@@ -74,7 +77,7 @@ class Rows:
 
     @classmethod
     def join(cls, parts: "Sequence[Rows]") -> "Rows":
-        """Return the rows of all parts, one after another; the parts have the same columns."""
+        """Concatenate rows with the same columns."""
         if len(parts) == 1:
             return parts[0]
         return cls(
@@ -89,7 +92,7 @@ class Rows:
 
     @classmethod
     def of_batch(cls, batch: pa.RecordBatch, columns: Columns) -> "Rows":
-        """Return what `record_batch` gave for rows of these columns; other columns of the batch are left aside."""
+        """Invert `record_batch` for rows with these columns; other columns of the batch are ignored."""
         ids = batch.column("id")
         tensors = {name: batch.column(name) for name in columns.modalities}
         return cls(
@@ -107,14 +110,14 @@ class Rows:
 
     @property
     def columns(self) -> Columns:
-        """The columns that a shard of these rows has."""
+        """The columns of a shard with these rows."""
         modalities = {name: TensorColumn(values.shape[1:], values.dtype.name) for name, values in self.data.items()}
         id_type = "int64" if self.ids.dtype == np.int64 else "string"
         size_factor = None if self.size_factors is None else self.size_factors.dtype.name
         return Columns(id_type, self.labels is not None, modalities, size_factor)
 
     def record_batch(self, schema: pa.Schema) -> pa.RecordBatch:
-        """Return the rows as Arrow; missing slots are null, and zero underneath so that files are reproducible."""
+        """Return the rows as Arrow; missing is null, with zeros underneath so that files are reproducible."""
         arrays = [pa.array(self.ids.tolist() if self.ids.dtype.kind == "U" else self.ids, schema.field("id").type)]
         for name, column in self.columns.modalities.items():
             mask = self.present[name]
@@ -145,7 +148,10 @@ def _check_values(name: str, values: Array) -> None:
         raise DatasetError(str(error)) from error
     if values.dtype.name not in ARROW_TYPES:
         raise DatasetError(
-            f"a modality's elements are {', '.join(ARROW_TYPES)}; got {values.dtype} for {name!r}. Cast them."
+            f"Modality {name!r} must be of type {', '.join(ARROW_TYPES)}, but got {values.dtype}. Cast it."
         )
     if values.ndim < 2 or 0 in values.shape[1:]:
-        raise DatasetError(f"a modality is (rows, *shape); got {values.shape} for {name!r}. Reshape it to (rows, 1).")
+        raise DatasetError(
+            f"Modality {name!r} must have shape (rows, *shape) with no size 0, but got {values.shape}. Reshape it; one "
+            f"number per row is (rows, 1)."
+        )

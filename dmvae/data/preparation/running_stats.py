@@ -1,4 +1,4 @@
-"""What the rows of a modality have in common, found in one pass, a block of rows at a time."""
+"""Mean, standard deviation, minimum and maximum of each feature, in one pass over blocks of rows."""
 
 from typing import Any
 
@@ -7,14 +7,14 @@ import numpy as np
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
-class Summary:
-    """Figures of each element over the rows that were added, flat and in float64.
+class RunningStats:
+    """Statistics of each element over the rows added so far, flat and in float64.
 
     Attributes:
-        rows: how many were added.
-        mean: of each element (Chan et al. 1979).
-        low: the least value.
-        high: the largest.
+        rows: the number of rows added.
+        mean: the mean of each element (Chan et al. 1979).
+        low: the minimum of each element.
+        high: the maximum of each element.
     """
 
     def __init__(self, size: int) -> None:
@@ -23,7 +23,7 @@ class Summary:
         self.low, self.high = np.full(size, np.inf), np.full(size, -np.inf)
 
     def add(self, values: Array) -> None:
-        """Add rows `(rows, *shape)` that have the modality."""
+        """Add observed rows `(rows, *shape)`."""
         if not len(values):
             return
         values = values.reshape(len(values), -1).astype(np.float64)
@@ -36,7 +36,7 @@ class Summary:
 
     @property
     def std(self) -> Array:
-        """The standard deviation of each element; 1 for one that is constant."""
+        """The standard deviation of each element; 1 for a constant element."""
         std = np.sqrt(self._squares / self.rows)
         constant = std <= 1e-12 * np.maximum(np.abs(self.mean), 1e-300)
         return np.where(constant, 1.0, std)

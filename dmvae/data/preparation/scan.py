@@ -1,4 +1,4 @@
-"""The one time that a source is read: what is wrong with it, what decides where its rows go, and the rows put aside."""
+"""Read a source once: check its values, assign its rows to splits, and put them aside to be shuffled."""
 
 from bisect import bisect_right
 from collections.abc import Callable
@@ -14,9 +14,9 @@ from dmvae.config.section import check_name
 from dmvae.data.errors import DatasetError
 from dmvae.data.format.schema import Columns
 from dmvae.data.preparation.build_manifest import check_settings
-from dmvae.data.preparation.external_shuffle import Shuffle, hash_keys
+from dmvae.data.preparation.external_shuffle import ExternalShuffle, hash_keys
 from dmvae.data.preparation.rows import Rows
-from dmvae.data.preparation.splitting import divide, divide_groups
+from dmvae.data.preparation.splitting import assign_groups, assign_rows
 from dmvae.data.preparation.stream import Chunk, SourceLocation, Stream
 from dmvae.data.progress import Progress
 
@@ -27,112 +27,120 @@ DEFAULT_SHARES = {"train": 0.8, "val": 0.1, "test": 0.1}
 
 
 @dataclass
-class _Held:
-    """What is held of each row of a chunk: its key, and whatever decides its split."""
+class _ChunkRecord:
+    """What stays in memory of a chunk: for each row its key, whether it is kept, and what decides its split."""
 
-    spot: SourceLocation
+    location: SourceLocation
     keys: Array
     kept: Array
     labels: Array | None
     groups: Array | None
-    own: Array | None
+    splits: Array | None
 
 
 class Scan:
-    """Reads a source, and holds a few numbers of each of its rows.
+    """Reads a source, and keeps a few numbers of each row in memory.
 
     Args:
-        config: what is made of it.
+        config: how the dataset is prepared.
         stream: the source.
         folder: for the files of the shuffle.
-        progress: told, in a line of text each, how far it is and what was found.
+        log: called with progress lines and remarks.
 
     Attributes:
-        columns: of the shards.
+        columns: the columns of the shards.
         shuffle: the rows.
-        names: of the splits.
-        codes: `(rows,)`, the number of each row's split; -1 for a row that has no modality and is left out.
-        filled: modalities with features that are NaN in some rows, where the training mean is to be filled in.
+        names: the names of the splits.
+        codes: `(rows,)`, the index of each row's split in `names`; -1 for a row without any modality, which is dropped.
+        to_fill: modalities in which some rows have NaN features that become the training mean.
 
     Raises:
-        DatasetError: if the source breaks a law, or the configuration does not fit it.
+        DatasetError: if the source has invalid values, or the settings do not fit it.
     """
 
-    def __init__(self, config: PrepareConfig, stream: Stream, folder: Path, progress: Callable[[str], None]) -> None:
+    def __init__(self, config: PrepareConfig, stream: Stream, folder: Path, log: Callable[[str], None]) -> None:
         self._config = config
-        self._held: list[_Held] = []
+        self._records: list[_ChunkRecord] = []
         self._starts: list[int] = []
-        self._own_names: dict[str, int] = {}
+        self._split_codes: dict[str, int] = {}
         self._partial: dict[str, tuple[int, str]] = {}
-        reading = Progress(progress, "read", stream.num_rows)
-        num = 0
-        for chunk in stream.chunks:
-            if not self._held:
-                self.columns: Columns = chunk.rows.columns
-                self.shuffle = Shuffle(self.columns, folder)
-                _check_settings(config, chunk.rows)
-            self._starts.append(num)
-            self._add(chunk, num)
-            num += len(chunk.rows)
-            reading.update(num)
-        if not num:
-            raise DatasetError(f"a source has rows; got none from {config.source.kind}. Correct the source.")
-        self.keys = np.concatenate([held.keys for held in self._held])
-        self._judge_partial(progress)
-        self.filled = list(self._partial) if config.partial == "mean" else []
-        self.names, self.codes = self._divide()
-        if (self.codes < 0).all():
+        num_rows = self._read(stream, folder, log)
+        if not num_rows:
+            raise DatasetError(f"The {config.source.kind} source has no rows. Correct the source.")
+        self.keys = np.concatenate([record.keys for record in self._records])
+        self._check_partial(log)
+        self.to_fill = list(self._partial) if config.partial == "mean" else []
+        self.names, self.codes = self._assign_splits()
+        num_dropped = int((self.codes < 0).sum())
+        if num_dropped == num_rows:
             raise DatasetError(
-                f"a source has values; got {num} rows of {config.source.kind} without any modality. Correct the source."
+                f"None of the {num_rows} rows of the {config.source.kind} source has a modality. Correct the source."
             )
-        if (self.codes < 0).any():
-            progress(f"left out {int((self.codes < 0).sum())} rows that have no modality at all")
+        if num_dropped:
+            log(f"dropped {num_dropped} rows without any modality")
 
     def check_unique(self, rows: Rows, numbers: Array) -> None:
-        """Refuse an id that occurs twice in a split, or in a source without splits, in a piece of the shuffle.
+        """Refuse an id that occurs twice in a split (in the whole source, if it has no splits).
+
+        Args:
+            rows: a piece of the shuffle.
+            numbers: the numbers of these rows in the source.
 
         Raises:
-            DatasetError: naming the places.
+            DatasetError: with the location of both rows.
         """
         keys = self.keys[numbers]
         tied = np.flatnonzero(np.concatenate(([False], keys[1:] == keys[:-1])))
         seen: dict[tuple[Any, int], int] = {}
         for index in sorted({*tied.tolist(), *(tied - 1).tolist()}):
             number = int(numbers[index])
-            name = (rows.ids[index].item(), self._own_code(number))
+            name = (rows.ids[index].item(), self._split_code(number))
             if name in seen:
                 raise DatasetError(
-                    f"{self._spot(number)}: an id occurs once{' in a split' if self._own_names else ''}; got "
-                    f"{name[0]!r} in {self._spot(seen[name])} too. Make ids unique in the source."
+                    f"Duplicate id {name[0]!r}{' in a split' if self._split_codes else ''}: {self._location(number)} "
+                    f"and {self._location(seen[name])}. Make ids unique in the source."
                 )
             seen[name] = number
 
+    def _read(self, stream: Stream, folder: Path, log: Callable[[str], None]) -> int:
+        """Read all chunks, and return the number of rows."""
+        progress, num_rows = Progress(log, "read", stream.num_rows), 0
+        for chunk in stream.chunks:
+            if not self._records:
+                self.columns: Columns = chunk.rows.columns
+                self.shuffle = ExternalShuffle(self.columns, folder)
+                _check_settings(self._config, chunk.rows)
+            self._starts.append(num_rows)
+            self._add(chunk, num_rows)
+            num_rows += len(chunk.rows)
+            progress.update(num_rows)
+        return num_rows
+
     def _add(self, chunk: Chunk, start: int) -> None:
-        rows, first = chunk.rows, self._held[0] if self._held else None
+        rows, location, first = chunk.rows, chunk.location, self._records[0] if self._records else None
         if rows.columns != self.columns:
             raise DatasetError(
-                f"{chunk.spot.of(0)}: all rows have the same columns; got {rows.columns}, {self.columns} before. "
-                f"Correct the source."
+                f"Columns changed at {location.of(0)}: expected {self.columns}, got {rows.columns}. Correct the source."
             )
-        assert first is None or ((first.own is None) == (rows.splits is None))
-        rows = self._check_values(rows, chunk.spot)
+        assert first is None or ((first.splits is None) == (rows.splits is None))
+        rows = self._check_values(rows, location)
         keys = hash_keys(rows.ids, self._config.seed)
-        self._held.append(
-            _Held(
-                spot=chunk.spot,
+        self._records.append(
+            _ChunkRecord(
+                location=location,
                 keys=keys,
                 kept=np.logical_or.reduce(list(rows.present.values())),
                 labels=rows.labels if self._config.stratify else None,
                 groups=None if rows.groups is None else hash_keys(rows.groups, self._config.seed),
-                own=None if rows.splits is None else self._code(rows.splits, chunk.spot),
+                splits=None if rows.splits is None else self._encode_splits(rows.splits, location),
             )
         )
         self.shuffle.add(replace(rows, splits=None, groups=None), keys, np.arange(start, start + len(rows)))
 
-    def _check_values(self, rows: Rows, spot: SourceLocation) -> Rows:
-        """Refuse infinity; count the rows with some features NaN, and take the modality from them if told to."""
+    def _check_values(self, rows: Rows, location: SourceLocation) -> Rows:
+        """Refuse invalid values, count rows with some features NaN, and drop the modality there if asked to."""
         for name, values in rows.data.items():
-            self._refuse_out_of_range(rows, name, spot)
+            self._check_range(rows, name, location)
             if values.dtype.kind != "f":
                 continue
             odd = rows.present[name] & ~np.isfinite(values).reshape(len(rows), -1).all(axis=1)
@@ -140,29 +148,27 @@ class Scan:
                 continue
             infinite = np.flatnonzero(odd)[np.isinf(values[odd]).reshape(int(odd.sum()), -1).any(axis=1)]
             if len(infinite):
+                row = int(infinite[0])
                 raise DatasetError(
-                    f"{spot.of(int(infinite[0]))}: an observed value is finite; got infinity in {name!r} "
-                    f"(id {rows.ids[infinite[0]]}). Correct the source, or mask those rows."
+                    f"Modality {name!r} must be finite, but got infinity in {location.of(row)} (id {rows.ids[row]}). "
+                    f"Correct the value, or make the modality missing in that row."
                 )
             count, first = self._partial.get(name, (0, ""))
             row = int(np.flatnonzero(odd)[0])
-            self._partial[name] = (count + int(odd.sum()), first or f"{spot.of(row)} (id {rows.ids[row]})")
+            self._partial[name] = (count + int(odd.sum()), first or f"{location.of(row)} (id {rows.ids[row]})")
             if self._config.partial == "drop":
                 rows = replace(rows, present={**rows.present, name: rows.present[name] & ~odd})
         return rows
 
-    def _refuse_out_of_range(self, rows: Rows, name: str, spot: SourceLocation) -> None:
-        values, counts = (
-            rows.data[name].reshape(len(rows), -1),
-            values_of(self._config.likelihood.get(name)) == "counts",
-        )
+    def _check_range(self, rows: Rows, name: str, location: SourceLocation) -> None:
+        values, counts = rows.data[name].reshape(len(rows), -1), self._is_counts(name)
         if counts:
-            _refuse_absent_factor(rows, name, spot)
-            law = "a count is a whole number of 0 or more"
+            _check_size_factors(rows, name, location)
+            law = "holds counts, so values must be whole numbers of 0 or more"
         elif values.dtype == np.int64:
-            law = "a categorical value lies in 0.., as integers are classes"
+            law = "holds integers, which are classes, so values must be 0 or more"
         elif self._config.scaling.get(name) == "log1p":
-            law = "log1p takes values of 0 or more"
+            law = "is scaled with log1p, so values must be 0 or more"
         else:
             return
         wrong = values < 0
@@ -172,84 +178,91 @@ class Scan:
         if len(found):
             row = int(found[0])
             raise DatasetError(
-                f"{spot.of(row)}: {law}; got {values[row][wrong[row]][0]} in {name!r} (id {rows.ids[row]}). Correct "
-                f"it, mask that row, or choose another likelihood, scaling or type."
+                f"Modality {name!r} {law}, but got {values[row][wrong[row]][0]} in {location.of(row)} "
+                f"(id {rows.ids[row]}). Correct the value, make the modality missing in that row, or change its "
+                f"likelihood, scaling or type."
             )
 
-    def _judge_partial(self, progress: Callable[[str], None]) -> None:
+    def _is_counts(self, name: str) -> bool:
+        return values_of(self._config.likelihood.get(name)) == "counts"
+
+    def _check_partial(self, log: Callable[[str], None]) -> None:
         for name, (count, first) in self._partial.items():
             if self._config.partial == "refuse":
                 raise DatasetError(
-                    f"a modality is present or missing as a whole; got {count} rows in which some features of {name!r} "
-                    f"are NaN, the first in {first}. Set partial to 'drop' (the modality is missing in those rows) "
-                    f"or 'mean' (they get the feature's training mean)."
+                    f"Some features of modality {name!r} are NaN in {count} rows, the first in {first}. "
+                    f"Set partial = 'drop' (treat the modality as missing in these rows) or partial = 'mean' (fill in "
+                    f"the training mean)."
                 )
-            if self._config.partial == "mean" and values_of(self._config.likelihood.get(name)) == "counts":
+            if self._config.partial == "mean" and self._is_counts(name):
                 raise DatasetError(
-                    f"a training mean is no count; got partial='mean' and {count} rows in which some counts of "
-                    f"{name!r} are NaN, the first in {first}. Set partial to 'drop'."
+                    f"Cannot fill in a training mean: modality {name!r} holds counts. Some are NaN in {count} rows, "
+                    f"the first in {first}. Set partial = 'drop'."
                 )
-            what = "taken for missing in" if self._config.partial == "drop" else "training means filled into"
-            progress(f"{name}: {what} {count} rows that have some features NaN")
+            did = "dropped the modality from" if self._config.partial == "drop" else "filled in training means in"
+            log(f"{name}: {did} {count} rows with some features NaN")
 
-    def _code(self, splits: Array, spot: SourceLocation) -> Array:
-        """Number the names of splits."""
+    def _encode_splits(self, splits: Array, location: SourceLocation) -> Array:
+        """Return the index of each row's split in the names seen so far."""
         found, first, inverse = np.unique(splits, return_index=True, return_inverse=True)
         codes = np.empty(len(found), dtype=np.int16)
         for index in np.argsort(first).tolist():
-            name = str(found[index])
+            name, where = str(found[index]), location.of(int(first[index]))
             try:
-                codes[index] = self._own_names.setdefault(check_name(name), len(self._own_names))
+                codes[index] = self._split_codes.setdefault(check_name(name), len(self._split_codes))
             except ValueError as error:
-                raise DatasetError(f"{spot.of(int(first[index]))}, split: {error}") from error
-            if len(self._own_names) > _MAX_SPLITS:
+                raise DatasetError(f"Cannot use the split in {where}: {error}") from error
+            if len(self._split_codes) > _MAX_SPLITS:
                 raise DatasetError(
-                    f"{spot.of(int(first[index]))}, split: a dataset has at most {_MAX_SPLITS} splits; got {name!r} "
-                    f"beyond them. Name the right column, or groups with source.group."
+                    f"Too many splits: a dataset can have {_MAX_SPLITS}, and {name!r} in {where} is one more. "
+                    f"Correct source.split; to keep rows of a group together, set source.group."
                 )
         return np.asarray(codes[inverse])
 
-    def _divide(self) -> tuple[list[str], Array]:
-        config, kept = self._config, np.concatenate([held.kept for held in self._held])
-        own = _column([held.own for held in self._held])
-        if own is not None:
-            return list(self._own_names), np.where(kept, own, np.int16(-1))
-        shares = config.splits or DEFAULT_SHARES
+    def _assign_splits(self) -> tuple[list[str], Array]:
+        """Return the names of the splits, and the index of each row's split; see `codes`."""
+        kept = np.concatenate([record.kept for record in self._records])
+        splits = _concatenate([record.splits for record in self._records])
+        if splits is not None:
+            return list(self._split_codes), np.where(kept, splits, np.int16(-1))
+        shares = self._config.splits or DEFAULT_SHARES
         codes = np.full(len(kept), -1, dtype=np.int16)
-        groups, labels = (_column([getattr(held, name) for held in self._held]) for name in ("groups", "labels"))
+        groups = _concatenate([record.groups for record in self._records])
+        labels = _concatenate([record.labels for record in self._records])
         if groups is not None:
-            codes[kept] = divide_groups(groups[kept], shares)
+            codes[kept] = assign_groups(groups[kept], shares)
         else:
-            codes[kept] = divide(self.keys[kept], shares, labels=None if labels is None else labels[kept])
+            codes[kept] = assign_rows(self.keys[kept], shares, labels=None if labels is None else labels[kept])
         return list(shares), codes
 
-    def _own_code(self, number: int) -> int:
-        held, index = self._at(number)
-        return -1 if held.own is None else int(held.own[index])
+    def _split_code(self, number: int) -> int:
+        record, index = self._find(number)
+        return -1 if record.splits is None else int(record.splits[index])
 
-    def _spot(self, number: int) -> str:
-        held, index = self._at(number)
-        return held.spot.of(index)
+    def _location(self, number: int) -> str:
+        record, index = self._find(number)
+        return record.location.of(index)
 
-    def _at(self, number: int) -> tuple[_Held, int]:
+    def _find(self, number: int) -> tuple[_ChunkRecord, int]:
+        """Return the chunk of a row, and the row's index in it."""
         chunk = bisect_right(self._starts, number) - 1
-        return self._held[chunk], number - self._starts[chunk]
+        return self._records[chunk], number - self._starts[chunk]
 
 
-def _column(parts: list[Array | None]) -> Array | None:
+def _concatenate(parts: list[Array | None]) -> Array | None:
     given = [part for part in parts if part is not None]
     return np.concatenate(given) if given else None
 
 
-def _refuse_absent_factor(rows: Rows, name: str, spot: SourceLocation) -> None:
+def _check_size_factors(rows: Rows, name: str, location: SourceLocation) -> None:
     if rows.size_factors is None:
         return
     absent = rows.present[name] & np.isnan(rows.size_factors)
     if absent.any():
         row = int(absent.argmax())
         raise DatasetError(
-            f"{spot.of(row)}: a row that has counts has a size factor where there is a column of them; got none beside "
-            f"{name!r} (id {rows.ids[row]}). Give the row one, or leave the column out."
+            f"Missing size factor for the counts of modality {name!r} in {location.of(row)} (id {rows.ids[row]}). "
+            f"Fill it in, or remove the column of size factors."
         )
 
 
@@ -257,10 +270,10 @@ def _check_settings(config: PrepareConfig, rows: Rows) -> None:
     check_settings(rows.columns, config.scaling, config.likelihood, {})
     if rows.splits is not None and (config.splits is not None or config.stratify):
         raise DatasetError(
-            f"shares make splits where the source has none; this one has a column of splits ({rows.splits[0]!s}, ...), "
-            f"and got splits={config.splits}, stratify={config.stratify}. Leave them out, or the column."
+            f"Cannot apply splits={config.splits}, stratify={config.stratify}: the source has splits of its own "
+            f"({rows.splits[0]!s}, ...). Remove these settings, or remove the column of splits from the source."
         )
     if config.stratify and rows.labels is None:
-        raise DatasetError("stratifying takes labels; the source has none. Name their column, or leave stratify out.")
+        raise DatasetError("Cannot stratify: the source has no labels. Set source.label, or remove stratify.")
     if config.stratify and rows.groups is not None:
-        raise DatasetError("rows are divided by groups or by labels; got both. Leave stratify or source.group out.")
+        raise DatasetError("Cannot both stratify and keep groups together. Remove stratify or source.group.")

@@ -1,4 +1,4 @@
-"""Which split each row comes into: by shares, of every label alike or of groups kept together where asked for."""
+"""Assign rows to splits by shares: at random, stratified by label, or keeping groups together."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,17 +10,17 @@ from dmvae.data.errors import DatasetError
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
-def divide(keys: Array, shares: Mapping[str, float], *, labels: Array | None = None) -> Array:
-    """Return the number of each row's split among `shares`.
+def assign_rows(keys: Array, shares: Mapping[str, float], *, labels: Array | None = None) -> Array:
+    """Return the index of each row's split in `shares`.
 
-    Rows in the order of their keys are cut by the shares; with labels, those of each label (and those with none). Of a
-    label it is drawn, by its rows' keys, whether a cut is rounded up or down, so that the shares hold of all rows
-    however rare labels are.
+    Rows are sorted by key and cut according to the shares; with labels, this is done for each label (and for rows
+    without one). Whether a label's cut is rounded up or down depends on its rows' keys, so that over all rows the
+    shares hold, however rare the labels are.
 
     Args:
         keys: `(rows,)` uint64, random.
         shares: by split, adding up to 1.
-        labels: `(rows,)`; None: not to be looked at.
+        labels: `(rows,)`; None to ignore labels.
     """
     codes = np.empty(len(keys), dtype=np.int16)
     for rows in [np.arange(len(keys))] if labels is None else _strata(labels):
@@ -33,20 +33,20 @@ def divide(keys: Array, shares: Mapping[str, float], *, labels: Array | None = N
 
 
 def _strata(labels: Array) -> list[Array]:
-    """Return the rows of each label."""
+    """Return the positions of the rows of each label."""
     rows = np.argsort(labels, kind="stable")
     return np.split(rows, np.flatnonzero(np.diff(labels[rows])) + 1)
 
 
-def divide_groups(groups: Array, shares: Mapping[str, float]) -> Array:
-    """Return the number of each row's split among `shares`, the same for all rows of a group.
+def assign_groups(groups: Array, shares: Mapping[str, float]) -> Array:
+    """Return the index of each row's split in `shares`; all rows of a group go to the same split.
 
-    Groups in the order of their keys are laid in a line, each as long as it has rows, which is cut by the shares; a
-    group belongs where its middle lies. If that leaves a split without a group, as a giant among them does, they are
-    taken from the largest on, each to the split that lacks most rows.
+    Groups are laid end to end in the order of their keys, each as long as it has rows. This line is cut according to
+    the shares, and a group goes to the split in which its middle lies. If that leaves a split empty, as a very large
+    group may, groups are assigned again, the largest first, each to the split that lacks the most rows.
 
     Args:
-        groups: `(rows,)` uint64, a random key of each row's group.
+        groups: `(rows,)` uint64, a random key for each row's group.
         shares: by split, adding up to 1.
 
     Raises:
@@ -63,7 +63,7 @@ def divide_groups(groups: Array, shares: Mapping[str, float]) -> Array:
     empty = sorted(set(shares) - {list(shares)[code] for code in of_group})
     if empty:
         raise DatasetError(
-            f"a split has at least one group; got {len(sizes)} groups of up to {sizes.max()} rows, and none for "
-            f"{empty}. Give it a larger share, or name the splits in a column."
+            f"Cannot fill splits {empty}: there are only {len(sizes)} groups, of up to {sizes.max()} rows. Give these "
+            f"splits larger shares, or name the split of each row in source.split."
         )
     return np.asarray(of_group[group])

@@ -1,4 +1,4 @@
-"""What a source gives: its rows in chunks of a bounded size, so that a source may be larger than the memory."""
+"""The rows of a source in chunks of a bounded size, so that a source may be larger than memory."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,33 +11,39 @@ _MAX_CHUNK_ROWS = 1 << 16
 
 @dataclass(frozen=True)
 class SourceLocation:
-    """Where rows come from: a file, the number there of the first one, and what is counted there."""
+    """The place of consecutive rows in a source, for messages.
+
+    Attributes:
+        where: the file.
+        first: the number of the first row in the file.
+        unit: what is numbered: rows, lines or observations.
+    """
 
     where: str
     first: int
     unit: str = "row"
 
     def of(self, index: int) -> str:
-        """Return the place of a row, counted from the first one."""
+        """Return the file and number of a row, given its index after the first one."""
         return f"{self.where}, {self.unit} {self.first + index}"
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some rows that follow one another in the source, and where they are."""
+    """Consecutive rows of a source, and their location."""
 
     rows: Rows
-    spot: SourceLocation
+    location: SourceLocation
 
 
 @dataclass(frozen=True)
 class Stream:
-    """All rows of a source, in chunks that have the same columns.
+    """All rows of a source, in chunks with the same columns.
 
     Attributes:
-        chunks: can be gone through once.
-        num_rows: how many rows will come; None: not known before they were read.
-        notes: what a person is to be told, a line each.
+        chunks: can be iterated once.
+        num_rows: the number of rows to come; None if unknown before they are read.
+        notes: lines to show to the user.
     """
 
     chunks: Iterator[Chunk]
@@ -46,12 +52,12 @@ class Stream:
 
 
 def chunk_rows(row_bytes: int) -> int:
-    """Return how many rows of that size make a chunk."""
+    """Return the number of rows of `row_bytes` bytes each that make a chunk."""
     return max(1, min(_MAX_CHUNK_ROWS, CHUNK_BYTES // max(row_bytes, 1)))
 
 
 def in_memory(rows: Rows, where: str) -> Stream:
-    """Return rows that are held already as a stream."""
+    """Return rows that are already in memory as a stream."""
     step = chunk_rows(rows.columns.row_bytes)
     starts = range(0, len(rows), step)
     return Stream(

@@ -1,4 +1,4 @@
-"""Write a dataset: shards into a temporary folder beside the target, the manifest last, then one rename."""
+"""Write a dataset atomically: shards to a temporary folder, then the manifest, then one rename."""
 
 import errno
 import os
@@ -17,7 +17,7 @@ from dmvae.data.errors import DatasetError
 from dmvae.data.files import flush
 from dmvae.data.format.manifest import MANIFEST_NAME, save_manifest
 from dmvae.data.format.schema import Columns
-from dmvae.data.preparation.build_manifest import survey
+from dmvae.data.preparation.build_manifest import build_manifest
 from dmvae.data.preparation.rows import Rows
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -35,39 +35,41 @@ def write_dataset(
     record_batch_rows: int | None = None,
     replace: bool = False,
 ) -> Path:
-    """Write rows, in the order given, as the dataset `path`; whole or not at all, and return `path`.
+    """Write rows, in the given order, as the dataset `path`, and return `path`; on an error nothing is written.
 
     A process that is killed leaves a hidden folder `.NAME.*.part` beside the target, which can be deleted.
 
     Args:
-        path: the folder to make.
+        path: the folder to create.
         splits: rows by split, all with the same columns.
-        scaling: see `survey`, as for `likelihood`, `classes` and `origin`.
-        likelihood: hints by modality.
-        classes: number of classes by categorical modality.
+        scaling: see `build_manifest`, also for `likelihood`, `classes` and `origin`.
+        likelihood: the likelihood to suggest, by modality.
+        classes: the number of classes, by categorical modality.
         origin: how the dataset was made.
-        shard_bytes: a shard is closed when it has grown to about this size.
-        record_batch_rows: None: a power of two for about 1 MiB.
-        replace: take the place of a dataset that is there.
+        shard_bytes: the size, about, at which a shard is closed.
+        record_batch_rows: None chooses a power of two that makes about 1 MiB.
+        replace: overwrite an existing dataset.
 
     Raises:
-        DatasetError: if something is there already, the rows break a law, or there is no room or permission.
+        DatasetError: if the target exists, the rows are invalid, the disk is full, or permission is denied.
     """
     target = Path(path)
     with new_dataset(target, replace) as part:
         for name, rows in splits.items():
             with SplitWriter(part / name, rows.columns, shard_bytes, record_batch_rows) as writer:
                 writer.write(rows)
-        save_manifest(survey(part, scaling=scaling, likelihood=likelihood, classes=classes, origin=origin), part)
+        save_manifest(
+            build_manifest(part, scaling=scaling, likelihood=likelihood, classes=classes, origin=origin), part
+        )
     return target
 
 
 @contextmanager
 def new_dataset(target: Path, replace: bool = False) -> Iterator[Path]:
-    """Yield an empty folder, which takes the place `target` when it was filled without an exception.
+    """Yield an empty folder, which is renamed to `target` if it is filled without an exception.
 
     Raises:
-        DatasetError: as `write_dataset` does.
+        DatasetError: if the target exists, the disk is full, or permission is denied.
     """
     check_target(target, replace)
     target = target.resolve() if target.is_symlink() else target
@@ -75,13 +77,13 @@ def new_dataset(target: Path, replace: bool = False) -> Iterator[Path]:
         yield part
         for folder in (*(path for path in part.iterdir() if path.is_dir()), part):
             flush(folder)
-        _put_in_place(part, target, replace)
+        _rename(part, target, replace)
 
 
 class SplitWriter:
-    """Writes the rows of one split, in the order in which they come, to a new folder of shards.
+    """Writes the rows of one split, in the order they come, to a new folder of shards.
 
-    Holds less than a record batch of rows. A context manager, since the last rows are written when it is left.
+    It holds less than a record batch of rows in memory. It is a context manager: the last rows are written on exit.
     """
 
     def __init__(self, folder: Path, columns: Columns, shard_bytes: int, record_batch_rows: int | None = None) -> None:
@@ -103,7 +105,7 @@ class SplitWriter:
                 self._write_group(Rows.join(self._rest) if self._rest else None)
 
     def write(self, rows: Rows) -> None:
-        """Add rows."""
+        """Write rows."""
         held = sum(map(len, self._rest))
         if held + len(rows) < self._group_rows:
             self._rest += [rows] if len(rows) else []
@@ -116,7 +118,7 @@ class SplitWriter:
         self._rest = [rows.take(slice(stop, len(rows)))] if stop < len(rows) else []
 
     def _write_group(self, rows: Rows | None) -> None:
-        """Write a record batch, in a new shard if the last one is full; None: a shard without rows."""
+        """Write a record batch, in a new shard if the last one is full; None makes a shard without rows."""
         if self._groups % self._groups_per_shard == 0:
             self._shard.close()
             file = self._shard.enter_context(self._new_file(self._groups // self._groups_per_shard))
@@ -135,26 +137,24 @@ class SplitWriter:
 
 
 def check_target(target: Path, replace: bool) -> None:
-    """Refuse a target that is taken.
+    """Check that a dataset may be written to `target`.
 
     Raises:
-        DatasetError: if there is a dataset and `replace` is false, or something else.
+        DatasetError: if a dataset exists there and `replace` is false, or something else exists.
     """
     if not os.path.lexists(target) or (target.is_dir() and not any(target.iterdir())):
         return
     if not (target / MANIFEST_NAME).is_file():
-        raise DatasetError(
-            f"a dataset is written to a new folder; {str(target)!r} exists and is no dataset. Choose another name."
-        )
+        raise DatasetError(f"Cannot write a dataset to {target}: it exists and is not a dataset. Choose another name.")
     if not replace:
         raise DatasetError(
-            f"a dataset is not overwritten unless told to; {str(target)!r} exists. Choose another name, or set replace."
+            f"Dataset {target} already exists. Choose another name, or set replace = true to overwrite it."
         )
 
 
 @contextmanager
 def _part_folder(target: Path) -> Iterator[Path]:
-    """Yield a new folder beside `target`, and remove it unless it was renamed."""
+    """Yield a new folder beside `target`, and remove it in the end unless it was renamed."""
     part = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -164,10 +164,10 @@ def _part_folder(target: Path) -> Iterator[Path]:
     except OSError as error:
         if error.errno in _NO_ROOM:
             raise DatasetError(
-                f"{target}: a dataset needs room on the disk; got: {error.strerror}. Nothing was left behind: free "
-                f"some, or choose another folder."
+                f"Disk full while writing {target}: {error.strerror}. Free some space, or choose another folder; "
+                f"nothing was left behind."
             ) from error
-        raise DatasetError(f"{target}: a dataset can be written; got: {error}. Choose another folder.") from error
+        raise DatasetError(f"Cannot write {target}: {error}. Choose another folder.") from error
     finally:
         if part is not None:
             shutil.rmtree(part, ignore_errors=True)
@@ -179,7 +179,7 @@ def _umask() -> int:
     return mask
 
 
-def _put_in_place(part: Path, target: Path, replace: bool) -> None:
+def _rename(part: Path, target: Path, replace: bool) -> None:
     check_target(target, replace)
     old = None
     if target.is_dir() and any(target.iterdir()):

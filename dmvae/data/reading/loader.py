@@ -1,4 +1,4 @@
-"""Batches for training and evaluation, read ahead in a thread."""
+"""Load batches for training and evaluation, ahead of the consumer in a thread."""
 
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
@@ -15,17 +15,17 @@ from dmvae.data.reading.split import Split
 
 LOOKAHEAD_ROWS = 8192
 LOOKAHEAD_BYTES = 64 << 20
-"""Rows are gathered from the shards together, up to these limits; what is held is as stored, not yet converted."""
+"""Limits of the rows that are gathered from the shards at once; they stay as stored until converted."""
 OPEN_AHEAD_CHUNKS = 8
-"""So many such portions before their rows are gathered, the shards that they need are fetched and verified."""
+"""How many such chunks ahead the shards that they need are fetched and verified."""
 LOOKAHEAD_BATCHES = 4
-"""Converted batches that wait for the consumer."""
+"""Converted batches that wait for the consumer, at most."""
 
 Item = TypeVar("Item")
 Slice = tuple[int, int, int]
-"""Step of the epoch, and positions [start, stop) of its global batch."""
+"""A step of the epoch, and positions [start, stop) of its global batch."""
 Chunk = tuple[list[Slice], Int64[np.ndarray, " row"]]
-"""Slices that are read together, and their rows."""
+"""Slices that are read at once, and their rows."""
 
 
 def read_epoch(
@@ -38,20 +38,33 @@ def read_epoch(
     dtype: torch.dtype = torch.float32,
     pin: bool = False,
 ) -> Iterator[tuple[int, int, Batch]]:
-    """Yield this worker's rows of every global batch of an epoch, from `start_step` on; `pin`: in pinned memory.
+    """Yield this worker's rows of every global batch of an epoch.
+
+    Args:
+        split: the rows.
+        order: the order of the rows.
+        epoch: the epoch.
+        start_step: the first step to yield.
+        rank: the number of this worker.
+        world_size: the number of workers.
+        dtype: see `Split.read`.
+        pin: yield batches in pinned memory.
 
     Yields:
-        The step, the position in the global batch of the worker's first row, and its rows. With more workers than
-        rows a worker has none, and takes part all the same.
+        The step, the position of the worker's first row in the global batch, and its rows. With more workers than rows,
+        some workers get empty batches, so that all take part in every step.
 
     Raises:
         DatasetError: if a shard fails its check on first use.
-        ValueError: if the order is not of this split, or a step or rank is out of range.
+        ValueError: if the order belongs to another split, or a step or rank is out of range.
     """
     if order.num_rows != len(split):
-        raise ValueError(f"an order belongs to one split; got {order.num_rows} rows for a split of {len(split)}.")
+        raise ValueError(
+            f"Sampler does not match split {split.name!r}: it orders {order.num_rows} rows, but the split has "
+            f"{len(split)}."
+        )
     if not 0 <= start_step <= order.num_batches:
-        raise ValueError(f"an epoch has {order.num_batches} steps; got start_step={start_step}.")
+        raise ValueError(f"start_step must be between 0 and {order.num_batches}, but got {start_step}.")
     slices = ((step, *order.worker_slice(step, rank, world_size)) for step in range(start_step, order.num_batches))
     batches = _read_chunks(split, order, epoch, _group(slices, _lookahead(split)), dtype)
     return _ahead((step, first, batch.pin_memory()) for step, first, batch in batches) if pin else _ahead(batches)
@@ -67,7 +80,7 @@ def _read_chunks(
 
 
 def _open_ahead(split: Split, chunks: Iterable[Chunk]) -> Iterator[Chunk]:
-    """Yield `chunks`, with the shards of the next ones on their way."""
+    """Yield `chunks` while the shards of the next ones are being fetched."""
     waiting: deque[Chunk] = deque()
     for chunk in chunks:
         split.open_ahead(chunk[1])
@@ -84,21 +97,21 @@ def read_rows(
     world_size: int = 1,
     dtype: torch.dtype = torch.float32,
 ) -> Iterator[tuple[int, Batch]]:
-    """Yield a split's rows in the order of the files, in blocks of `block_rows`; worker r has blocks r, r + W, ...
+    """Yield a split's rows in the order of the files, in blocks of `block_rows`; worker r gets blocks r, r + W, ...
 
-    The blocks are the same for any number of workers W, so that sums over blocks are too.
+    The blocks, and therefore sums over blocks, do not depend on the number of workers W.
 
     Yields:
-        The block's number (its first row is that times `block_rows`) and its rows; the last block may be short.
+        The block's number (its first row is the number times `block_rows`) and its rows; the last block may be short.
 
     Raises:
         DatasetError: if a shard fails its check on first use.
-        ValueError: if a block has no rows, or the rank is out of range.
+        ValueError: if `block_rows` or the rank is out of range.
     """
     if block_rows < 1:
-        raise ValueError(f"a block has at least one row; got block_rows={block_rows}.")
+        raise ValueError(f"block_rows must be at least 1, but got {block_rows}.")
     if not 0 <= rank < world_size:
-        raise ValueError(f"a rank is at least 0 and less than the number of workers; got {rank} of {world_size}.")
+        raise ValueError(f"rank must be between 0 and {world_size - 1}, but got {rank}.")
 
     blocks = range(rank, -(-len(split) // block_rows), world_size)
     bounds = ((block, block * block_rows, min((block + 1) * block_rows, len(split))) for block in blocks)
@@ -112,7 +125,7 @@ def _lookahead(split: Split) -> int:
 
 
 def _group(slices: Iterable[Slice], rows: int) -> Iterator[list[Slice]]:
-    """Put slices together as long as they have at most `rows` rows; a slice that has more is by itself."""
+    """Group consecutive slices of at most `rows` rows together; a larger slice is a group by itself."""
     group: list[Slice] = []
     held = 0
     for step, start, stop in slices:
@@ -126,9 +139,9 @@ def _group(slices: Iterable[Slice], rows: int) -> Iterator[list[Slice]]:
 
 
 def _ahead(items: Iterator[Item]) -> Generator[Item, None, None]:
-    """Yield `items`, made in a thread a few ahead of the consumer.
+    """Yield `items`, which a thread makes a few ahead of the consumer.
 
-    An exception in the thread is raised here. When the consumer stops, the thread ends after the item it is at.
+    An exception in the thread is raised here. When the consumer stops, the thread ends after its current item.
     """
     reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="dmvae-read")
     try:

@@ -1,16 +1,17 @@
-"""The order of an epoch's rows: a function of (seed, epoch, step), the same for any number of workers.
+"""The order of the rows in an epoch: a function of (seed, epoch, step), whatever the number of workers.
 
-Rows are read where they lie, in record batches; nothing of the size of the dataset is ever shuffled or held.
+Nothing of the size of the dataset is shuffled or kept in memory: the order is defined on record batches.
 
-1. The record batches are permuted and laid in a line, which is cut into `streams` streams; a cut may pass through a
-   record batch, and the pieces of a stream are permuted.
-2. A stream is divided into windows of whole pieces, about `window_rows` rows long, and each window's rows are permuted.
-3. Batch t takes the next rows of every stream, as equal a number of each as can be; its positions belong to the streams
-   in contiguous slices, so that workers that divide the batch read few record batches in common.
+1. The record batches are permuted and laid end to end in a line, which is cut into `streams` streams. A cut may pass
+   through a record batch. The pieces of each stream are permuted.
+2. Each stream is divided into windows of whole pieces, about `window_rows` rows long, and the rows of each window are
+   permuted.
+3. Batch t takes the next rows of every stream, as equal a number of each as possible. Each stream fills a contiguous
+   slice of the batch, so that workers that share the batch read few record batches in common.
 
-The place in the line of a (step, position) has a closed form, so a run resumes anywhere without replay. The hash is the
-SplitMix64 finaliser (Steele, Lea and Flood 2014), and permutations sort hashes that hold their index in the low bits:
-nothing here changes with the release of a library.
+The place of a (step, position) in the line has a closed form, so a run resumes anywhere without replay. The hash is the
+SplitMix64 finaliser (Steele, Lea and Flood 2014). Permutations sort hashes whose low bits hold the index. So the order
+does not change with a library's version.
 """
 
 import hashlib
@@ -36,7 +37,7 @@ def _mix(x: _Hashes) -> _Hashes:
 
 
 def _key(*parts: int) -> _Hashes:
-    """Hash integers, in order, into an array of one key (an array, since numpy's scalars warn when they wrap)."""
+    """Hash integers, in order, into an array of one key (an array, because numpy scalars warn when they overflow)."""
     key = np.zeros(1, dtype=np.uint64)
     for part in parts:
         key = _mix((key + _GOLDEN) ^ _mix(np.array([part % 2**64], dtype=np.uint64) + _GOLDEN))
@@ -48,7 +49,7 @@ def _hashes(num: int, key: _Hashes) -> _Hashes:
 
 
 def permutation(num: int, key: _Hashes) -> Int64[np.ndarray, " {num}"]:
-    """Permute 0..num-1 as `key` says."""
+    """Return the permutation of 0..num-1 that `key` determines."""
     low = np.uint64((1 << max(num - 1, 0).bit_length()) - 1)
     tagged = (_hashes(num, key) & ~low) | np.arange(num, dtype=np.uint64)
     tagged.sort()
@@ -57,7 +58,7 @@ def permutation(num: int, key: _Hashes) -> Int64[np.ndarray, " {num}"]:
 
 @dataclass
 class _Plan:
-    """One epoch's line of pieces: where each begins in the line, which row it begins with, where windows begin."""
+    """The line of one epoch: the place and first row of each piece, and the first piece and place of each window."""
 
     epoch: int
     place: Int64[np.ndarray, " piece_or_end"]
@@ -68,23 +69,23 @@ class _Plan:
 
 
 class EpochSampler:
-    """Which rows of a split make up each global batch.
+    """Chooses the rows of each global batch of a split.
 
-    Every epoch has every row exactly once; all batches have `batch_size` rows but the last, which has what is left.
-    Not for several threads at once.
+    Every epoch has every row exactly once. All batches have `batch_size` rows, except the last, which has the rest.
+    Not thread-safe.
 
     Args:
-        record_batch_rows: rows of the split's record batches, in order.
-        seed: with the epoch and the settings here, decides the order.
-        batch_size: rows of a global batch, of all workers together.
-        streams: None: 64, or the batch size if that is smaller.
-        window_rows: None: rows that keep the variance of label counts within 1.5 times a full shuffle's, even if
-            the rows were written sorted.
-        shards: the shard of each record batch. Given, a stream goes from shard to shard, so that few are read at a
-            time: about one a stream. None: record batches of all shards are mixed.
+        record_batch_rows: the number of rows of each record batch of the split, in order.
+        seed: determines the order, together with the epoch and the settings here.
+        batch_size: rows of a global batch, over all workers.
+        streams: None means 64, or the batch size if that is smaller.
+        window_rows: None chooses enough to keep the variance of label counts within 1.5 times that of a full shuffle,
+            even if the rows were written sorted.
+        shards: the shard of each record batch. If given, each stream reads one shard after another, so that only about
+            one shard for each stream is in use at a time. None mixes record batches of all shards.
 
     Raises:
-        ValueError: if there is no row, or a setting is out of range.
+        ValueError: if there are no rows, or a setting is out of range.
     """
 
     def __init__(
@@ -101,27 +102,27 @@ class EpochSampler:
         self._group_shard = None if shards is None else np.asarray(shards, dtype=np.int64)[self._group_rows > 0]
         self._group_rows = self._group_rows[self._group_rows > 0]
         if not len(self._group_rows):
-            raise ValueError("an order needs at least one row; got none. Choose a split that has rows.")
+            raise ValueError("Cannot order an empty split. Choose a split that has rows.")
         if batch_size < 1:
-            raise ValueError(f"a batch has at least one row; got batch_size={batch_size}.")
+            raise ValueError(f"batch_size must be at least 1, but got {batch_size}.")
         self.seed, self.batch_size = seed, batch_size
         self.streams = min(64, batch_size) if streams is None else streams
         if not 1 <= self.streams <= batch_size:
             raise ValueError(
-                f"every stream gives at least one row to a batch; got streams={streams}, batch_size={batch_size}. "
-                f"Choose fewer streams, or leave the setting out."
+                f"streams must be between 1 and the batch size, but got streams={streams}, batch_size={batch_size}. "
+                f"Lower data.streams, or remove it."
             )
         spread = max(4, -(-2 * batch_size // self.streams))
         self.window_rows = int(self._group_rows.max()) * spread if window_rows is None else window_rows
         if self.window_rows < 1:
-            raise ValueError(f"a window has at least one row; got window_rows={window_rows}.")
+            raise ValueError(f"window_rows must be at least 1, but got {window_rows}.")
         self.num_rows = int(self._group_rows.sum())
         self.num_batches = -(-self.num_rows // batch_size)
         self._last = self.num_rows - (self.num_batches - 1) * batch_size
         self._group_start = np.concatenate(([0], np.cumsum(self._group_rows)))
-        # stream c fills the places [cut[c], cut[c + 1]) of the line: as many as it gives to all batches together
+        # stream c fills places [cut[c], cut[c + 1]) of the line, as many as it gives to all batches together
         self._cut = self._before(np.arange(self.streams + 1), self.num_batches)
-        # places of a full batch's positions: those of the first batch, moved by what a stream gives to each
+        # places of a full batch: those of the first batch, shifted by what each stream gives to a batch
         edge = np.arange(self.streams + 1) * batch_size // self.streams
         stream = self._streams_of(batch_size)
         self._first_places = (self._cut[:-1] - edge[:-1])[stream] + np.arange(batch_size)
@@ -130,7 +131,7 @@ class EpochSampler:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256, in hexadecimal, of everything that defines the order: a resumed run must find the same."""
+        """SHA-256, in hexadecimal, of everything that defines the order; it must not change when a run resumes."""
         settings = {
             "version": 1,
             "seed": self.seed,
@@ -144,43 +145,43 @@ class EpochSampler:
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
     def batch_size_of(self, step: int) -> int:
-        """Return the rows of global batch `step`."""
+        """Return the number of rows in global batch `step`."""
         if not 0 <= step < self.num_batches:
-            raise ValueError(f"an epoch has steps 0 to {self.num_batches - 1}; got step={step}.")
+            raise ValueError(f"step must be between 0 and {self.num_batches - 1}, but got {step}.")
         return self._last if step == self.num_batches - 1 else self.batch_size
 
     def worker_slice(self, step: int, rank: int, world_size: int) -> tuple[int, int]:
-        """Return the positions [start, stop) of batch `step` that a worker takes.
+        """Return a worker's positions [start, stop) in batch `step`.
 
-        Workers' shares differ by at most one row; with more workers than rows, some have none.
+        The number of rows differs by at most one between workers; with more workers than rows, some get none.
         """
         if not 0 <= rank < world_size:
-            raise ValueError(f"a rank is at least 0 and less than the number of workers; got {rank} of {world_size}.")
+            raise ValueError(f"rank must be between 0 and {world_size - 1}, but got {rank}.")
         rows = self.batch_size_of(step)
         return rank * rows // world_size, (rank + 1) * rows // world_size
 
     def rows(self, epoch: int, step: int, start: int = 0, stop: int | None = None) -> Int64[np.ndarray, " row"]:
-        """Return which rows of the split stand at positions [start, stop) of global batch `step` of `epoch`."""
+        """Return the rows of the split at positions [start, stop) of global batch `step` in `epoch`."""
         return self.rows_of(epoch, [(step, start, self.batch_size_of(step) if stop is None else stop)])
 
     def rows_of(self, epoch: int, slices: Sequence[tuple[int, int, int]]) -> Int64[np.ndarray, " row"]:
-        """Return the rows of several `(step, start, stop)`, one after another."""
+        """Return the rows of several slices `(step, start, stop)`, concatenated."""
         if self._plan is None or self._plan.epoch != epoch:
             self._plan = self._make_plan(epoch)
         places = [self._places(step, start, stop) for step, start, stop in slices]
         return self._resolve(self._plan, np.concatenate(places) if places else np.empty(0, dtype=np.int64))
 
     def _before(self, stream: Array, step: int) -> Array:
-        """Return how many rows the streams below `stream` give to the batches before `step`."""
+        """Return the number of rows that streams before `stream` give to batches before `step`."""
         full = min(step, self.num_batches - 1)
         edge = stream * self.batch_size // self.streams
         return np.asarray(full * edge + (step - full) * (stream * self._last // self.streams))
 
     def _places(self, step: int, start: int, stop: int) -> Int64[np.ndarray, " row"]:
-        """Return the places in the line of positions [start, stop) of batch `step`."""
+        """Return the places in the line of positions [start, stop) in batch `step`."""
         rows = self.batch_size_of(step)
         if not 0 <= start <= stop <= rows:
-            raise ValueError(f"positions lie within the batch's {rows} rows; got {start}:{stop} of step {step}.")
+            raise ValueError(f"Positions {start}:{stop} are out of range: the batch of step {step} has {rows} rows.")
         if step < self.num_batches - 1:
             return np.asarray(self._first_places[start:stop] + step * self._strides[start:stop])
         stream, position = self._streams_of(rows), np.arange(rows)
@@ -189,7 +190,7 @@ class EpochSampler:
         return np.asarray((self._cut[:-1] + np.diff(given) - edge[:-1])[stream] + position)[start:stop]
 
     def _streams_of(self, rows: int) -> Int64[np.ndarray, " row"]:
-        """Return the stream that each position of a batch of so many rows belongs to."""
+        """Return the stream of each position in a batch of `rows` rows."""
         edge = np.arange(self.streams + 1) * rows // self.streams
         return np.searchsorted(edge, np.arange(rows), side="right") - 1
 
@@ -207,7 +208,7 @@ class EpochSampler:
         shuffled = np.lexsort((_hashes(len(place), _key(self.seed, epoch, 2)), turn[order[group]], stream))
         row, length, stream = row[shuffled], length[shuffled], stream[shuffled]
         place = np.concatenate(([0], np.cumsum(length)))
-        # windows are staggered over the streams, so that they do not all open a new one at the same step
+        # windows are staggered over the streams, so that they do not all start a new one at the same step
         offset = place[:-1] - self._cut[stream] + stream * self.window_rows // self.streams
         window = offset // self.window_rows
         opens = np.flatnonzero(np.diff(window, prepend=-1) | np.diff(stream, prepend=-1))
@@ -215,7 +216,7 @@ class EpochSampler:
         return _Plan(epoch, place, row, window_piece, place[window_piece])
 
     def _turns(self, epoch: int) -> Array:
-        """Return when the shard of each record batch has its turn in the line; without shards all have the same."""
+        """Return the position of each record batch's shard in the order of shards; 0 for all without shards."""
         if self._group_shard is None:
             return np.zeros(len(self._group_rows), dtype=np.int64)
         turn = np.empty(int(self._group_shard.max()) + 1, dtype=np.int64)
@@ -234,7 +235,7 @@ class EpochSampler:
         return rows
 
     def _window(self, plan: _Plan, number: int) -> Int64[np.ndarray, " row"]:
-        """Return the rows of a window in their order, from a cache that holds about two windows a stream."""
+        """Return the rows of a window in order; about two windows of each stream are cached."""
         if number not in plan.cache:
             while len(plan.cache) >= 2 * self.streams:
                 plan.cache.pop(next(iter(plan.cache)))

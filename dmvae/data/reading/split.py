@@ -1,4 +1,4 @@
-"""The rows of one split: any of them, in any order, as batches."""
+"""Read rows of one split as batches, in any order."""
 
 import threading
 from collections.abc import Container, Iterator, Mapping, Sequence
@@ -18,37 +18,37 @@ from dmvae.data.format.gather import Gatherer, Located
 from dmvae.data.format.manifest import Manifest, ModalityInfo, ShardInfo
 from dmvae.data.format.shard import MappedShard, ShardFile
 from dmvae.data.scaling import Scale
-from dmvae.data.storage.location import Place
+from dmvae.data.storage.location import DatasetLocation
 from dmvae.data.storage.verify import row_blocks, verify_shard
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 _OPENERS = 4
-"""Shards that are fetched and verified at the same time."""
+"""Shards that are fetched and verified at the same time, at most."""
 
 
 class Split:
-    """The rows of one split; a row's position counts through the shards in the manifest's order.
+    """The rows of one split; a row's position counts through the shards in the order of the manifest.
 
-    A shard is fetched, verified and mapped, in a thread, when a row of it is first read or read ahead of. It stays
-    mapped, unless this node cannot hold the whole dataset.
+    A thread fetches, verifies and maps a shard when one of its rows is first read, or read ahead. The shard stays
+    mapped, unless the whole dataset does not fit on this node.
 
     Attributes:
         where: the dataset's folder or URI.
     """
 
-    def __init__(self, place: Place, manifest: Manifest, name: str, verify_on_use: bool) -> None:
-        self.where = place.where
+    def __init__(self, location: DatasetLocation, manifest: Manifest, name: str, verify_on_use: bool) -> None:
+        self.where = location.where
         self.manifest = manifest
         self.name = name
-        self._place = place
+        self._location = location
         self._infos = [info for info in self.manifest.splits[name].shards if info.rows]
         self._starts = np.cumsum([0] + [info.rows for info in self._infos])
         sizes = [info.record_batch_rows for info in self._infos]
         self._rows = Gatherer(manifest.columns, [info.rows for info in self._infos], sizes)
         self._shards: dict[int, Future[MappedShard]] = {}
         self._opener: ThreadPoolExecutor | None = None
-        self._keeps_all = place.holds(manifest.bytes)
+        self._keeps_all = location.holds(manifest.bytes)
         self._scales = {name: _Scale(info) for name, info in self.manifest.modalities.items()}
         self._incomplete = [name for name, count in self.observed.items() if count < len(self)]
         self._verify_on_use = verify_on_use
@@ -59,12 +59,12 @@ class Split:
 
     @property
     def observed(self) -> dict[str, int]:
-        """Rows that have each modality; 0 for one that training cannot learn from this split."""
+        """The number of rows that have each modality."""
         return self.manifest.splits[self.name].observed
 
     @property
     def record_batch_rows(self) -> Int64[np.ndarray, " group"]:
-        """Rows of every record batch in order, as `EpochOrder` takes them."""
+        """The number of rows of each record batch in order, as `EpochSampler` takes them."""
         sizes = []
         for info in self._infos:
             full, rest = divmod(info.rows, info.record_batch_rows)
@@ -73,16 +73,15 @@ class Split:
 
     @property
     def record_batch_shards(self) -> Int64[np.ndarray, " group"]:
-        """The number of the shard of every record batch, as `EpochOrder` takes them."""
+        """The shard of each record batch, as `EpochSampler` takes them."""
         return np.repeat(np.arange(len(self._infos)), [-(-info.rows // info.record_batch_rows) for info in self._infos])
 
     def read(self, positions: Int64[np.ndarray, " row"], dtype: torch.dtype = torch.float32) -> Batch:
         """Read the rows at `positions`, in that order.
 
-        Floats and uint8 are scaled as the manifest says and given as `dtype`, counts are given as `dtype`, and classes
-        stay int64. Missing slots are zero.
-        A modality that this split has in every row has no mask, and without any other `masks` is None. Labels are -1
-        where there is none, size factors NaN.
+        Floats and uint8 are scaled according to the manifest and converted to `dtype`, counts are converted to `dtype`,
+        and classes stay int64. Missing values are zero. A modality that every row of the split has gets no mask; if
+        all have none, `masks` is None. Absent labels are -1, absent size factors NaN.
 
         Raises:
             DatasetError: if a position is out of range, or a shard fails its check on first use.
@@ -94,8 +93,8 @@ class Split:
     ) -> Iterator[Batch]:
         """Read the rows at `positions` at once, and yield them in batches of the given lengths; see `read`.
 
-        Faster than a call per batch, and than cutting up one large batch: a batch is converted when it is asked for,
-        and so fits the cache.
+        This is faster than one call for each batch, and faster than slicing one large batch, because a batch is
+        converted when it is requested and so stays in the CPU cache.
         """
         self._check_positions(positions)
         lengths = list(lengths)
@@ -105,7 +104,7 @@ class Split:
             ids = self._ids(rows, shards)
             labels, factors = self._labels(rows), self._size_factors(rows)
         for name, mask in present.items():
-            # by numpy and before the conversion: torch takes fifty times as long to fill the rows of a mask
+            # with numpy and before the conversion: torch takes fifty times as long to fill the rows of a mask
             stored[name][np.flatnonzero(~mask)] = 0
         data = {name: _cut(values, lengths) for name, values in stored.items()}
         masks = {name: _cut(mask, lengths) for name, mask in present.items()}
@@ -125,67 +124,67 @@ class Split:
             )
 
     def open_ahead(self, positions: Int64[np.ndarray, " row"]) -> None:
-        """Begin to fetch, verify and map the shards of rows that will be read; without effect if not all fit here."""
+        """Start to fetch, verify and map the shards of `positions`, if the whole dataset fits on this node."""
         if self._keeps_all and len(self._shards) < len(self._infos):
             for number in self._numbers(self._rows.locate(positions)):
                 self._shard(number)
 
     def ids(self) -> Array:
-        """Return the names of all rows, int64 or strings."""
+        """Return the ids of all rows, int64 or strings."""
         return np.concatenate([self._ids(rows, shards) for rows, shards in self._by_shard()])
 
     def labels(self) -> Tensor | None:
-        """Return the labels of all rows, -1 where there is none; None if the dataset has no labels."""
+        """Return the labels of all rows, -1 for a row without one; None if the dataset has no labels."""
         found = [labels for rows, _ in self._by_shard() if (labels := self._labels(rows)) is not None]
         return torch.from_numpy(np.concatenate(found)) if found else None
 
     def shards(self) -> Iterator[MappedShard]:
-        """Yield the shards in order, fetched and mapped in their turn, without a check of their sums or values."""
+        """Yield the shards in order, without checking their checksums or values."""
         for info in self._infos:
-            yield self._map(self._place.fetch(info), info)
+            yield self._map(self._location.fetch(info), info)
 
     def verify(self, full: bool = False) -> None:
         """Check the checksum and the observed values of every shard.
 
         Args:
-            full: do so even if the unchanged file was checked before, and look for ids that occur twice and for rows
-                with nothing observed.
+            full: also if the unchanged file passed the check before; and check for duplicate ids and for rows without
+                any modality.
 
         Raises:
-            DatasetError: if a check fails; it names the shard, the column and the first row.
+            DatasetError: if a check fails, with the shard, the column and the first row.
         """
         for info in self._infos:
-            file = self._place.fetch(info)
+            file = self._location.fetch(info)
             verify_shard(file, info, self.manifest, remember=not full)
             if full:
-                _check_rows_have_something(self._map(file, info))
+                _check_rows_not_empty(self._map(file, info))
         if full:
             self.check_ids()
 
     def check_ids(self) -> None:
-        """Check that no two rows have the same id.
+        """Check that ids are unique.
 
         Raises:
-            DatasetError: naming one that occurs more than once.
+            DatasetError: if an id occurs more than once.
         """
         names, counts = np.unique(self.ids(), return_counts=True)
         if (counts > 1).any():
             raise DatasetError(
-                f"{self.where}, split {self.name!r}: an id occurs once in a split; got {names[counts > 1][0]} "
-                f"{counts[counts > 1][0]} times, and {int((counts > 1).sum())} such ids. Make them unique in the "
-                f"source, and prepare the dataset again."
+                f"{int((counts > 1).sum())} duplicate ids in split {self.name!r} of {self.where}; "
+                f"{names[counts > 1][0]} occurs {counts[counts > 1][0]} times. Make ids unique in the source, and "
+                f"prepare the dataset again."
             )
 
     def _check_positions(self, positions: Array) -> None:
         if len(positions) and not 0 <= positions.min() <= positions.max() < len(self):
             raise DatasetError(
-                f"{self.where}, split {self.name!r}: positions lie in 0..{len(self) - 1}; got {positions.min()} to "
-                f"{positions.max()}."
+                f"Positions {positions.min()} to {positions.max()} are out of range: split {self.name!r} of "
+                f"{self.where} has {len(self)} rows."
             )
 
     @contextmanager
     def _located(self, positions: Array) -> "Iterator[tuple[Located, dict[int, MappedShard]]]":
-        """Yield where rows lie and their shards, which stay mapped meanwhile; for one thread at a time."""
+        """Yield where rows are stored, and their shards, which stay mapped meanwhile; for one thread at a time."""
         with self._reading:
             rows = self._rows.locate(positions)
             numbers = self._numbers(rows)
@@ -194,7 +193,7 @@ class Split:
             yield rows, {number: shard.result() for number, shard in opening.items()}
 
     def _by_shard(self) -> "Iterator[tuple[Located, dict[int, MappedShard]]]":
-        """Yield the same of all rows in order, a shard at a time."""
+        """Yield the same for all rows in order, one shard at a time."""
         for start, stop in pairwise(self._starts.tolist()):
             with self._located(np.arange(start, stop)) as found:
                 yield found
@@ -205,13 +204,13 @@ class Split:
     def _ids(self, rows: Located, shards: Mapping[int, MappedShard]) -> Array:
         if self.manifest.id_type == "int64":
             return self._rows.values("id", rows)
-        places = {number: np.flatnonzero(rows.file == number) for number in shards}
+        indices = {number: np.flatnonzero(rows.file == number) for number in shards}
         within = rows.position - self._starts[rows.file]
-        names = {number: shard.ids(within[places[number]]) for number, shard in shards.items()}
-        # the widest type: strings of different shards differ in length
+        names = {number: shard.ids(within[indices[number]]) for number, shard in shards.items()}
+        # the widest type, because strings of different shards differ in length
         result = np.empty(len(within), dtype=np.result_type(np.dtype("U1"), *names.values()))
         for number, found in names.items():
-            result[places[number]] = found
+            result[indices[number]] = found
         return result
 
     def _labels(self, rows: Located) -> Array | None:
@@ -234,14 +233,14 @@ class Split:
             return self._shards[number]
 
     def _keep_only(self, numbers: Container[int]) -> None:
-        """Unmap the other shards where not all fit on this node, so that they can make room."""
+        """Unmap the other shards if the dataset does not fit on this node, so that they can be evicted."""
         if not self._keeps_all:
             with self._lock:
                 self._shards = {number: shard for number, shard in self._shards.items() if number in numbers}
 
     def _open(self, number: int) -> MappedShard:
         info = self._infos[number]
-        file = self._place.fetch(info)
+        file = self._location.fetch(info)
         if self._verify_on_use:
             verify_shard(file, info, self.manifest)
         shard = self._map(file, info)
@@ -253,25 +252,26 @@ class Split:
         shard = file.map()
         if shard.columns != self.manifest.columns:
             raise DatasetError(
-                f"{shard.where}: the manifest says {self.manifest.columns}; got {shard.columns}. Copy it again, or "
-                f"prepare again."
+                f"Columns of {shard.where} do not match the manifest: expected {self.manifest.columns}, got "
+                f"{shard.columns}. Copy the shard again, or prepare the dataset again."
             )
         if (shard.rows, shard.record_batch_rows) != (info.rows, info.record_batch_rows):
             raise DatasetError(
-                f"{shard.where}: the manifest says {info.rows} rows in record batches of {info.record_batch_rows}; got "
-                f"{shard.rows} in record batches of {shard.record_batch_rows}. Copy it again."
+                f"Rows of {shard.where} do not match the manifest: expected {info.rows} rows in record batches of "
+                f"{info.record_batch_rows}, got {shard.rows} in record batches of {shard.record_batch_rows}. Copy the "
+                f"shard again, or prepare the dataset again."
             )
         return shard
 
 
-def _check_rows_have_something(shard: MappedShard) -> None:
+def _check_rows_not_empty(shard: MappedShard) -> None:
     for rows in row_blocks(shard):
         nothing = ~np.logical_or.reduce([shard.present(name, rows) for name in shard.columns.modalities])
         if nothing.any():
             first = rows[nothing]
             raise DatasetError(
-                f"a row has at least one modality; got none in {shard.where}, row {first[0]} "
-                f"(id {shard.ids(first[:1])[0]}). Leave it out in the source, and prepare the dataset again."
+                f"Row without any modality in {shard.where}, row {first[0]} (id {shard.ids(first[:1])[0]}). Remove it "
+                f"from the source, and prepare the dataset again."
             )
 
 
@@ -280,16 +280,16 @@ def _cut(values: Array, lengths: list[int]) -> Sequence[Tensor]:
 
 
 class _Scale:
-    """From stored values to those that training reads."""
+    """Converts the stored values of a modality for the model."""
 
     def __init__(self, info: ModalityInfo) -> None:
         self._scale = Scale(info)
         self._floats = info.classes is None
 
     def __call__(self, values: Tensor, present: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """Return the values, zero in the rows that are not present, where the stored ones are zero too.
+        """Return the converted values, zero in rows that are not present; their stored values must be zero too.
 
-        The argument may be changed, or returned.
+        The argument may be changed in place, or returned.
         """
         if not self._floats:
             return values

@@ -1,1 +1,5 @@
-"""Where a dataset lies, and how its shards reach a node."""
+"""Where a dataset is stored: folders, object stores, the cache of remote shards on a node, and their verification.
+
+It imports `format`.
+`reading`, `preparation` and `inspection` may import it.
+"""

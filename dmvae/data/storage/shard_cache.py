@@ -1,9 +1,9 @@
-"""Shards of object stores on this node's disk: one copy for all processes, known by its SHA-256, within a bound.
+"""A cache of remote shards on this node's disk: one copy for all processes, named by its SHA-256, of limited size.
 
-A shard that is being copied is `SHA256.part`, locked by who copies it, and `SHA256.arrow` when it is whole. Who reads
-one holds a shared lock on it. The least recently used shards that nobody locks make room for others. (POSIX keeps the
-pages of a mapped file that is unlinked, so a reader would survive that too; the disk would not get its room back.)
-Locks end with their process, however it ends.
+A process that downloads a shard writes `SHA256.part` under an exclusive lock, and renames it to `SHA256.arrow` in the
+end. A reader holds a shared lock. When space runs out, the least recently used shards without a lock are removed.
+(POSIX keeps the pages of a mapped file that is removed, so a reader would survive that too, but the disk space would
+not become free.) Locks end with their process, however it ends.
 """
 
 import errno
@@ -24,13 +24,13 @@ _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def cache_folder() -> Path:
-    """Return the folder that `DMVAE_CACHE` names, or `dmvae` in the user's cache folder."""
+    """Return the folder `DMVAE_CACHE`, by default `dmvae` in the user's cache folder."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dmvae"
     return Path(os.environ.get("DMVAE_CACHE") or default)
 
 
-class StagedShard:
-    """A whole shard on this node, which stays as long as this object lives."""
+class CachedShard:
+    """A complete shard in the cache, which is not removed as long as this object lives."""
 
     def __init__(self, path: Path, descriptor: int) -> None:
         self.path = path
@@ -41,40 +41,41 @@ class StagedShard:
 
 
 class ShardCache:
-    """The shards on this node, in `folder`: at most `bound` bytes of them.
+    """Downloads shards into `folder`, and keeps at most `limit` bytes of them.
 
     Args:
-        folder: shared by the processes of a node, and by no others.
-        bound: None: the gigabytes (10^9 bytes) that `DMVAE_CACHE_GB` names, or half of what the disk has free for it.
+        folder: shared by all processes of a node, but not between nodes.
+        limit: None takes `DMVAE_CACHE_GB` gigabytes (10^9 bytes), by default half of the disk space that is free or
+            used by the cache.
 
     Raises:
-        DatasetError: if the bound is no number, or the folder cannot be made.
+        DatasetError: if the limit is not a number, or the folder cannot be created.
     """
 
-    def __init__(self, folder: Path, bound: int | None = None) -> None:
+    def __init__(self, folder: Path, limit: int | None = None) -> None:
         self.folder = folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self.bound = self._default_bound() if bound is None else bound
+            self.limit = self._default_limit() if limit is None else limit
         except OSError as error:
             raise DatasetError(
-                f"{folder}: shards of object stores are kept on this node; got: {error}. Set DMVAE_CACHE to a folder "
-                f"that can be written."
+                f"Cannot create the shard cache {folder}: {error}. Set the environment variable DMVAE_CACHE to a "
+                f"writable folder."
             ) from error
 
-    def get(self, info: ShardInfo, where: str, copy: Callable[[BinaryIO], None]) -> StagedShard:
-        """Return the shard, copied by `copy` unless it is here; wait while another process or thread copies it.
+    def get(self, info: ShardInfo, where: str, copy: Callable[[BinaryIO], None]) -> CachedShard:
+        """Return a shard, copied by `copy` unless it is cached; wait while another process or thread copies it.
 
         Raises:
-            DatasetError: if there is no room within the bound, or what was copied is not what the manifest says.
+            DatasetError: if the shard does not fit in the cache, or the copy does not match the manifest.
         """
         whole, part = (self.folder / f"{info.sha256}.{end}" for end in ("arrow", "part"))
         while True:
-            if (descriptor := _share(whole)) is not None:
-                # the time of access alone: the time of change says whether a shard was checked
+            if (descriptor := _lock_shared(whole)) is not None:
+                # only the access time, because the modification time tells whether a shard was verified
                 os.utime(whole, ns=(time.time_ns(), os.fstat(descriptor).st_mtime_ns))
-                return StagedShard(whole, descriptor)
-            with _alone(part) as file:
+                return CachedShard(whole, descriptor)
+            with _exclusive(part) as file:
                 if file is None:
                     continue
                 if whole.exists():
@@ -91,22 +92,25 @@ class ShardCache:
                     part.unlink(missing_ok=True)
                     if isinstance(error, OSError) and error.errno in _NO_ROOM:
                         raise DatasetError(
-                            f"{where}: a shard needs {info.bytes:,} bytes on the disk of {self.folder}; got: "
-                            f"{error.strerror}. Free some, set DMVAE_CACHE to another folder, or lower DMVAE_CACHE_GB."
+                            f"Disk full while caching {where} ({info.bytes:,} bytes) in {self.folder}: "
+                            f"{error.strerror}. Free some space, set DMVAE_CACHE to another folder, or lower "
+                            f"DMVAE_CACHE_GB."
                         ) from error
                     raise
 
-    def _default_bound(self) -> int:
+    def _default_limit(self) -> int:
         given = os.environ.get("DMVAE_CACHE_GB")
         if given is None:
             return (shutil.disk_usage(self.folder).free + sum(size for _, _, size in self._files())) // 2
         try:
             return int(float(given) * 1e9)
         except (ValueError, OverflowError) as error:
-            raise DatasetError(f"DMVAE_CACHE_GB is a number of gigabytes; got {given!r}. Write, say, 200.") from error
+            raise DatasetError(
+                f"DMVAE_CACHE_GB must be a number of gigabytes, but got {given!r}. Set it to, for example, 200."
+            ) from error
 
     def _files(self) -> list[tuple[int, Path, int]]:
-        """Return time of last use, path and size of every shard, whole or not."""
+        """Return last use, path and size of every shard, complete or not, the least recently used first."""
         found = []
         for path in (*self.folder.glob("*.arrow"), *self.folder.glob("*.part")):
             with suppress(FileNotFoundError):
@@ -115,34 +119,34 @@ class ShardCache:
         return sorted(found)
 
     def _make_room(self, part: BinaryIO, info: ShardInfo, where: str) -> None:
-        """Evict shards until this one fits, and take its room, at once for all processes."""
+        """Evict shards until this one fits, and reserve its space, under a lock of all processes."""
         with (self.folder / "room.lock").open("ab") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             part.truncate(0)
             files = self._files()
             held = sum(size for _, _, size in files)
             for _, path, size in files:
-                if held + info.bytes <= self.bound or info.bytes > self.bound:
+                if held + info.bytes <= self.limit or info.bytes > self.limit:
                     break
                 held -= size if size and _evict(path) else 0
-            if held + info.bytes > self.bound:
+            if held + info.bytes > self.limit:
                 raise DatasetError(
-                    f"{where}: shards are kept in {self.folder}, at most {self.bound:,} bytes of them; got {held:,} "
-                    f"in use, and {info.bytes:,} more wanted. Raise DMVAE_CACHE_GB, best to the size of the dataset."
+                    f"Shard cache is full: {where} needs {info.bytes:,} bytes, but {held:,} of {self.limit:,} bytes in "
+                    f"{self.folder} are in use. Raise DMVAE_CACHE_GB, ideally to the size of the dataset."
                 )
             part.truncate(info.bytes)
 
 
 @contextmanager
-def _alone(path: Path) -> Iterator[BinaryIO | None]:
-    """Yield the file, new or left over, once nobody else has it locked; None if it is not there any more by then."""
+def _exclusive(path: Path) -> Iterator[BinaryIO | None]:
+    """Yield the file, new or existing, under an exclusive lock; None if it was removed before the lock was free."""
     with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield file if _is_there(path, file.fileno()) else None
 
 
-def _share(path: Path) -> int | None:
-    """Return a descriptor that keeps the file from being evicted; None if there is no such file."""
+def _lock_shared(path: Path) -> int | None:
+    """Return a descriptor whose shared lock keeps the file from eviction; None if the file does not exist."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
@@ -155,7 +159,7 @@ def _share(path: Path) -> int | None:
 
 
 def _evict(path: Path) -> bool:
-    """Remove a file that nobody has locked; return whether it is gone."""
+    """Remove a file unless it is locked; return whether it is gone."""
     try:
         with path.open("r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -178,7 +182,6 @@ def _check(part: Path, info: ShardInfo, where: str) -> None:
     found = part.stat().st_size, sha256_of(part)
     if found != (info.bytes, info.sha256):
         raise DatasetError(
-            f"{where}: a shard has the size and SHA-256 of the manifest, {info.bytes:,} bytes and "
-            f"{info.sha256[:12]}...; got {found[0]:,} and {found[1][:12]}.... It was damaged or altered: "
-            f"upload it again."
+            f"Checksum mismatch in {where}: expected {info.bytes:,} bytes with SHA-256 {info.sha256[:12]}..., got "
+            f"{found[0]:,} bytes with {found[1][:12]}.... The shard was damaged or altered: upload it again."
         )

@@ -1,4 +1,4 @@
-"""Whether a shard holds what its manifest says: its checksum, and values that a model can be trained on."""
+"""Verify shards: their checksums against the manifest, and that a model can be trained on their values."""
 
 import json
 import os
@@ -20,23 +20,23 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 
 def row_blocks(shard: MappedShard) -> Iterator[Array]:
-    """Yield the positions of all rows, a record batch at a time."""
+    """Yield the positions of all rows, one record batch at a time."""
     for start in range(0, shard.rows, shard.record_batch_rows):
         yield np.arange(start, min(start + shard.record_batch_rows, shard.rows))
 
 
 def check_values(shard: MappedShard, classes: Mapping[str, int | None], likelihood: Mapping[str, str]) -> None:
-    """Refuse a value that no model can take.
+    """Check that a model can be trained on every observed value of a shard.
 
     Args:
-        shard: the file.
-        classes: number of classes per categorical modality; None where it is not known yet.
-        likelihood: hints by modality, which tell counts.
+        shard: the shard.
+        classes: the number of classes of each categorical modality; None if not known yet.
+        likelihood: the suggested likelihood of each modality, which tells which ones hold counts.
 
     Raises:
-        DatasetError: for NaN or infinity in an observed row, a class out of range, a count that is none, a negative
-            label or a size factor that is not positive, or absent from a row with counts; it names the file, the
-            column and the first such row.
+        DatasetError: for NaN or infinity, a class out of range, a count that is negative or fractional, a negative
+            label, or a size factor that is not positive or is missing from a row with counts; with the file, the column
+            and the first such row.
     """
     counts = [name for name in shard.columns.modalities if values_of(likelihood.get(name)) == "counts"]
     for rows in row_blocks(shard):
@@ -49,8 +49,8 @@ def check_values(shard: MappedShard, classes: Mapping[str, int | None], likeliho
             negative = shard.present("label", rows) & (shard.gather("label", rows) < 0)
             if negative.any():
                 raise DatasetError(
-                    f"a label is null or at least 0; got {shard.gather('label', rows)[negative][0]} in "
-                    f"{_first(shard, 'label', rows[negative])}. Make it null."
+                    f"Labels must be 0 or more, or null, but got {shard.gather('label', rows)[negative][0]} in "
+                    f"{_first(shard, 'label', rows[negative])}. Set it to null."
                 )
 
 
@@ -58,18 +58,18 @@ def _check_modality(shard: MappedShard, name: str, rows: Array, classes: int | N
     values = shard.gather(name, rows).reshape(len(rows), -1)
     if counts:
         wrong = ~(np.isfinite(values) & (values >= 0) & (values == np.floor(values)))
-        law = "a count is a whole number of 0 or more"
+        law = "Counts must be whole numbers of 0 or more"
     elif values.dtype == np.int64:
         wrong = (values < 0) | (values >= (np.iinfo(np.int64).max if classes is None else classes))
-        law = f"a categorical value lies in 0..{'' if classes is None else classes - 1}"
+        law = "Classes must be 0 or more" if classes is None else f"Classes must be between 0 and {classes - 1}"
     else:
-        wrong, law = ~np.isfinite(values), "an observed value is finite"
+        wrong, law = ~np.isfinite(values), "Observed values must be finite"
     found = shard.present(name, rows) & wrong.any(axis=1)
     if found.any():
         value = values[found][0][wrong[found][0]][0]
         raise DatasetError(
-            f"{law}; got {value} in {_first(shard, name, rows[found])}. Correct it, or make that row's {name!r} null, "
-            f"in the source, and prepare the dataset again."
+            f"{law}, but got {value} in {_first(shard, name, rows[found])}. In the source, correct it or set {name!r} "
+            f"of that row to null; then prepare the dataset again."
         )
 
 
@@ -78,15 +78,15 @@ def _check_size_factors(shard: MappedShard, rows: Array, counts: list[str]) -> N
     wrong = present & ~(np.isfinite(factors) & (factors > 0))
     if wrong.any():
         raise DatasetError(
-            f"a size factor is positive and finite; got {factors[wrong][0]} in "
+            f"Size factors must be positive and finite, but got {factors[wrong][0]} in "
             f"{_first(shard, 'size_factor', rows[wrong])}. Correct it in the source, and prepare the dataset again."
         )
     for name in counts:
         absent = shard.present(name, rows) & ~present
         if absent.any():
             raise DatasetError(
-                f"a row that has counts has a size factor where there is a column of them; got null beside {name!r} in "
-                f"{_first(shard, 'size_factor', rows[absent])}. Give the row one, or leave the column out."
+                f"Missing size factor for the counts of modality {name!r} in "
+                f"{_first(shard, 'size_factor', rows[absent])}. Fill it in, or remove the column."
             )
 
 
@@ -95,28 +95,28 @@ def _first(shard: MappedShard, column: str, rows: Array) -> str:
 
 
 def verify_shard(file: ShardFile, info: ShardInfo, manifest: Manifest, remember: bool = True) -> None:
-    """Check a shard's checksum and values against the manifest, once per (path, size, time of change).
+    """Check a shard's checksum and values against the manifest, once for each (path, size, modification time).
 
     Args:
         file: the shard.
-        info: what the manifest says of it.
-        manifest: the dataset's.
-        remember: trust an earlier check of the unchanged file, also that it had the checksum when it was copied here,
-            and record this one in the user's cache folder.
+        info: its entry in the manifest.
+        manifest: the manifest of the dataset.
+        remember: skip the check if the unchanged file passed it before, trust the checksum of a file that was verified
+            when it was copied here, and record this check in the user's cache folder.
 
     Raises:
-        DatasetError: if the file was altered, or holds a value that no model can take.
+        DatasetError: if the file was altered, or has an invalid value.
     """
     path = file.path
     status = path.stat()
     entry = [status.st_size, status.st_mtime_ns, info.sha256, manifest.fingerprint]
     if remember and _remembered().get(str(path.resolve())) == entry:
         return
-    found = info.sha256 if remember and file.is_summed else sha256_of(path)
+    found = info.sha256 if remember and file.is_verified else sha256_of(path)
     if found != info.sha256:
         raise DatasetError(
-            f"{file.where}: a shard has the SHA-256 of the manifest, {info.sha256[:12]}...; got {found[:12]}.... It "
-            f"was damaged or altered: copy it again, or prepare the dataset again."
+            f"Checksum mismatch in {file.where}: expected SHA-256 {info.sha256[:12]}..., got {found[:12]}.... The "
+            f"shard was damaged or altered: copy it again, or prepare the dataset again."
         )
     shard = file.map()
     modalities = manifest.modalities.items()
@@ -125,8 +125,8 @@ def verify_shard(file: ShardFile, info: ShardInfo, manifest: Manifest, remember:
         seen = sum(int(shard.present(name, rows).sum()) for rows in row_blocks(shard))
         if seen != count:
             raise DatasetError(
-                f"{file.where}: the manifest counts the rows that have a modality; got {seen} for {name!r} and says "
-                f"{count}. Compute the manifest anew from the shards."
+                f"Wrong count in the manifest: it says {count} rows of {file.where} have modality {name!r}, but {seen} "
+                f"do. Compute the manifest from the shards with dmvae.data.preparation.build_manifest."
             )
     if remember:
         _remember(str(path.resolve()), entry)
@@ -145,7 +145,7 @@ def _remembered() -> dict[str, list[Any]]:
 
 
 def _remember(path: str, entry: list[Any]) -> None:
-    """Add an entry; if a concurrent writer or a read-only folder loses it, the shard is checked once more."""
+    """Add an entry. A concurrent writer or a read-only folder may lose it; then the shard is checked once more."""
     cache = _cache_file()
     part = cache.with_name(f".{cache.name}.{os.getpid()}")
     try:

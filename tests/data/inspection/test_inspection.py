@@ -20,7 +20,7 @@ from dmvae.data.inspection.findings import find
 from dmvae.data.inspection.profile import Census, take_census
 from dmvae.data.inspection.suggestions import propose_likelihoods
 from dmvae.data.inspection.value_stats import Values
-from dmvae.data.preparation.build_manifest import survey
+from dmvae.data.preparation.build_manifest import build_manifest
 from dmvae.data.preparation.rows import Rows
 from dmvae.data.preparation.writer import write_dataset
 from dmvae.data.reading.dataset import open_dataset
@@ -252,7 +252,7 @@ def test_what_shards_of_strangers_hold_is_told_where_it_breaks_a_law(tmp_path: P
     values = np.arange(24, dtype=np.float64).reshape(12, 2) + 0.5
     columns = {"id": list(range(12)), "x": tensors(values), "c": tensors(np.full((12, 1), 77)), "label": [5] * 12}
     write_shard(tmp_path / "train/a.arrow", columns)
-    save_manifest(survey(tmp_path), tmp_path)
+    save_manifest(build_manifest(tmp_path), tmp_path)
     shard = tmp_path / "train/a.arrow"
     content = shard.read_bytes().replace(np.float64(10.5).tobytes(), np.float64(np.nan).tobytes())
     first = content.index(np.int64(77).tobytes())

@@ -7,7 +7,7 @@ import pytest
 
 from dmvae.data.errors import DatasetError
 from dmvae.data.format.manifest import load_manifest, save_manifest
-from dmvae.data.preparation.build_manifest import survey
+from dmvae.data.preparation.build_manifest import build_manifest
 from dmvae.data.preparation.writer import write_dataset
 from dmvae.data.reading.dataset import open_dataset
 from tests.data.preparation.test_rows import make_rows
@@ -39,7 +39,7 @@ def test_a_manifest_computed_from_the_shards_is_the_one_that_was_written(tmp_pat
     folder = write_dataset(tmp_path / "data", splits, shard_bytes=1500, record_batch_rows=8, **settings)
     manifest = load_manifest(folder)
     assert len(manifest.splits["train"].shards) > 1
-    assert survey(folder, **settings) == manifest
+    assert build_manifest(folder, **settings) == manifest
 
 
 def test_shards_made_with_pyarrow_alone_become_a_dataset(tmp_path: Path) -> None:
@@ -47,7 +47,7 @@ def test_shards_made_with_pyarrow_alone_become_a_dataset(tmp_path: Path) -> None
     columns = {"id": ["a", "b", "c"], "x": tensors(values, [True, False, True]), "size_factor": [1.0, 2.0, 3.0]}
     write_shard(tmp_path / "train/1.arrow", columns)
     write_shard(tmp_path / "train/2.arrow", columns | {"id": ["d", "e", "f"]}, max_chunksize=2)
-    save_manifest(survey(tmp_path), tmp_path)
+    save_manifest(build_manifest(tmp_path), tmp_path)
     batch = open_dataset(tmp_path).split("train").read(np.array([4, 0, 5]))
     assert batch.masks is not None
     assert batch.ids is not None
@@ -61,7 +61,7 @@ def test_moments_are_those_of_the_observed_training_rows(tmp_path: Path) -> None
     rows.data["double"][:] += 1e5
     write_dataset(tmp_path / "data", {"train": rows, "val": make_rows(20)}, record_batch_rows=16)
     for name in ("half", "single", "double"):
-        info = survey(tmp_path / "data", scaling={name: "standardise"}).modalities[name]
+        info = build_manifest(tmp_path / "data", scaling={name: "standardise"}).modalities[name]
         values = rows.data[name][rows.present[name]].astype(np.float64).reshape(-1, np.prod(info.shape))
         np.testing.assert_allclose(info.mean, values.mean(axis=0), rtol=1e-12, atol=1e-12)
         np.testing.assert_allclose(info.std, values.std(axis=0), rtol=1e-9)
@@ -69,7 +69,7 @@ def test_moments_are_those_of_the_observed_training_rows(tmp_path: Path) -> None
 
 def test_a_constant_feature_is_centred_and_not_divided(tmp_path: Path) -> None:
     write_shard(tmp_path / "train/a.arrow", {"id": [1, 2, 3], "x": tensors(np.array([[0.1, 0.0], [0.1, 0], [0.1, 0]]))})
-    info = survey(tmp_path, scaling={"x": "standardise"}).modalities["x"]
+    info = build_manifest(tmp_path, scaling={"x": "standardise"}).modalities["x"]
     assert info.std == (1.0, 1.0)
     assert info.mean == pytest.approx((0.1, 0.0))
 
@@ -77,10 +77,10 @@ def test_a_constant_feature_is_centred_and_not_divided(tmp_path: Path) -> None:
 def test_classes_are_one_more_than_the_largest_in_any_split(tmp_path: Path) -> None:
     write_shard(tmp_path / "train/a.arrow", {"id": [1, 2], "x": tensors(np.array([[0], [2]]))})
     write_shard(tmp_path / "val/a.arrow", {"id": [3, 4], "x": tensors(np.array([[5], [9]]), [True, False])})
-    assert survey(tmp_path).modalities["x"].classes == 6
-    assert survey(tmp_path, classes={"x": 30}).modalities["x"].classes == 30
-    with pytest.raises(DatasetError, match=r"lies in 0\.\.3; got 5"):
-        survey(tmp_path, classes={"x": 4})
+    assert build_manifest(tmp_path).modalities["x"].classes == 6
+    assert build_manifest(tmp_path, classes={"x": 30}).modalities["x"].classes == 30
+    with pytest.raises(DatasetError, match="between 0 and 3, but got 5"):
+        build_manifest(tmp_path, classes={"x": 4})
 
 
 X = tensors(np.ones((4, 2)))
@@ -89,37 +89,46 @@ X = tensors(np.ones((4, 2)))
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"x": X}, "has a column 'id'"),
-        ({"id": [1, 2, 3, 4]}, "at least one modality"),
-        ({"id": [0.5, 1, 2, 3], "x": X}, "ids are int64 or string; got double"),
-        ({"id": pa.array([1, 2, None, 4]), "x": X}, r"an id is not null; got null in .*row 2"),
-        ({"id": [1, 2, 3, 4], "x": X, "label": ["a", "b", "c", "d"]}, "labels are int64; got string"),
-        ({"id": [1, 2, 3, 4], "x": X, "label": [0, 1, -7, 2]}, r"null or at least 0; got -7 in .*row 2 \(id 3\)"),
-        ({"id": [1, 2, 3, 4], "x": X, "size_factor": [1, 2, 3, 4]}, "size factors are floats"),
-        ({"id": [1, 2, 3, 4], "x": [1.0, 2.0, 3.0, 4.0]}, "a column of type arrow.fixed_shape_tensor; got double"),
-        ({"id": [1, 2, 3, 4], "x": tensors(np.ones((4, 2), dtype=np.int32))}, "elements are uint8.*got int32"),
-        ({"id": [1, 2, 3, 4], "joint": X}, "a modality's name.*got 'joint'"),
+        ({"x": X}, "Column 'id' not found in .*a.arrow"),
+        ({"id": [1, 2, 3, 4]}, "No modality found in .*a.arrow"),
+        ({"id": [0.5, 1, 2, 3], "x": X}, "'id' must be int64 or string, but is double"),
+        ({"id": pa.array([1, 2, None, 4]), "x": X}, "Missing id in .*row 2"),
+        ({"id": [1, 2, 3, 4], "x": X, "label": ["a", "b", "c", "d"]}, "'label' must be int64, but is string"),
+        (
+            {"id": [1, 2, 3, 4], "x": X, "label": [0, 1, -7, 2]},
+            r"Labels must be 0 or more, or null, but got -7 in .*row 2 \(id 3\)",
+        ),
+        (
+            {"id": [1, 2, 3, 4], "x": X, "size_factor": [1, 2, 3, 4]},
+            "'size_factor' must be of a float type, but is int64",
+        ),
+        (
+            {"id": [1, 2, 3, 4], "x": [1.0, 2.0, 3.0, 4.0]},
+            "'x' must be of type arrow.fixed_shape_tensor, but is double",
+        ),
+        ({"id": [1, 2, 3, 4], "x": tensors(np.ones((4, 2), dtype=np.int32))}, "'x' must be uint8.*but are int32"),
+        ({"id": [1, 2, 3, 4], "joint": X}, "Cannot read .*a.arrow: .*'joint'"),
     ],
 )
 def test_columns_that_break_a_law_are_refused(tmp_path: Path, columns: dict[str, Any], message: str) -> None:
     write_shard(tmp_path / "train/a.arrow", columns)
     with pytest.raises(DatasetError, match=message):
-        survey(tmp_path)
+        build_manifest(tmp_path)
 
 
 def test_null_elements_inside_a_tensor_are_refused(tmp_path: Path) -> None:
     lists = pa.FixedSizeListArray.from_arrays(pa.array([1.0, None, 3.0, 4.0]), 2)
     column = pa.ExtensionArray.from_storage(pa.fixed_shape_tensor(pa.float64(), [2]), lists)
     write_shard(tmp_path / "train/a.arrow", {"id": [1, 2], "x": column})
-    with pytest.raises(DatasetError, match="present or missing as a whole; got null elements in 'x'"):
-        survey(tmp_path)
+    with pytest.raises(DatasetError, match="'x' has null elements inside rows"):
+        build_manifest(tmp_path)
 
 
 def test_a_compressed_shard_is_refused(tmp_path: Path) -> None:
     columns = {"id": list(range(500)), "x": tensors(np.ones((500, 9)))}
     write_shard(tmp_path / "train/a.arrow", columns, pa.ipc.IpcWriteOptions(compression="zstd"))
-    with pytest.raises(DatasetError, match="shards are not compressed"):
-        survey(tmp_path)
+    with pytest.raises(DatasetError, match="is compressed"):
+        build_manifest(tmp_path)
 
 
 def test_record_batches_of_different_sizes_are_refused(tmp_path: Path) -> None:
@@ -128,34 +137,34 @@ def test_record_batches_of_different_sizes_are_refused(tmp_path: Path) -> None:
     with pa.OSFile(str(tmp_path / "train/a.arrow"), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
         writer.write_table(table.slice(0, 1))
         writer.write_table(table.slice(1, 3))
-    with pytest.raises(DatasetError, match="record batches have one size"):
-        survey(tmp_path)
+    with pytest.raises(DatasetError, match=r"must have the same number of rows .*have \[1, 3\]"):
+        build_manifest(tmp_path)
 
 
 def test_shards_that_disagree_are_refused(tmp_path: Path) -> None:
     write_shard(tmp_path / "train/a.arrow", {"id": [1, 2, 3, 4], "x": X})
     write_shard(tmp_path / "val/a.arrow", {"id": [1], "x": tensors(np.ones((1, 3)))})
-    with pytest.raises(DatasetError, match="all shards have the same columns"):
-        survey(tmp_path)
+    with pytest.raises(DatasetError, match="Shards must have the same columns"):
+        build_manifest(tmp_path)
 
 
 def test_a_folder_without_shards_is_refused(tmp_path: Path) -> None:
     (tmp_path / "train").mkdir()
-    with pytest.raises(DatasetError, match="a folder per split"):
-        survey(tmp_path)
+    with pytest.raises(DatasetError, match="No shards found in"):
+        build_manifest(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"scaling": {"wird": "standardise"}}, r"got \['wird'\]. The dataset has image"),
+        ({"scaling": {"wird": "standardise"}}, r"Unknown modalities \['wird'\] .*has image"),
         (
             {"scaling": {"image": "standardise"}},
-            "got scaling='standardise' for 'image' of uint8",
+            "Cannot apply scaling 'standardise' to modality 'image' of type uint8",
         ),
-        ({"likelihood": {"single": "categorical"}}, "are categorical"),
-        ({"likelihood": {"word": "normal"}}, "are categorical"),
-        ({"classes": {"single": 3}}, "are categorical"),
+        ({"likelihood": {"single": "categorical"}}, "other types cannot be categorical"),
+        ({"likelihood": {"word": "normal"}}, "other types cannot be categorical"),
+        ({"classes": {"single": 3}}, "other types cannot be categorical"),
     ],
 )
 def test_settings_that_do_not_fit_a_modality_are_refused(
@@ -169,7 +178,7 @@ def test_settings_that_do_not_fit_a_modality_are_refused(
 def test_standardising_without_an_observed_training_row_is_refused(tmp_path: Path) -> None:
     rows = make_rows()
     rows.present["single"][:] = False
-    with pytest.raises(DatasetError, match="got none for 'single'"):
+    with pytest.raises(DatasetError, match="no row of the split 'train' has modality 'single'"):
         write_dataset(tmp_path / "data", {"train": rows}, scaling={"single": "standardise"})
 
 
@@ -200,5 +209,5 @@ def test_the_logarithm_of_negative_values_is_refused(tmp_path: Path) -> None:
     rows = make_rows(20)
     row = int(np.flatnonzero(rows.present["double"])[3])
     rows.data["double"][row] = -2
-    with pytest.raises(DatasetError, match=rf"values of 0 or more; got -2.0 in .*row {row} \(id {rows.ids[row]}\)"):
+    with pytest.raises(DatasetError, match=rf"must be 0 or more, but got -2.0 in .*row {row} \(id {rows.ids[row]}\)"):
         write_dataset(tmp_path / "data", {"train": rows}, scaling={"double": "log1p"})

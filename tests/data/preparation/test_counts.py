@@ -9,7 +9,7 @@ import torch
 
 from dmvae import Batch
 from dmvae.data.errors import DatasetError
-from dmvae.data.preparation.build_manifest import survey
+from dmvae.data.preparation.build_manifest import build_manifest
 from dmvae.data.preparation.rows import Rows
 from dmvae.data.preparation.writer import write_dataset
 from dmvae.data.reading.dataset import open_dataset
@@ -69,7 +69,7 @@ def test_another_float_type_of_size_factors_is_read_too(tmp_path: Path) -> None:
     table = pa.table(columns)
     with pa.ipc.new_file(tmp_path / "train/a.arrow", table.schema) as writer:
         writer.write_table(table)
-    assert survey(tmp_path, likelihood={"rna": "poisson"}).size_factor == "float32"
+    assert build_manifest(tmp_path, likelihood={"rna": "poisson"}).size_factor == "float32"
 
 
 def spoil(name: str, row: int, value: float) -> Callable[[Rows], None]:
@@ -83,14 +83,14 @@ def spoil(name: str, row: int, value: float) -> Callable[[Rows], None]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (spoil("rna", 4, 1.5), r"whole number of 0 or more; got 1.5 in .*column 'rna', row 4 \(id 11\)"),
-        (spoil("rna", 4, -1), "whole number of 0 or more; got -1"),
-        (spoil("rna", 4, np.inf), "whole number of 0 or more; got inf"),
-        (spoil("rna", 4, np.nan), "whole number of 0 or more; got nan"),
-        (spoil("tags", 6, -2), r"whole number of 0 or more; got -2 in .*column 'tags', row 6"),
-        (spoil("size_factor", 4, 0), r"positive and finite; got 0.0 in .*'size_factor', row 4 \(id 11\)"),
-        (spoil("size_factor", 4, np.inf), "positive and finite; got inf"),
-        (spoil("size_factor", 4, np.nan), r"got null beside 'rna' in .*row 4 \(id 11\)"),
+        (spoil("rna", 4, 1.5), r"whole numbers of 0 or more, but got 1.5 in .*column 'rna', row 4 \(id 11\)"),
+        (spoil("rna", 4, -1), "whole numbers of 0 or more, but got -1"),
+        (spoil("rna", 4, np.inf), "whole numbers of 0 or more, but got inf"),
+        (spoil("rna", 4, np.nan), "whole numbers of 0 or more, but got nan"),
+        (spoil("tags", 6, -2), r"whole numbers of 0 or more, but got -2 in .*column 'tags', row 6"),
+        (spoil("size_factor", 4, 0), r"positive and finite, but got 0.0 in .*'size_factor', row 4 \(id 11\)"),
+        (spoil("size_factor", 4, np.inf), "positive and finite, but got inf"),
+        (spoil("size_factor", 4, np.nan), r"Missing size factor for the counts of modality 'rna' in .*row 4 \(id 11\)"),
     ],
 )
 def test_counts_and_size_factors_that_are_none_are_refused(
@@ -104,7 +104,7 @@ def test_counts_and_size_factors_that_are_none_are_refused(
 
 
 def test_counts_are_not_scaled(tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match="not scaled"):
+    with pytest.raises(DatasetError, match="without scaling"):
         write_dataset(tmp_path / "data", {"train": counted()}, likelihood=HINTS, scaling={"rna": "standardise"})
 
 

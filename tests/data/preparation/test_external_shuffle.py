@@ -4,14 +4,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dmvae.data.preparation import external_shuffle as shuffle
-from dmvae.data.preparation.external_shuffle import Shuffle, hash_keys
+from dmvae.data.preparation import external_shuffle
+from dmvae.data.preparation.external_shuffle import ExternalShuffle, hash_keys
 from dmvae.data.preparation.rows import Rows
 from tests.data.preparation.test_rows import make_rows
 
 
 def shuffled(rows: Rows, folder: Path, step: int, seed: int = 0) -> tuple[Rows, np.ndarray[Any, Any]]:
-    taken = Shuffle(rows.columns, folder / "rows")
+    taken = ExternalShuffle(rows.columns, folder / "rows")
     for start in range(0, len(rows), step):
         part = rows.take(slice(start, start + step))
         taken.add(part, hash_keys(part.ids, seed), np.arange(start, start + len(part)))
@@ -30,7 +30,7 @@ def test_the_order_depends_on_ids_and_seed_and_not_on_memory_or_chunks(
     rows = make_rows(150, string_ids=string_ids)
     held, numbers = shuffled(rows, tmp_path, 150)
     for limit, step in ((5000, 40), (100, 150)):  # the last one divides files again
-        monkeypatch.setattr(shuffle, "HELD_BYTES", limit)
+        monkeypatch.setattr(external_shuffle, "HELD_BYTES", limit)
         spilled, again = shuffled(rows, tmp_path, step)
         assert np.array_equal(numbers, again)
         assert np.array_equal(spilled.ids, held.ids)
@@ -40,7 +40,7 @@ def test_the_order_depends_on_ids_and_seed_and_not_on_memory_or_chunks(
 
 
 def test_rows_come_back_whole_from_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shuffle, "HELD_BYTES", 10_000)
+    monkeypatch.setattr(external_shuffle, "HELD_BYTES", 10_000)
     rows = make_rows(300, string_ids=True)
     found, numbers = shuffled(rows, tmp_path, 100)
     truth = rows.take(numbers)

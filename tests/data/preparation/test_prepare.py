@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from dmvae.config.data import DigitsSource, NpzSource, PrepareConfig
+from dmvae.config.data import PrepareConfig
+from dmvae.config.sources import DigitsSource, NpzSource
 from dmvae.data.errors import DatasetError
-from dmvae.data.preparation import external_shuffle as shuffle
-from dmvae.data.preparation import sources, stream
+from dmvae.data.preparation import external_shuffle, stream
 from dmvae.data.preparation.prepare import prepare
 from dmvae.data.preparation.rows import Rows
-from dmvae.data.preparation.sources.digits import read_digits
-from dmvae.data.preparation.sources.npz import read_npz
+from dmvae.data.preparation.sources import digits as digits_source
 from dmvae.data.reading.dataset import Dataset, open_dataset
+from tests.data.preparation.test_rows import read_all
 
 SHARES = {"train": 0.8, "val": 0.1, "test": 0.1}
 
@@ -59,13 +59,13 @@ def test_an_npz_file_becomes_a_dataset(tmp_path: Path) -> None:
         split = dataset.split(name)
         batch = split.read(np.arange(len(split)), dtype=torch.float64)
         assert batch.labels is not None
-        for place, identity in enumerate(batch.ids if batch.ids is not None else ()):
+        for index, identity in enumerate(batch.ids if batch.ids is not None else ()):
             row = int(str(identity).removeprefix("patient "))
             found.add(row)
-            assert batch.labels[place] == row - 1
-            assert batch.data["word"][place, 0] == row % 4
-            assert batch.data["x"][place].tolist() == ([0, 0] if 5 <= row < 10 else [row, row * 2.0])
-            assert batch.data["image"][place].unique().tolist() == ([0] if row < 3 else [1])
+            assert batch.labels[index] == row - 1
+            assert batch.data["word"][index, 0] == row % 4
+            assert batch.data["x"][index].tolist() == ([0, 0] if 5 <= row < 10 else [row, row * 2.0])
+            assert batch.data["image"][index].unique().tolist() == ([0] if row < 3 else [1])
     assert found == set(range(100))
 
 
@@ -86,7 +86,7 @@ def test_the_sources_own_splits_are_kept(tmp_path: Path) -> None:
     content = arrays(10) | {"split": np.array(["fit"] * 7 + ["held_out"] * 3)}
     dataset = prepared(tmp_path, content)
     assert sorted(dataset.split("held_out").ids().tolist()) == ["patient 7", "patient 8", "patient 9"]
-    with pytest.raises(DatasetError, match="shares make splits where the source has none"):
+    with pytest.raises(DatasetError, match="source has splits of its own"):
         prepared(tmp_path, content, replace=True, splits={"train": 1.0})
 
 
@@ -98,14 +98,12 @@ def test_shares_decide_the_size_of_splits(tmp_path: Path) -> None:
 def test_partial_rows_are_refused_dropped_or_filled(tmp_path: Path) -> None:
     content = arrays()
     content["x"][[20, 30], 1] = np.nan
-    with pytest.raises(
-        DatasetError, match=r"2 rows in which some features of 'x' are NaN.*patient [23]0.*'drop'.*'mean'"
-    ):
+    with pytest.raises(DatasetError, match=r"'x' are NaN in 2 rows.*patient [23]0.*'drop'.*'mean'"):
         prepared(tmp_path, content)
     told: list[str] = []
     dropped = prepared(tmp_path, content, told, partial="drop")
     assert sum(split.observed["x"] for split in dropped.manifest.splits.values()) == 93
-    assert "x: taken for missing in 2 rows that have some features NaN" in told
+    assert "x: dropped the modality from 2 rows with some features NaN" in told
     filled = prepared(tmp_path, content, partial="mean", replace=True)
     assert sum(split.observed["x"] for split in filled.manifest.splits.values()) == 95
     train = filled.split("train")
@@ -123,7 +121,7 @@ def test_the_result_does_not_depend_on_chunks_or_memory(tmp_path: Path, monkeypa
     whole = prepared(tmp_path, content, **settings).manifest
     for chunk, held in ((500, 1 << 20), (900, 1000)):
         monkeypatch.setattr(stream, "CHUNK_BYTES", chunk)
-        monkeypatch.setattr(shuffle, "HELD_BYTES", held)
+        monkeypatch.setattr(external_shuffle, "HELD_BYTES", held)
         cut = prepared(tmp_path, content, replace=True, **settings).manifest
         assert cut.splits == whole.splits
         assert cut.modalities["x"].mean == pytest.approx(whole.modalities["x"].mean, rel=1e-15)
@@ -136,7 +134,7 @@ def test_rows_of_a_group_come_into_one_split(tmp_path: Path) -> None:
     assert {name: len(found) for name, found in splits.items()} == {"train": 16, "val": 2, "test": 2}
     assert set.union(*splits.values()) == set(range(20))
     assert "patient" not in dataset.manifest.modalities
-    with pytest.raises(DatasetError, match=r"at least one group; got 2 groups of up to 50 rows, and none for \['"):
+    with pytest.raises(DatasetError, match=r"Cannot fill splits \['.*only 2 groups, of up to 50 rows"):
         prepared(tmp_path, arrays() | {"patient": np.repeat(["a", "b"], 50)}, replace=True, group="patient")
 
 
@@ -162,11 +160,11 @@ def test_labels_are_in_every_split_in_the_same_shares(tmp_path: Path) -> None:
 def test_no_room_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     for held in (1 << 20, 1000):  # no room for shards, and none for what is put aside
-        monkeypatch.setattr(shuffle, "HELD_BYTES", held)
+        monkeypatch.setattr(external_shuffle, "HELD_BYTES", held)
         np.savez(tmp_path / "source.npz", x=np.zeros((300, 40)))
         resource.setrlimit(resource.RLIMIT_FSIZE, (3000 if held > 1000 else 1500, hard))
         try:
-            with pytest.raises(DatasetError, match="needs room on the disk"):
+            with pytest.raises(DatasetError, match="Disk full"):
                 prepare(PrepareConfig(dataset=str(tmp_path / "d"), source=NpzSource(path=str(tmp_path / "source.npz"))))
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -177,7 +175,7 @@ def test_rows_with_nothing_are_left_out_and_counted(tmp_path: Path) -> None:
     told: list[str] = []
     dataset = prepared(tmp_path, {"x": arrays()["x"]}, told)
     assert sum(split.rows for split in dataset.manifest.splits.values()) == 95
-    assert "left out 5 rows that have no modality at all" in told
+    assert "dropped 5 rows without any modality" in told
 
 
 def test_shares_hold_of_rare_labels_too(tmp_path: Path) -> None:
@@ -189,55 +187,59 @@ def test_shares_hold_of_rare_labels_too(tmp_path: Path) -> None:
 
 
 def test_a_source_without_values_or_with_a_split_for_every_row_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match="a source has values; got 10 rows of npz without any modality"):
+    with pytest.raises(DatasetError, match="None of the 10 rows of the npz source has a modality"):
         prepared(tmp_path, {"x": np.full((10, 2), np.nan)})
-    with pytest.raises(DatasetError, match=r"source.npz, row 100, split: a dataset has at most 100 splits; got 's100'"):
+    with pytest.raises(DatasetError, match=r"Too many splits: .*'s100' in .*source.npz, row 100"):
         prepared(tmp_path, {"x": np.zeros(40_000), "split": np.array([f"s{row}" for row in range(40_000)])})
 
 
 @pytest.mark.parametrize(
     ("change", "settings", "message"),
     [
-        ({"x": np.full((100, 2), np.inf)}, {}, "source.npz, row 0: an observed value is finite; got infinity in .x."),
-        ({"word": np.full(100, -1)}, {}, "source.npz, row 0: a categorical value lies in"),
-        ({"x": np.full((100, 1), 1.5)}, {"likelihood": {"x": "poisson"}}, "row 0: a count is a whole .*; got 1.5"),
+        ({"x": np.full((100, 2), np.inf)}, {}, "'x' must be finite, but got infinity in .*source.npz, row 0"),
+        ({"word": np.full(100, -1)}, {}, "'word' holds integers, which are classes, .*got -1 in .*source.npz, row 0"),
+        ({"x": np.full((100, 1), 1.5)}, {"likelihood": {"x": "poisson"}}, "'x' holds counts, .*got 1.5 in .*row 0"),
         (
             {"x": np.ones((100, 1)), "size_factor": np.where(np.arange(100) == 7, np.nan, 1.0)},
             {"likelihood": {"x": "poisson"}},
-            "source.npz, row 7: a row that has counts has a size factor",
+            "Missing size factor for the counts of modality 'x' in .*source.npz, row 7",
         ),
-        ({"id": np.arange(100, dtype=np.uint64) + 2**63}, {}, "got: 9223372036854775907 in id.npy"),
+        ({"id": np.arange(100, dtype=np.uint64) + 2**63}, {}, "array 'id.npy' has 9223372036854775907"),
         (
             {"x": np.where(np.eye(100, 2) == 1, np.nan, 3)},
             {"likelihood": {"x": "poisson"}, "partial": "mean"},
-            "a training mean is no count; got .* 2 rows .*row 0",
+            "'x' holds counts. Some are NaN in 2 rows, .*row 0",
         ),
         (
             {"id": np.arange(100) % 60},
             {},
-            r"source.npz, row \d+: an id occurs once; got \d+ in .*source.npz, row \d+ too",
+            r"Duplicate id \d+: .*source.npz, row \d+ and .*source.npz, row \d+\.",
         ),
-        ({"split": np.array(["a/b"] * 100)}, {}, "source.npz, row 0, split: a name is letters"),
-        ({"label": np.full(100, -1)}, {"stratify": True, "group": "id"}, "by groups or by labels; got both"),
-        ({}, {"group": "patient"}, "source.group is an array; got 'patient'"),
+        ({"split": np.array(["a/b"] * 100)}, {}, "Cannot use the split in .*source.npz, row 0: "),
+        (
+            {"label": np.full(100, -1)},
+            {"stratify": True, "group": "id"},
+            "Cannot both stratify and keep groups together",
+        ),
+        ({}, {"group": "patient"}, "Array 'patient' not found in .*source.group"),
         (
             {"size_factor": np.arange(100.0)},
             {},
-            "source.npz: size_factor, row 0: a size factor is positive and finite; got 0.0",
+            "source.npz: .*positive and finite, but got 0.0 in array 'size_factor', row 0",
         ),
-        ({"mask.sound": np.ones(100, dtype=bool)}, {}, r"got masks for \['sound'\]"),
+        ({"mask.sound": np.ones(100, dtype=bool)}, {}, r"Unknown modalities \['sound'\] in masks"),
         ({"mask.x": np.full(100, 2)}, {}, "boolean or 0/1"),
-        ({"mask.x": np.ones((100, 2), dtype=bool)}, {}, r"\(rows,\), boolean"),
+        ({"mask.x": np.ones((100, 2), dtype=bool)}, {}, r"'mask.x' must be boolean or 0/1, one for each row"),
         ({"word": np.zeros(99, dtype=int)}, {}, "same number of rows"),
-        ({"x": np.array(["a"] * 100)}, {}, "elements are uint8"),
-        ({"label": np.zeros(100)}, {}, r"label is \(rows,\) integers"),
-        ({"id": np.zeros(100)}, {}, r"id is \(rows,\) strings"),
+        ({"x": np.array(["a"] * 100)}, {}, "must be of type uint8"),
+        ({"label": np.zeros(100)}, {}, "'label' must hold integers"),
+        ({"id": np.zeros(100)}, {}, "'id' must hold strings or integers"),
         ({"x": np.array([None] * 100)}, {}, "of numbers and strings"),
-        ({"x": np.array(1.0)}, {}, "a single number"),
-        ({"joint": np.zeros((100, 1))}, {}, "Rename the modality"),
-        ({}, {"scaling": {"y": "standardise"}}, r"got \['y'\]"),
-        ({}, {"likelihood": {"y": "normal"}}, r"got \['y'\]"),
-        ({}, {"scaling": {"image": "standardise"}}, "floats can be scaled"),
+        ({"x": np.array(1.0)}, {}, "'x' must have rows, but is a single number"),
+        ({"joint": np.zeros((100, 1))}, {}, "'joint'"),
+        ({}, {"scaling": {"y": "standardise"}}, r"Unknown modalities \['y'\]"),
+        ({}, {"likelihood": {"y": "normal"}}, r"Unknown modalities \['y'\]"),
+        ({}, {"scaling": {"image": "standardise"}}, "only floats can be scaled"),
     ],
 )
 def test_a_source_that_breaks_a_law_is_refused(
@@ -249,30 +251,30 @@ def test_a_source_that_breaks_a_law_is_refused(
 
 
 def test_a_file_that_is_no_npz_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match="is a file that exists"):
-        read_npz(NpzSource(path=str(tmp_path / "nowhere.npz")))
+    with pytest.raises(DatasetError, match="Source file not found"):
+        read_all(NpzSource(path=str(tmp_path / "nowhere.npz")))
     (tmp_path / "text.npz").write_text("hello")
     with pytest.raises(DatasetError, match=r"an \.npz file"):
-        read_npz(NpzSource(path=str(tmp_path / "text.npz")))
+        read_all(NpzSource(path=str(tmp_path / "text.npz")))
     np.save(tmp_path / "one.npy", np.zeros(3))
-    with pytest.raises(DatasetError, match="named arrays"):
-        read_npz(NpzSource(path=str(tmp_path / "one.npy")))
+    with pytest.raises(DatasetError, match="Expected named arrays, got a single one"):
+        read_all(NpzSource(path=str(tmp_path / "one.npy")))
     np.savez(tmp_path / "labels.npz", label=np.arange(3))
-    with pytest.raises(DatasetError, match="at least one modality"):
-        read_npz(NpzSource(path=str(tmp_path / "labels.npz")))
+    with pytest.raises(DatasetError, match="No modality among the arrays label"):
+        read_all(NpzSource(path=str(tmp_path / "labels.npz")))
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _mnist_read_once() -> Iterator[None]:
-    images = sources.digits._load_mnist()
+    images = digits_source._load_mnist()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources.digits, "_load_mnist", lambda: images)
+        patch.setattr(digits_source, "_load_mnist", lambda: images)
         yield
 
 
 @pytest.fixture(scope="module")
 def digits() -> Rows:
-    return read_digits(DigitsSource(), seed=0)
+    return read_all(DigitsSource())
 
 
 def of_split(rows: Rows, name: str) -> Rows:
@@ -334,10 +336,10 @@ def test_the_complete_test_digits_are_those_of_test_with_nothing_removed(digits:
 
 
 def test_digits_depend_on_the_seed_alone(digits: Rows) -> None:
-    again = read_digits(DigitsSource(), seed=0)
+    again = read_all(DigitsSource())
     assert np.array_equal(again.ids, digits.ids)
     assert all(np.array_equal(again.present[name], mask) for name, mask in digits.present.items())
-    other = read_digits(DigitsSource(missing={"mnist": 1.0}, pairs_per_image=1), seed=1)
+    other = read_all(DigitsSource(missing={"mnist": 1.0}, pairs_per_image=1), seed=1)
     assert not np.array_equal(np.sort(other.ids)[:100], np.sort(digits.ids)[:100])
     assert of_split(other, "train").present["optdigits"].all()
     assert not of_split(other, "train").present["mnist"].any()

@@ -14,7 +14,8 @@ from dmvae.data.format.manifest import load_manifest
 SIZES = (20, 30, 40, 50, 60, 80)
 MEASURED = """
 import resource, sys
-from dmvae.config.data import ParquetSource, PrepareConfig
+from dmvae.config.data import PrepareConfig
+from dmvae.config.sources import ParquetSource
 from dmvae.data.preparation.prepare import prepare
 
 scaling = {f"view{number}": "standardise" for number in range(6)}

@@ -1,10 +1,13 @@
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
+from dmvae.config.sources import Source
 from dmvae.data.errors import DatasetError
+from dmvae.data.preparation.prepare import read_source
 from dmvae.data.preparation.rows import Rows
 from dmvae.data.preparation.stream import Stream
 
@@ -27,7 +30,7 @@ def make_rows(
         data[name][~present[name]] = np.nan
     ids = rng.permutation(num) + 1000
     return Rows(
-        ids=np.array([f"row-{'é' * (place % 4)}{place}" for place in ids]) if string_ids else ids,
+        ids=np.array([f"row-{'é' * (number % 4)}{number}" for number in ids]) if string_ids else ids,
         data=data,
         present=present,
         labels=rng.integers(-1, 3, num) if labels else None,
@@ -37,6 +40,11 @@ def make_rows(
 def collect(stream: Stream) -> Rows:
     """All rows of a source."""
     return Rows.join([chunk.rows for chunk in stream.chunks])
+
+
+def read_all(source: Source, scratch: Path = Path("no folder"), seed: int = 0) -> Rows:
+    """All rows of a source, read as its kind says."""
+    return collect(read_source(source, seed, scratch))
 
 
 def test_a_selection_of_rows_keeps_every_part_together() -> None:
@@ -60,15 +68,15 @@ def test_a_missing_slot_is_null_and_zero_underneath() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"ids": np.zeros(2)}, "ids are int64 or strings"),
+        ({"ids": np.zeros(2)}, "Ids must be int64 or strings"),
         ({"ids": np.arange(3)}, "same number of rows"),
         ({"data": {}, "present": {}}, "at least one modality"),
-        ({"present": {}}, "every modality has a mask"),
+        ({"present": {}}, "Every modality must have a mask"),
         ({"labels": np.arange(5)}, "same number of rows"),
-        ({"data": {"a": np.zeros((2, 1), dtype=np.int16)}}, "elements are uint8"),
-        ({"data": {"a": np.zeros(2)}}, r"Reshape it to \(rows, 1\)"),
-        ({"data": {"a": np.zeros((2, 0))}}, r"is \(rows, \*shape\)"),
-        ({"data": {"label": np.zeros((2, 1))}, "present": {"label": np.ones(2, dtype=bool)}}, "Rename the modality"),
+        ({"data": {"a": np.zeros((2, 1), dtype=np.int16)}}, "must be of type uint8"),
+        ({"data": {"a": np.zeros(2)}}, r"Reshape it.*\(rows, 1\)"),
+        ({"data": {"a": np.zeros((2, 0))}}, r"must have shape \(rows, \*shape\)"),
+        ({"data": {"label": np.zeros((2, 1))}, "present": {"label": np.ones(2, dtype=bool)}}, "'label'"),
     ],
 )
 def test_arrays_that_do_not_fit_together_are_refused(change: dict[str, Any], message: str) -> None:

@@ -29,7 +29,7 @@ write_dataset(sys.argv[1], {"train": rows}, shard_bytes=1, record_batch_rows=2)
 
 def test_a_dataset_is_not_overwritten_unless_told_to(tmp_path: Path) -> None:
     write_dataset(tmp_path / "data", {"train": make_rows(10)})
-    with pytest.raises(DatasetError, match="not overwritten unless told to"):
+    with pytest.raises(DatasetError, match=r"already exists.*replace = true"):
         write_dataset(tmp_path / "data", {"train": make_rows(20)})
     assert len(open_dataset(tmp_path / "data").split("train")) == 10
     write_dataset(tmp_path / "data", {"train": make_rows(20)}, replace=True)
@@ -64,7 +64,7 @@ def test_a_dataset_behind_a_link_is_replaced_where_it_lies(tmp_path: Path) -> No
 def test_something_else_is_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data/thesis.tex").write_text("years of work")
-    with pytest.raises(DatasetError, match="exists and is no dataset"):
+    with pytest.raises(DatasetError, match="exists and is not a dataset"):
         write_dataset(tmp_path / "data", {"train": make_rows(10)}, replace=True)
     assert (tmp_path / "data/thesis.tex").read_text() == "years of work"
 
@@ -118,7 +118,7 @@ def test_no_room_is_a_clear_error_that_leaves_nothing(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
     try:
-        with pytest.raises(DatasetError, match="needs room on the disk"):
+        with pytest.raises(DatasetError, match="Disk full"):
             write_dataset(tmp_path / "data", {"train": make_rows(500)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -127,5 +127,5 @@ def test_no_room_is_a_clear_error_that_leaves_nothing(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_written_is_a_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(DatasetError, match="a dataset can be written; got"):
+    with pytest.raises(DatasetError, match=r"Cannot write .*Choose another folder"):
         write_dataset(tmp_path / "file/data", {"train": make_rows(10)})

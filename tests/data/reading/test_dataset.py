@@ -160,44 +160,44 @@ def test_pyarrow_alone_can_read_a_shard(tmp_path: Path) -> None:
 def test_positions_outside_the_split_are_refused(tmp_path: Path) -> None:
     split = written(tmp_path / "data", make_rows(10))
     for wrong in (10, -1):
-        with pytest.raises(DatasetError, match=r"positions lie in 0\.\.9"):
+        with pytest.raises(DatasetError, match=r"out of range: split .* has 10 rows"):
             split.read(np.array([0, wrong]))
 
 
 def test_an_unknown_or_empty_split_is_refused_with_the_known_ones(tmp_path: Path) -> None:
     rows = make_rows(10)
     dataset = open_dataset(write_dataset(tmp_path / "data", {"train": rows, "val": rows.take(slice(0, 0))}))
-    with pytest.raises(DatasetError, match=r"no split 'vall'.*train \(10 rows\), val \(0 rows\)"):
+    with pytest.raises(DatasetError, match=r"Unknown split 'vall'.*train \(10 rows\), val \(0 rows\)"):
         dataset.split("vall")
-    with pytest.raises(DatasetError, match=r"the split 'val' has no rows.*train \(10 rows\)"):
+    with pytest.raises(DatasetError, match=r"Split 'val' .*has no rows.*train \(10 rows\)"):
         dataset.split("val")
 
 
 def test_a_folder_that_is_no_dataset_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="does not exist"):
         open_dataset(tmp_path / "nowhere")
-    with pytest.raises(DatasetError, match="which has none"):
+    with pytest.raises(DatasetError, match=r"No dataset.json found in"):
         open_dataset(tmp_path)
 
 
 def test_a_missing_shard_is_refused(tmp_path: Path) -> None:
     split = written(tmp_path / "data", make_rows())
     first_shard(split).unlink()
-    with pytest.raises(DatasetError, match="it does not exist"):
+    with pytest.raises(DatasetError, match=r"Shard not found: .*does not exist"):
         open_dataset(tmp_path / "data")
 
 
 def test_a_truncated_shard_is_refused(tmp_path: Path) -> None:
     split = written(tmp_path / "data", make_rows())
     os.truncate(first_shard(split), 1000)
-    with pytest.raises(DatasetError, match=r"part-00000.arrow: the manifest says \d+ bytes; got 1000"):
+    with pytest.raises(DatasetError, match=r"Size mismatch in .*part-00000.arrow: expected \d+ bytes, got 1000"):
         open_dataset(tmp_path / "data")
 
 
 def test_a_file_of_the_right_size_that_is_no_shard_is_refused(tmp_path: Path) -> None:
     path = first_shard(written(tmp_path / "data", make_rows()))
     path.write_bytes(b"x" * path.stat().st_size)
-    with pytest.raises(DatasetError, match=r"part-00000.arrow: a shard is an Arrow IPC file"):
+    with pytest.raises(DatasetError, match=r"Cannot read .*part-00000.arrow as an Arrow IPC file"):
         open_dataset(tmp_path / "data")
 
 
@@ -216,7 +216,7 @@ def test_a_shard_that_leads_out_of_the_folder_is_refused(tmp_path: Path) -> None
     path = first_shard(written(tmp_path / "data", make_rows()))
     path.rename(tmp_path / "elsewhere.arrow")
     path.symlink_to(tmp_path / "elsewhere.arrow")
-    with pytest.raises(DatasetError, match="leads out of it"):
+    with pytest.raises(DatasetError, match="a link out of the dataset's folder"):
         open_dataset(tmp_path / "data")
 
 

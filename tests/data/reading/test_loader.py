@@ -116,7 +116,7 @@ def test_an_error_in_the_thread_is_raised_where_the_batch_is_wanted(split: Split
     content[2000] ^= 1
     shard.write_bytes(content)
     os.utime(shard)
-    with pytest.raises(DatasetError, match=r"part-00001.arrow: a shard has the SHA-256"):
+    with pytest.raises(DatasetError, match=r"Checksum mismatch in .*part-00001.arrow"):
         list(read_epoch(split, order_of(split), epoch=0))
     assert readers() == []
 
@@ -144,15 +144,15 @@ def test_blocks_are_the_same_for_any_number_of_workers(split: Split) -> None:
 
 
 def test_requests_out_of_range_are_refused(split: Split) -> None:
-    with pytest.raises(ValueError, match="belongs to one split"):
+    with pytest.raises(ValueError, match="does not match split"):
         read_epoch(split, EpochSampler([5], seed=0, batch_size=2), 0)
-    with pytest.raises(ValueError, match="got start_step=12"):
+    with pytest.raises(ValueError, match=r"start_step must be between 0 and .*, but got 12"):
         read_epoch(split, order_of(split), 0, start_step=12)
-    with pytest.raises(ValueError, match="got 2 of 2"):
+    with pytest.raises(ValueError, match="rank must be between 0 and 1, but got 2"):
         list(read_epoch(split, order_of(split), 0, rank=2, world_size=2))
-    with pytest.raises(ValueError, match="block_rows=0"):
+    with pytest.raises(ValueError, match="block_rows must be at least 1, but got 0"):
         read_rows(split, 0)
-    with pytest.raises(ValueError, match="got 1 of 1"):
+    with pytest.raises(ValueError, match="rank must be between 0 and 0, but got 1"):
         read_rows(split, 5, rank=1)
 
 

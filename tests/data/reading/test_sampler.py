@@ -175,12 +175,12 @@ def test_over_20_epochs_rows_travel_and_change_company_as_by_full_shuffles() -> 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"record_batch_rows": []}, "at least one row"),
-        ({"record_batch_rows": [0, 0]}, "at least one row"),
-        ({"batch_size": 0}, "batch_size=0"),
+        ({"record_batch_rows": []}, "empty split"),
+        ({"record_batch_rows": [0, 0]}, "empty split"),
+        ({"batch_size": 0}, "batch_size must be at least 1, but got 0"),
         ({"streams": 9}, "streams=9"),
         ({"streams": 0}, "streams=0"),
-        ({"window_rows": 0}, "window_rows=0"),
+        ({"window_rows": 0}, "window_rows must be at least 1, but got 0"),
     ],
 )
 def test_settings_out_of_range_are_refused(change: dict[str, Any], message: str) -> None:
@@ -190,9 +190,9 @@ def test_settings_out_of_range_are_refused(change: dict[str, Any], message: str)
 
 def test_steps_ranks_and_positions_out_of_range_are_refused() -> None:
     order = EpochSampler([5, 5], seed=0, batch_size=8)
-    with pytest.raises(ValueError, match="steps 0 to 1; got step=2"):
+    with pytest.raises(ValueError, match="step must be between 0 and 1, but got 2"):
         order.batch_size_of(2)
-    with pytest.raises(ValueError, match="got 3 of 3"):
+    with pytest.raises(ValueError, match="rank must be between 0 and 2, but got 3"):
         order.worker_slice(0, 3, 3)
-    with pytest.raises(ValueError, match="got 0:3 of step 1"):
+    with pytest.raises(ValueError, match="Positions 0:3 are out of range: the batch of step 1"):
         order.rows(0, 1, 0, 3)

@@ -20,7 +20,7 @@ from dmvae.data.reading.dataset import open_dataset
 from dmvae.data.reading.loader import read_epoch
 from dmvae.data.reading.sampler import EpochSampler
 from dmvae.data.reading.split import Split
-from dmvae.data.storage import location as place
+from dmvae.data.storage import location
 from dmvae.data.storage.location import absolute, upload
 from tests.data.preparation.test_rows import make_rows
 from tests.data.storage.test_shard_cache import held
@@ -118,13 +118,13 @@ def test_by_shards_a_small_cache_fetches_each_about_once(
     assert sorted(found) == sorted(open_dataset(local).split("train").ids().tolist())
     assert sum(wire.shards_asked().values()) <= 10, "8 shards, a few of them twice"
     by_batch = EpochSampler(split.record_batch_rows, **settings)
-    with pytest.raises(DatasetError, match=r"in use, and .* more wanted"):
+    with pytest.raises(DatasetError, match=r"Shard cache is full: .* are in use"):
         for _ in read_epoch(split, by_batch, 0):
             pass
 
 
 def test_a_cut_connection_costs_the_block_that_it_cut(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(place, "_BLOCK_BYTES", 8000)
+    monkeypatch.setattr(location, "_BLOCK_BYTES", 8000)
     wire.cuts, wire.cut = 3, 0
     split = open_dataset(URI).split("train")
     assert len(split.read(np.arange(2400))) == 2400
@@ -143,13 +143,11 @@ def test_a_shard_that_comes_late_is_waited_for(wire: Wire) -> None:
 
 
 def test_a_store_that_stays_away_is_one_clear_error(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(place, "PATIENCE_SECONDS", 1.0)
+    monkeypatch.setattr(location, "RETRY_SECONDS", 1.0)
     split = open_dataset(URI).split("train")
     wire.is_down = True
     try:
-        with pytest.raises(
-            DatasetError, match=r"s3://bucket/sets/rows/train/part-00000.arrow: an object store answers; got, after"
-        ):
+        with pytest.raises(DatasetError, match=r"Cannot reach s3://bucket/sets/rows/train/part-00000.arrow after"):
             split.read(np.arange(3))
     finally:
         wire.is_down = False
@@ -158,26 +156,26 @@ def test_a_store_that_stays_away_is_one_clear_error(wire: Wire, monkeypatch: pyt
 
 def test_what_is_no_dataset_is_refused_at_once(wire: Wire, local: Path) -> None:
     begun = time.monotonic()
-    with pytest.raises(DatasetError, match=r"s3://bucket/sets/none/dataset.json: no such object"):
+    with pytest.raises(DatasetError, match=r"Not found: s3://bucket/sets/none/dataset.json"):
         open_dataset("s3://bucket/sets/none")
-    with pytest.raises(DatasetError, match=r"NO_SUCH_BUCKET|no such object"):
+    with pytest.raises(DatasetError, match=r"NO_SUCH_BUCKET|Not found"):
         open_dataset("s3://nobucket/rows")
-    with pytest.raises(DatasetError, match="credentials come from the environment"):
+    with pytest.raises(DatasetError, match="must not hold credentials"):
         open_dataset("s3://key:secret@bucket/sets/rows")
-    with pytest.raises(DatasetError, match=r"a URI that pyarrow.fs knows; got 'ftp://host/rows'"):
+    with pytest.raises(DatasetError, match=r"Cannot open ftp://host/rows"):
         open_dataset("ftp://host/rows")
-    with pytest.raises(DatasetError, match=r"is not overwritten unless told to; 's3://bucket/sets/rows' exists"):
+    with pytest.raises(DatasetError, match=r"Dataset s3://bucket/sets/rows already exists"):
         upload(local, URI)
     assert time.monotonic() - begun < 5
 
 
 def test_an_object_that_is_absent_cut_short_or_altered_is_refused(wire: Wire, local: Path) -> None:
-    system, path = place.file_system(URI)
+    system, path = location.file_system(URI)
     whole = (local / "train/part-00001.arrow").read_bytes()
     for content, message in (
-        (whole[:-1], r"part-00001.arrow: the manifest says \d+ bytes; got \d+"),
-        (None, r"part-00001.arrow: the manifest says \d+ bytes; it does not exist"),
-        (whole[:-100] + bytes(100), r"part-00001.arrow: a shard has the size and SHA-256 of the manifest"),
+        (whole[:-1], r"Size mismatch in .*part-00001.arrow: expected \d+ bytes, got \d+"),
+        (None, r"Shard not found: .*part-00001.arrow"),
+        (whole[:-100] + bytes(100), r"Checksum mismatch in .*part-00001.arrow"),
     ):
         if content is None:
             system.delete_file(f"{path}/train/part-00001.arrow")
@@ -221,7 +219,7 @@ def test_a_dataset_is_prepared_into_a_store(wire: Wire, tmp_path: Path) -> None:
         "val": 5,
         "test": 5,
     }
-    with pytest.raises(DatasetError, match="is not overwritten"):
+    with pytest.raises(DatasetError, match="already exists"):
         prepare_and_upload(config, lines.append)
     prepare_and_upload(config.model_copy(update={"replace": True}), lines.append)
     for number, uri in enumerate(("", "file://")):

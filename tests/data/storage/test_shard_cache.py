@@ -12,7 +12,7 @@ import pytest
 
 from dmvae.data.errors import DatasetError
 from dmvae.data.format.manifest import ShardInfo
-from dmvae.data.storage import shard_cache as staging
+from dmvae.data.storage import shard_cache
 from dmvae.data.storage.shard_cache import ShardCache
 
 SIZE = 1000
@@ -85,7 +85,7 @@ def test_a_shard_in_use_is_not_evicted(tmp_path: Path) -> None:
     cache, source = ShardCache(tmp_path, 2 * SIZE), Source()
     first, second = get(cache, 1, source), get(cache, 2, source)
     with pytest.raises(
-        DatasetError, match=r"s3://bucket/3: .* at most 2,000 bytes .* got 2,000 in use, and 1,000 more"
+        DatasetError, match=r"s3://bucket/3 needs 1,000 bytes, but 2,000 of 2,000 bytes in .* are in use"
     ):
         get(cache, 3, source)
     del second
@@ -105,7 +105,7 @@ def test_what_failed_or_is_not_the_manifests_leaves_nothing(tmp_path: Path) -> N
 
     with pytest.raises(DatasetError, match="gone"):
         cache.get(info_of(1), "s3://bucket/1", fail)
-    with pytest.raises(DatasetError, match=r"s3://bucket/1: a shard has the size and SHA-256 of the manifest"):
+    with pytest.raises(DatasetError, match=r"Checksum mismatch in s3://bucket/1"):
         cache.get(info_of(1), "s3://bucket/1", Source()(2))
     assert [path.name for path in tmp_path.iterdir()] == ["room.lock"]
 
@@ -120,9 +120,9 @@ def test_a_shard_that_cannot_fit_evicts_nothing(tmp_path: Path) -> None:
 def test_who_comes_too_late_to_copy_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache, source = ShardCache(tmp_path, 2 * SIZE), Source()
     get(cache, 1, source)
-    share, looks = staging._share, iter([True])
+    share, looks = shard_cache._lock_shared, iter([True])
     # not there when it is looked for, there when the lock is had
-    monkeypatch.setattr(staging, "_share", lambda path: None if next(looks, False) else share(path))
+    monkeypatch.setattr(shard_cache, "_lock_shared", lambda path: None if next(looks, False) else share(path))
     get(cache, 1, source)
     assert source.copied == [1]
     assert not list(tmp_path.glob("*.part"))
@@ -141,9 +141,9 @@ def test_what_a_killed_process_left_is_taken_over_or_evicted(tmp_path: Path) -> 
 def test_the_bound_comes_from_the_environment_or_half_of_the_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert ShardCache(tmp_path).bound > 1 << 20
+    assert ShardCache(tmp_path).limit > 1 << 20
     monkeypatch.setenv("DMVAE_CACHE_GB", "0.5")
-    assert ShardCache(tmp_path).bound == 500_000_000
+    assert ShardCache(tmp_path).limit == 500_000_000
     monkeypatch.setenv("DMVAE_CACHE_GB", "much")
-    with pytest.raises(DatasetError, match="DMVAE_CACHE_GB is a number of gigabytes; got 'much'"):
+    with pytest.raises(DatasetError, match="DMVAE_CACHE_GB must be a number of gigabytes, but got 'much'"):
         ShardCache(tmp_path)

@@ -1,7 +1,7 @@
-"""Arrow columns to the arrays of `Rows`: lists, fixed-size binary, or several columns of numbers as one vector."""
+"""Convert Arrow columns to the arrays of `Rows`: ids, labels and the like, and modalities."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -9,81 +9,111 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dmvae.config.data import ColumnGroup
-from dmvae.config.section import check_modality_name
+from dmvae.config.section import Section, check_modality_name
+from dmvae.config.sources import ColumnGroup
 from dmvae.data.errors import DatasetError
+from dmvae.data.preparation.stream import SourceLocation
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Values = tuple[Array, Array]
 """`(rows, *shape)` of a type that shards store, and `(rows,)` booleans, true where the row has the modality."""
 
+ROW_FIELDS = {"id": "ids", "label": "labels", "split": "splits", "size_factor": "size_factors", "group": "groups"}
+"""The field of `Rows` that each setting of a source names a column for."""
 
-def named(name: str, where: str) -> str:
-    """Return the name that a source gives a modality, if it may be called so.
+
+def find_row_columns(
+    source: Section, settings: Collection[str], available: Collection[str], where: str, what: str = "column"
+) -> dict[str, str]:
+    """Return the column of each field of `Rows` among `settings`; optional columns may be absent.
 
     Raises:
-        DatasetError: if not.
+        DatasetError: if a column that was named in the settings is absent.
+    """
+    found = {}
+    for setting in settings:
+        column = getattr(source, setting, setting)
+        if column is None:
+            continue
+        if column in available:
+            found[ROW_FIELDS[setting]] = column
+        elif column != setting:
+            raise DatasetError(
+                f"{what.capitalize()} {column!r} not found in {where}, which has {shown(available)}. "
+                f"Correct source.{setting}."
+            )
+    return found
+
+
+def shown(names: Collection[str]) -> str:
+    """Return the first few of `names`, for a message."""
+    return ", ".join(list(names)[:10]) + (", ..." if len(names) > 10 else "")
+
+
+def check_source_name(name: str, where: str) -> str:
+    """Return the name that a source gives a modality.
+
+    Raises:
+        DatasetError: if a modality cannot have this name.
     """
     try:
         return check_modality_name(name)
     except ValueError as error:
-        raise DatasetError(
-            f"{where}: {str(error).rstrip('.')}, or name it otherwise with source.modalities."
-        ) from error
+        raise DatasetError(f"Cannot read {where}: {error} Or set names in source.modalities.") from error
 
 
-def matching(group: ColumnGroup, columns: Sequence[str]) -> list[str]:
-    """Return the columns that a group's pattern takes, in their order.
+def match_columns(name: str, group: ColumnGroup, columns: Sequence[str], where: str) -> list[str]:
+    """Return the columns that the pattern of modality `name` matches, in their order.
 
     Raises:
-        DatasetError: if there are none.
+        DatasetError: if it matches none.
     """
     found = [column for column in columns if fnmatchcase(column, group.columns)]
     if not found:
-        shown = ", ".join(columns[:10]) + (", ..." if len(columns) > 10 else "")
-        raise DatasetError(f"a modality has columns; {group.columns!r} matches none of {shown}. Correct the pattern.")
+        raise DatasetError(
+            f"Pattern {group.columns!r} matches no column of {where}, which has {shown(columns)}. "
+            f"Correct source.modalities.{name}.columns."
+        )
     return found
 
 
-def modality(name: str, columns: Sequence[pa.Array], group: ColumnGroup, where: str, first_row: int = 0) -> Values:
+def read_modality(name: str, columns: Sequence[pa.Array], group: ColumnGroup, location: SourceLocation) -> Values:
     """Convert the columns of one modality.
 
-    Null, and floats that are all NaN, are missing. A null among other numbers of a row is NaN; integers have no NaN.
+    Null is missing, and so is a row of floats that are all NaN. A null among other floats of a row becomes NaN.
 
     Args:
-        name: of the modality, for messages.
-        columns: one column of lists or of fixed-size binary, or any number of columns of numbers.
-        group: type and shape.
-        where: the file, for messages.
-        first_row: the number in the file of the first row, for messages.
+        name: the modality, for messages.
+        columns: one column of lists or of fixed-size binary, or any number of numeric columns.
+        group: type and shape of the result.
+        location: where the rows come from, for messages.
 
     Raises:
-        DatasetError: if a column is of another type, or rows have different shapes; with file and row.
+        DatasetError: if a column has another type, integers have some nulls, or rows have different shapes.
     """
-    place = f"{where}, modality {name!r}"
     kind = columns[0].type
     if len(columns) == 1 and pa.types.is_fixed_size_binary(kind):
-        values, present = _from_binary(columns[0], group, place)
+        values, present = _read_binary(name, columns[0], group, location)
     elif len(columns) == 1 and isinstance(kind, pa.FixedShapeTensorType):
-        values, present = _from_lists(columns[0].storage, place, first_row)
+        values, present = _read_lists(name, columns[0].storage, location)
         values = values.reshape(len(values), *kind.shape)
     elif len(columns) == 1 and _is_list(kind):
-        values, present = _from_lists(columns[0], place, first_row)
+        values, present = _read_lists(name, columns[0], location)
     else:
-        values, present = _from_numbers(columns, place, first_row)
+        values, present = _read_numbers(name, columns, location)
     if values.dtype.kind == "f":
         present = present & ~np.isnan(values).reshape(len(values), -1).all(axis=1)
     if group.dtype is not None:
         values[~present] = 0
-        values = converted(values, np.dtype(group.dtype), place, first_row)
-    return _shaped(values, present, group, place), present
+        values = convert(name, values, np.dtype(group.dtype), location)
+    return _reshape(name, values, present, group, location), present
 
 
-def converted(values: Array, dtype: np.dtype[Any], place: str, first_row: int = 0) -> Array:
-    """Return `(rows, ...)` as another type.
+def convert(name: str, values: Array, dtype: np.dtype[Any], location: SourceLocation) -> Array:
+    """Return the values `(rows, ...)` of modality `name` as another type.
 
     Raises:
-        DatasetError: if that is of integers and does not hold a value; with its row.
+        DatasetError: if an integer type cannot hold a value.
     """
     with np.errstate(invalid="ignore", over="ignore"):
         found = values.astype(dtype)
@@ -92,53 +122,57 @@ def converted(values: Array, dtype: np.dtype[Any], place: str, first_row: int = 
         if wrong.any():
             row = int(np.flatnonzero(wrong.reshape(len(values), -1).any(axis=1))[0])
             raise DatasetError(
-                f"{place}, row {first_row + row}: a type holds the values that are converted to it; got "
-                f"{values[wrong][0]} for {dtype.name}. Choose another dtype."
+                f"Cannot convert {values[wrong][0]} to {dtype.name} for modality {name!r} in {location.of(row)}. "
+                f"Choose another source.modalities.{name}.dtype."
             )
     return np.asarray(found)
 
 
-def ids(column: pa.Array, where: str, first_row: int = 0, what: str = "an id", unit: str = "row") -> Array:
-    """Return integers or strings.
+def read_row_column(field: str, column: pa.Array, location: SourceLocation) -> Array:
+    """Convert a column to the field of `Rows` with that name: `ids`, `labels`, `splits`, `groups` or `size_factors`.
+
+    A null label becomes -1, and a null size factor NaN.
 
     Raises:
-        DatasetError: if it is of another type or has a null; with file and row.
+        DatasetError: if the column has another type, or a null that is not allowed.
     """
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
-    if pa.types.is_integer(column.type):
-        _refuse_null(what, column, where, first_row, unit)
+    if field == "labels":
+        return _read_labels(column, location)
+    if field == "size_factors":
+        return _read_size_factors(column, location)
+    what = field.removesuffix("s")
+    if pa.types.is_integer(column.type) and field != "splits":
+        _check_no_null(what, column, location)
         return np.asarray(column.cast(pa.int64()).to_numpy(zero_copy_only=False))
-    return strings(what, column, where, first_row, unit)
-
-
-def strings(what: str, column: pa.Array, where: str, first_row: int = 0, unit: str = "row") -> Array:
-    """Return `(rows,)` strings.
-
-    Raises:
-        DatasetError: if it is of another type or has a null; with file and row.
-    """
-    if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
     if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        expected = "strings" if field == "splits" else "strings or integers"
         raise DatasetError(
-            f"{where}: {what} is a string{'' if what == 'a split' else ' or an integer'}; got {column.type}. "
-            f"Cast the column."
+            f"The {what} column must hold {expected}, but got {column.type} in {location.where}. Cast the column."
         )
-    _refuse_null(what, column, where, first_row, unit)
+    _check_no_null(what, column, location)
     return np.array(column.to_pylist(), dtype=np.str_)
 
 
-def labels(column: pa.Array, where: str, first_row: int = 0, unit: str = "row") -> Array:
-    """Return int64, -1 for null.
+def check_size_factors(factors: Array, location: SourceLocation) -> Array:
+    """Return the size factors unchanged.
 
     Raises:
-        DatasetError: if it is not of integers; with file and row.
+        DatasetError: if one is neither a positive finite number nor NaN.
     """
+    wrong = np.flatnonzero(~np.isnan(factors) & ~((factors > 0) & (factors < np.inf)))
+    if len(wrong):
+        raise DatasetError(
+            f"Size factors must be positive and finite, but got {factors[wrong[0]]} in {location.of(int(wrong[0]))}. "
+            f"Correct it, or set it to null."
+        )
+    return factors
+
+
+def _read_labels(column: pa.Array, location: SourceLocation) -> Array:
     if pa.types.is_null(column.type):
         return np.full(len(column), -1)
-    if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
     if pa.types.is_floating(column.type):  # as pandas writes integers of which some are missing
         values = np.asarray(column.to_numpy(zero_copy_only=False), dtype=np.float64)
         known = ~np.isnan(values)
@@ -148,36 +182,17 @@ def labels(column: pa.Array, where: str, first_row: int = 0, unit: str = "row") 
         odd = [(row, found) for row, found in enumerate(column.to_pylist()) if not _is_whole(found)]
         row, found = odd[0] if odd else (0, column[:1].to_pylist()[0] if len(column) else None)
         raise DatasetError(
-            f"{where}, {unit} {first_row + row}: labels are integers or null; got {column.type} in column label, such "
-            f"as {found!r}. Number the classes from 0."
+            f"Labels must be integers or null, but got {found!r} in {location.of(row)}. Number the classes from 0."
         )
     return np.asarray(pc.fill_null(column.cast(pa.int64()), -1).to_numpy(zero_copy_only=False))
 
 
-def size_factors(column: pa.Array, where: str, first_row: int = 0, unit: str = "row") -> Array:
-    """Return float64, NaN for null.
-
-    Raises:
-        DatasetError: if it is not of positive numbers; with file and row.
-    """
+def _read_size_factors(column: pa.Array, location: SourceLocation) -> Array:
     if not (pa.types.is_floating(column.type) or pa.types.is_integer(column.type) or pa.types.is_null(column.type)):
-        raise DatasetError(f"{where}: size factors are numbers or null; got {column.type}. Cast the column.")
-    return positive(np.asarray(column.cast(pa.float64()).to_numpy(zero_copy_only=False)), where, first_row, unit)
-
-
-def positive(factors: Array, where: str, first_row: int, unit: str = "row") -> Array:
-    """Return size factors as they are.
-
-    Raises:
-        DatasetError: if one is neither positive nor NaN; with file and row.
-    """
-    wrong = np.flatnonzero(~np.isnan(factors) & ~((factors > 0) & (factors < np.inf)))
-    if len(wrong):
         raise DatasetError(
-            f"{where}, {unit} {first_row + wrong[0]}: a size factor is positive and finite; got {factors[wrong[0]]}. "
-            f"Correct it, or make it null."
+            f"Size factors must be numbers or null, but got {column.type} in {location.where}. Cast the column."
         )
-    return factors
+    return check_size_factors(np.asarray(column.cast(pa.float64()).to_numpy(zero_copy_only=False)), location)
 
 
 def _is_whole(found: Any) -> bool:
@@ -190,17 +205,20 @@ def _is_list(kind: pa.DataType) -> bool:
     return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
 
 
-def _refuse_null(what: str, column: pa.Array, where: str, first_row: int, unit: str) -> None:
+def _check_no_null(what: str, column: pa.Array, location: SourceLocation) -> None:
     if column.null_count:
-        row = first_row + int(np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))[0])
-        raise DatasetError(f"{where}, {unit} {row}: {what} is not null. Fill it in, or remove the row.")
+        row = int(np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))[0])
+        raise DatasetError(f"Missing {what} in {location.of(row)}. Fill it in, or remove the row.")
 
 
-def _from_binary(column: pa.Array, group: ColumnGroup, place: str) -> Values:
+def _read_binary(name: str, column: pa.Array, group: ColumnGroup, location: SourceLocation) -> Values:
     dtype = np.dtype(group.dtype or "uint8").newbyteorder("<")
     width = column.type.byte_width
     if width % dtype.itemsize:
-        raise DatasetError(f"{place}: {width} bytes hold whole elements of {dtype.name}. Correct dtype.")
+        raise DatasetError(
+            f"Cannot read {width} bytes as {dtype.name} for modality {name!r} in {location.where}. "
+            f"Correct source.modalities.{name}.dtype."
+        )
     filled = pc.fill_null(column, pa.scalar(b"\0" * width, column.type)) if column.null_count else column
     buffer = filled.buffers()[1]
     raw = np.frombuffer(buffer, np.uint8, count=len(column) * width, offset=filled.offset * width)
@@ -208,7 +226,7 @@ def _from_binary(column: pa.Array, group: ColumnGroup, place: str) -> Values:
     return raw.view(dtype).astype(dtype.newbyteorder("=")).reshape(len(column), -1), present
 
 
-def _from_lists(column: pa.Array, place: str, first_row: int) -> Values:
+def _read_lists(name: str, column: pa.Array, location: SourceLocation) -> Values:
     """Stack lists, which may be nested, into one array."""
     present = column.is_valid().to_numpy(zero_copy_only=False)
     inner, shape = column.drop_null(), []
@@ -218,26 +236,26 @@ def _from_lists(column: pa.Array, place: str, first_row: int) -> Values:
         if (lengths != length).any():
             per_row = len(lengths) // max(1, int(present.sum()))
             odd = int(np.flatnonzero(lengths != length)[0])
-            row = first_row + int(np.flatnonzero(present)[odd // per_row])
+            row = int(np.flatnonzero(present)[odd // per_row])
             raise DatasetError(
-                f"{place}, row {row}: all rows have the same shape; got {lengths[odd]:.0f} elements, {length} before. "
-                f"Make that row null, or correct it."
+                f"Rows of modality {name!r} must have the same shape: expected {length} elements, got "
+                f"{lengths[odd]:.0f} in {location.of(row)}. Correct that row, or set it to null."
             )
         shape.append(length)
         inner = inner.flatten()
-    known, _ = _numbers(inner, place, first_row)
+    known = _to_numpy(name, inner, location)
     values = np.zeros((len(column), *shape), known.dtype)
     values[present] = known.reshape(int(present.sum()), *shape)
     return values, present
 
 
-def _from_numbers(columns: Sequence[pa.Array], place: str, first_row: int) -> Values:
-    """Put columns of numbers side by side; a row in which all are null is missing."""
+def _read_numbers(name: str, columns: Sequence[pa.Array], location: SourceLocation) -> Values:
+    """Put numeric columns side by side; a row in which all are null is missing."""
     present = np.logical_or.reduce([column.is_valid().to_numpy(zero_copy_only=False) for column in columns])
     parts = []
     for column in columns:
         given = column.filter(pa.array(present)) if not present.all() else column
-        known, _ = _numbers(given, place, first_row)
+        known = _to_numpy(name, given, location)
         part = np.zeros(len(column), known.dtype)
         part[present] = known
         parts.append(part)
@@ -246,31 +264,33 @@ def _from_numbers(columns: Sequence[pa.Array], place: str, first_row: int) -> Va
     return np.stack([part.astype(dtype, copy=False) for part in parts], axis=1), present
 
 
-def _numbers(column: pa.Array, place: str, first_row: int) -> Values:
+def _to_numpy(name: str, column: pa.Array, location: SourceLocation) -> Array:
     kind = column.type
-    valid = column.is_valid().to_numpy(zero_copy_only=False)
     if pa.types.is_floating(kind):
-        return np.asarray(column.to_numpy(zero_copy_only=False)), valid
+        return np.asarray(column.to_numpy(zero_copy_only=False))
     if pa.types.is_null(kind):
-        return np.full(len(column), np.nan, np.float32), valid
+        return np.full(len(column), np.nan, np.float32)
     if not (pa.types.is_integer(kind) or pa.types.is_boolean(kind)):
         raise DatasetError(
-            f"{place}: modalities are numbers, lists of them or fixed-size binary; got {kind}. Leave the column out "
-            f"with source.modalities, or cast it."
+            f"Modality {name!r} must hold numbers, lists of numbers or fixed-size binary, but got {kind} in "
+            f"{location.where}. Cast the column, or leave it out with source.modalities."
         )
     if column.null_count:
         raise DatasetError(
-            f"{place}, from row {first_row} on: integers of a row are all there or all null; got {column.null_count} "
-            f"nulls among others. Make them floats, or fill them in."
+            f"Modality {name!r} has {column.null_count} nulls among integers in {location.where}, from "
+            f"{location.unit} {location.first} on. Fill them in, or convert the column to floats."
         )
-    return np.asarray(column.cast(pa.uint8() if kind == pa.uint8() else pa.int64()).to_numpy(False)), valid
+    return np.asarray(column.cast(pa.uint8() if kind == pa.uint8() else pa.int64()).to_numpy(False))
 
 
-def _shaped(values: Array, present: Array, group: ColumnGroup, place: str) -> Array:
+def _reshape(name: str, values: Array, present: Array, group: ColumnGroup, location: SourceLocation) -> Array:
     if group.shape is None:
         return values
     if not present.any():  # lists that are null have no size
         return np.zeros((len(values), *group.shape), values.dtype)
     if int(np.prod(group.shape)) != values[:1].size:
-        raise DatasetError(f"{place}: a row has {values[:1].size} elements; got shape={group.shape}. Correct it.")
+        raise DatasetError(
+            f"Cannot reshape modality {name!r} to {list(group.shape)}: a row has {values[:1].size} elements in "
+            f"{location.where}. Correct source.modalities.{name}.shape."
+        )
     return values.reshape(len(values), *group.shape)

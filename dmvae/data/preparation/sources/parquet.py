@@ -5,29 +5,34 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
-from dmvae.config.data import ColumnGroup, ParquetSource
+from dmvae.config.sources import ColumnGroup, ParquetSource
 from dmvae.data.errors import DatasetError
 from dmvae.data.preparation.rows import Rows
-from dmvae.data.preparation.sources import arrow_columns as table
+from dmvae.data.preparation.sources.arrow_columns import (
+    Values,
+    check_source_name,
+    find_row_columns,
+    match_columns,
+    read_modality,
+    read_row_column,
+    shown,
+)
 from dmvae.data.preparation.stream import Chunk, SourceLocation, Stream, chunk_rows
-
-Array = np.ndarray[Any, np.dtype[Any]]
 
 _BUFFER_BYTES = 1 << 20
 
 
-def read_parquet(source: ParquetSource) -> Stream:
-    """Read the columns that make modalities; rows without ids are numbered from 0.
+def read(source: ParquetSource, seed: int, scratch: Path) -> Stream:
+    """Read the columns of all modalities; without a column of ids, rows are numbered from 0.
 
     Raises:
-        DatasetError: if a file is absent or no Parquet, or its columns break a law; with file and row.
+        DatasetError: if a file is absent or is not Parquet, or a column is absent or has the wrong type.
     """
     with _readable(source.path):
         files = ds.dataset(source.path, format="parquet")
@@ -45,46 +50,52 @@ def _readable(path: str) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise DatasetError(
-            f"a source is a Parquet file or a folder of them; got {path!r}. Correct source.path."
+            f"No Parquet file found at {path}. Set source.path to a Parquet file, or to a folder of them."
         ) from error
     except (pa.ArrowException, OSError) as error:
         if "Expected all lists to be of size" in str(error):
             raise DatasetError(
-                f"{path}: Parquet does not keep nulls of fixed-size lists; got: {error}. Write the column as lists: "
-                f"column.cast(pyarrow.list_(pyarrow.float32()))."
+                f"Cannot read nulls of fixed-size lists in {path}: {error}. Write the column as variable-size lists, "
+                f"with column.cast(pyarrow.list_(pyarrow.float32()))."
             ) from error
-        raise DatasetError(f"{path}: a source is Parquet; got: {error}. Write it again.") from error
+        raise DatasetError(f"Cannot read {path} as Parquet: {error}. Write the file again.") from error
 
 
 def _all_columns(files: ds.FileSystemDataset) -> pa.Schema:
-    """Return the columns of all files, each of the type that it has in the first file where it is not all null."""
+    """Return the columns of all files, each with its type in the first file where it is not all null."""
     schema = files.schema
     for field in (field for fragment in files.get_fragments() for field in fragment.physical_schema):
-        place = schema.get_field_index(field.name)
+        index = schema.get_field_index(field.name)
         if field.name not in schema.names:
             schema = schema.append(field)
-        elif place >= 0 and pa.types.is_null(schema.field(place).type):
-            schema = schema.set(place, field)
+        elif index >= 0 and pa.types.is_null(schema.field(index).type):
+            schema = schema.set(index, field)
     return schema
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """The files, each modality's group with its columns, and the columns of ids, labels, splits and groups."""
+    """The files and what their columns are.
+
+    Attributes:
+        files: all of them.
+        modalities: the settings and the columns of each modality.
+        row_columns: the column of each other field of `Rows`.
+    """
 
     files: ds.FileSystemDataset
     modalities: dict[str, tuple[ColumnGroup, list[str]]]
-    special: dict[str, str]
+    row_columns: dict[str, str]
 
     def batches(self, columns: list[str], row_bytes: int) -> Iterator[tuple[SourceLocation, pa.RecordBatch]]:
-        """Yield some columns of all files, so many rows at a time as make a chunk.
+        """Yield some columns of all files, one chunk of rows at a time.
 
-        A column that a file does not have is null there.
+        A column that a file lacks is null there.
         """
         types = [self.files.schema.field(column).type for column in columns]
         for path in self.files.files:
             row = 0
-            # buffered: a column of a row group is not read as a whole
+            # buffered, so that a column of a row group is not read whole
             with pq.ParquetFile(path, buffer_size=_BUFFER_BYTES, pre_buffer=False) as file:
                 here = [column for column in columns if column in file.schema_arrow.names]
                 for batch in file.iter_batches(chunk_rows(row_bytes), columns=here):
@@ -95,33 +106,33 @@ class _Layout:
                     yield SourceLocation(path, row), pa.record_batch(arrays, names=columns)
                     row += len(batch)
 
-    def convert(self, name: str, batch: pa.RecordBatch, spot: SourceLocation) -> table.Values:
+    def read_modality(self, name: str, batch: pa.RecordBatch, location: SourceLocation) -> Values:
         """Return values and presence of one modality."""
         group, columns = self.modalities[name]
-        return table.modality(name, [batch.column(column) for column in columns], group, spot.where, spot.first)
+        return read_modality(name, [batch.column(column) for column in columns], group, location)
 
 
 def _layout(source: ParquetSource, files: ds.FileSystemDataset) -> _Layout:
     names = files.schema.names
-    doubled = sorted({name for name in names if names.count(name) > 1})
-    if doubled:
-        raise DatasetError(f"{source.path}: a column's name occurs once; got {doubled} twice. Rename them.")
-    special = {}
-    for role in ("id", "label", "split", "size_factor", "group"):
-        column = getattr(source, role)
-        if column in names:
-            special[role] = column
-        elif column not in (role, None):
-            raise DatasetError(f"{source.path}: source.{role} is a column; got {column!r}. There are {names[:20]}.")
-    left = [name for name in names if name not in special.values()]
-    if not left:
-        raise DatasetError(f"{source.path}: rows have at least one modality; got columns {names}. Add one.")
-    chosen = source.modalities or {table.named(name, source.path): ColumnGroup(columns=_escaped(name)) for name in left}
-    return _Layout(files, {name: (group, table.matching(group, left)) for name, group in chosen.items()}, special)
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise DatasetError(f"Duplicate column names in {source.path}: {shown(repeated)}. Rename them.")
+    settings = ("id", "label", "split", "size_factor", "group")
+    row_columns = find_row_columns(source, settings, names, source.path)
+    others = [name for name in names if name not in row_columns.values()]
+    if not others:
+        raise DatasetError(
+            f"No modality found in {source.path}: its columns are {shown(names)}. Add a column for each modality."
+        )
+    groups = source.modalities or {
+        check_source_name(name, source.path): ColumnGroup(columns=_escaped(name)) for name in others
+    }
+    modalities = {name: (group, match_columns(name, group, others, source.path)) for name, group in groups.items()}
+    return _Layout(files, modalities, row_columns)
 
 
 def _escaped(name: str) -> str:
-    """Return the pattern that matches `name` alone."""
+    """Return the pattern that matches `name` only."""
     return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
 
 
@@ -129,39 +140,37 @@ def _chunks(path: str, layout: _Layout) -> Iterator[Chunk]:
     with _readable(path):
         shapes = {name: _shape(layout, name) for name in layout.modalities}
         of_modalities = [column for _, columns in layout.modalities.values() for column in columns]
-        columns = list(dict.fromkeys([*layout.special.values(), *of_modalities]))
+        columns = list(dict.fromkeys([*layout.row_columns.values(), *of_modalities]))
         done = 0
-        # the first rows may miss what is large
+        # the largest modality may be missing in the first rows
         row_bytes = max(_row_bytes(layout, columns), 4 * sum(map(math.prod, shapes.values())))
-        for spot, batch in layout.batches(columns, row_bytes):
-            values = {name: _as_shape(layout.convert(name, batch, spot), name, shapes[name], spot) for name in shapes}
-            special = {role: _special(role, batch.column(column), spot) for role, column in layout.special.items()}
-            rows = Rows(
-                ids=special.get("id", np.arange(done, done + len(batch))),
-                data={name: found for name, (found, _) in values.items()},
-                present={name: present for name, (_, present) in values.items()},
-                labels=special.get("label"),
-                splits=special.get("split"),
-                size_factors=special.get("size_factor"),
-                groups=special.get("group"),
-            )
-            yield Chunk(rows, spot)
+        for location, batch in layout.batches(columns, row_bytes):
+            values = {
+                name: _with_shape(shapes[name], layout.read_modality(name, batch, location), name, location)
+                for name in shapes
+            }
+            fields = {"ids": np.arange(done, done + len(batch))} | {
+                field: read_row_column(field, batch.column(column), location)
+                for field, column in layout.row_columns.items()
+            }
+            data, present = ({name: pair[index] for name, pair in values.items()} for index in (0, 1))
+            yield Chunk(Rows(data=data, present=present, **fields), location)
             done += len(batch)
 
 
 def _row_bytes(layout: _Layout, columns: list[str]) -> int:
-    """Return the bytes of a row in memory, judged by the first rows."""
+    """Estimate the bytes of a row in memory from the first rows."""
     for _, batch in layout.batches(columns, 1 << 16):
         return int(batch.nbytes // len(batch)) + 1
     return 1
 
 
 def _shape(layout: _Layout, name: str) -> tuple[int, ...]:
-    """Return the shape of a modality's first rows that have it at all; lists that are null have none."""
+    """Return the shape of a modality, from the first rows that have it; null lists have no shape."""
     columns = layout.modalities[name][1]
     shape: tuple[int, ...] | None = None
-    for spot, batch in layout.batches(columns, 1 << 16):
-        values, present = layout.convert(name, batch, spot)
+    for location, batch in layout.batches(columns, 1 << 16):
+        values, present = layout.read_modality(name, batch, location)
         if shape is None or present.any():
             shape = values.shape[1:]
         if present.any():
@@ -169,23 +178,14 @@ def _shape(layout: _Layout, name: str) -> tuple[int, ...]:
     return shape or ()
 
 
-def _as_shape(found: table.Values, name: str, shape: tuple[int, ...], spot: SourceLocation) -> table.Values:
+def _with_shape(shape: tuple[int, ...], found: Values, name: str, location: SourceLocation) -> Values:
+    """Return values of the shape that a modality has elsewhere; rows that are all missing may come without it."""
     values, present = found
     if values.shape[1:] == shape:
         return found
     if present.any():
         raise DatasetError(
-            f"{spot.of(int(np.flatnonzero(present)[0]))}: all rows have the same shape; got {values.shape[1:]} for "
-            f"{name!r}, {shape} before. Correct them."
+            f"Rows of modality {name!r} must have the same shape: expected {shape}, got {values.shape[1:]} in "
+            f"{location.of(int(np.flatnonzero(present)[0]))}. Correct that row, or set it to null."
         )
     return np.zeros((len(values), *shape), values.dtype), present
-
-
-def _special(role: str, column: pa.Array, spot: SourceLocation) -> Array:
-    if role in ("id", "group"):
-        return table.ids(column, spot.where, spot.first, "an id" if role == "id" else "a group")
-    if role == "label":
-        return table.labels(column, spot.where, spot.first)
-    if role == "size_factor":
-        return table.size_factors(column, spot.where, spot.first)
-    return table.strings("a split", column, spot.where, spot.first)

@@ -3,13 +3,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dmvae.config.data import CsvSource, CsvTable, PrepareConfig
+from dmvae.config.data import PrepareConfig
+from dmvae.config.sources import CsvSource, CsvTable
 from dmvae.data.errors import DatasetError
-from dmvae.data.preparation import external_shuffle as shuffle
+from dmvae.data.preparation import external_shuffle
 from dmvae.data.preparation.prepare import prepare
-from dmvae.data.preparation.sources.csv import read_csv
 from dmvae.data.reading.dataset import open_dataset
-from tests.data.preparation.test_rows import collect
+from tests.data.preparation.test_rows import read_all
 
 BLOOD = "id,iron,zinc\n7,1.5,2\n3,,\n9,4,5.5\n"
 GENES = "id\tg1\tg2\tnote\n9\t1\t2\tx\n4\t3\t4\ty\n"
@@ -27,7 +27,7 @@ def write(folder: Path, **files: str) -> CsvSource:
 
 
 def test_an_absent_id_or_empty_cells_are_a_missing_modality(tmp_path: Path) -> None:
-    rows = collect(read_csv(write(tmp_path, blood=BLOOD, genes=GENES), tmp_path))
+    rows = read_all(write(tmp_path, blood=BLOOD, genes=GENES), tmp_path)
     assert rows.ids.tolist() == [7, 3, 9, 4]
     assert rows.present["blood"].tolist() == [True, False, True, False]
     assert rows.present["genes"].tolist() == [False, False, True, True]
@@ -49,36 +49,39 @@ def test_labels_and_splits_come_from_the_table_of_rows_and_back_from_shards(tmp_
 
 
 def test_ids_with_leading_zeros_stay_strings(tmp_path: Path) -> None:
-    rows = collect(read_csv(write(tmp_path, blood="id,a\n007,1\n12,2\n"), tmp_path))
+    rows = read_all(write(tmp_path, blood="id,a\n007,1\n12,2\n"), tmp_path)
     assert rows.ids.tolist() == ["007", "12"]
 
 
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"blood": BLOOD + "3,1,1\n"}, r"blood.csv, line 5: an id occurs once; got '3' in line 3 too"),
-        ({"blood": BLOOD, "genes": "id\tg1\nP1\t2\n"}, r"blood.csv: tables are joined on 'id'; none of its 3 ids"),
-        ({"blood": BLOOD, "people": "id\n7\n9\n"}, r"blood.csv, line 3: ids are those of .*people.csv; got '3'"),
-        ({"blood": "id,a\n1,2,3\n"}, r"blood.csv: a source is a table with a header; got: .*Expected 2 columns, got 3"),
-        ({"blood": "id,a\n1,two\n"}, r"blood.csv, modality 'blood': modalities are numbers"),
-        ({"blood": "id,a,a\n1,2,3\n"}, r"blood.csv: a column's name occurs once; got \['a'\] more than once"),
-        ({"blood": BLOOD, "people": "id,split\n3,train\n7,\n9,val\n"}, r"people.csv, line 3: a split is not null"),
-        ({"blood": "name,a\n1,2\n"}, r"blood.csv: a table has one column 'id'"),
+        ({"blood": BLOOD + "3,1,1\n"}, r"Duplicate id '3' in .*blood.csv, lines 3 and 5"),
+        (
+            {"blood": BLOOD, "genes": "id\tg1\nP1\t2\n"},
+            r"No id of .*blood.csv occurs in another file: .*'P1'.* in column 'id'",
+        ),
+        ({"blood": BLOOD, "people": "id\n7\n9\n"}, r"1 ids of .*blood.csv are not in .*people.csv, .*'3' in line 3"),
+        ({"blood": "id,a\n1,2,3\n"}, r"Cannot read .*blood.csv as a table .*Expected 2 columns, got 3"),
+        ({"blood": "id,a\n1,two\n"}, r"Modality 'blood' must hold numbers, but .*blood.csv has others"),
+        ({"blood": "id,a,a\n1,2,3\n"}, r"Duplicate column names in .*blood.csv: a\."),
+        ({"blood": BLOOD, "people": "id,split\n3,train\n7,\n9,val\n"}, r"Missing split in .*people.csv, line 3"),
+        ({"blood": "name,a\n1,2\n"}, r"Id column 'id' not found in .*blood.csv, which has name, a"),
         (
             {"blood": BLOOD, "people": "id,label\n3,a\n7,b\n9,c\n"},
-            r"people.csv, line 2: labels are integers or null; .*'a'",
+            r"Labels must be integers or null, but got 'a' in .*people.csv, line 2",
         ),
     ],
 )
 def test_a_faulty_table_is_named_with_its_line(tmp_path: Path, files: dict[str, str], message: str) -> None:
     with pytest.raises(DatasetError, match=message):
-        collect(read_csv(write(tmp_path, **files), tmp_path))
+        read_all(write(tmp_path, **files), tmp_path)
 
 
 def test_rows_of_no_group_are_no_group(tmp_path: Path) -> None:
     source = write(tmp_path, blood=BLOOD, people="id,clinic\n3,a\n7,\n9,b\n").model_copy(update={"group": "clinic"})
-    with pytest.raises(DatasetError, match=r"people.csv, line 3: a group is not null"):
-        collect(read_csv(source, tmp_path))
+    with pytest.raises(DatasetError, match=r"Missing group in .*people.csv, line 3"):
+        read_all(source, tmp_path)
 
 
 def test_what_is_said_of_rows_is_no_feature_of_them(tmp_path: Path) -> None:
@@ -86,18 +89,18 @@ def test_what_is_said_of_rows_is_no_feature_of_them(tmp_path: Path) -> None:
     write(tmp_path, blood="id,size_factor,clinic,iron\n7,1.5,2,3\n3,0.5,2,4\n")
     tables = {"blood": CsvTable(path=everything)}
     source = CsvSource(modalities=tables, rows=everything, group="clinic")
-    assert collect(read_csv(source, tmp_path)).data["blood"].tolist() == [[3], [4]]
+    assert read_all(source, tmp_path).data["blood"].tolist() == [[3], [4]]
 
 
 def test_a_table_in_another_encoding_is_named(tmp_path: Path) -> None:
     source = write(tmp_path, blood=BLOOD)
     (tmp_path / "blood.csv").write_bytes("id,größe\n1,2\n".encode("latin-1"))
-    with pytest.raises(DatasetError, match=r"blood.csv: a source is a table .*UTF-8"):
-        collect(read_csv(source, tmp_path))
+    with pytest.raises(DatasetError, match=r"Cannot read .*blood.csv as a table .*UTF-8"):
+        read_all(source, tmp_path)
 
 
 def test_a_modality_may_be_called_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shuffle, "HELD_BYTES", 1)
+    monkeypatch.setattr(external_shuffle, "HELD_BYTES", 1)
     write(tmp_path, blood=BLOOD)
     source = CsvSource(modalities={"rows": CsvTable(path=str(tmp_path / "blood.csv"))})
     config = PrepareConfig(dataset=str(tmp_path / "dataset"), source=source, splits={"train": 1.0})
@@ -108,5 +111,7 @@ def test_a_modality_may_be_called_rows(tmp_path: Path, monkeypatch: pytest.Monke
 def test_values_that_a_type_does_not_hold_are_refused(tmp_path: Path, cell: str, dtype: str) -> None:
     write(tmp_path, blood=f"id,iron\n1,2\n2,\n3,{cell}\n")
     group = CsvTable.model_validate({"path": str(tmp_path / "blood.csv"), "dtype": dtype})
-    with pytest.raises(DatasetError, match=rf"row 4: a type holds the values .* got {cell}.* for {dtype}"):
-        collect(read_csv(CsvSource(modalities={"blood": group}), tmp_path))
+    with pytest.raises(
+        DatasetError, match=rf"Cannot convert {cell}.* to {dtype} for modality 'blood' in .*blood.csv, line 4"
+    ):
+        read_all(CsvSource(modalities={"blood": group}), tmp_path)

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import scipy.sparse
 
-from dmvae.config.data import H5muModality, H5muSource, PrepareConfig
+from dmvae.config.data import PrepareConfig
+from dmvae.config.sources import H5muModality, H5muSource
 from dmvae.data.errors import DatasetError
 from dmvae.data.preparation import stream
-from dmvae.data.preparation.prepare import prepare
-from dmvae.data.preparation.sources.h5mu import read_h5mu
+from dmvae.data.preparation.prepare import prepare, read_source
 from dmvae.data.reading.dataset import open_dataset
-from tests.data.preparation.test_rows import collect
+from tests.data.preparation.test_rows import collect, read_all
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of mudata and anndata, about pandas
@@ -60,8 +60,8 @@ def test_observations_that_a_modality_does_not_have_are_missing_there(
     monkeypatch.setattr(stream, "CHUNK_BYTES", chunk_bytes)
     wanted = WANTED | {"rna": H5muModality(layer=layer)}
     source = H5muSource(path=path, modalities=wanted, label="type", group="donor", size_factor="depth")
-    found = read_h5mu(source)
-    assert found.notes == ("labels: 0 is T, 1 is B",)
+    found = read_source(source, 0, Path())
+    assert found.notes == ("labels: 0 = T, 1 = B",)
     rows = collect(found)
     assert set(rows.ids.tolist()) == {*RNA, *ADT}
     assert rows.data["rna"].dtype == np.float32
@@ -101,12 +101,12 @@ def test_a_mudata_becomes_a_dataset_with_nulls_in_the_right_rows(path: str, tmp_
 
 
 def test_chosen_features_of_x_are_read(path: str) -> None:
-    rows = collect(read_h5mu(H5muSource(path=path, modalities={"rna": H5muModality(features="highly_variable")})))
+    rows = read_all(H5muSource(path=path, modalities={"rna": H5muModality(features="highly_variable")}))
     assert np.array_equal(rows.data["rna"][:6], np.log1p(COUNTS)[:, ::2])
 
 
 def test_categories_that_are_integers_are_labels(path: str) -> None:
-    labels = collect(read_h5mu(H5muSource(path=path, modalities=WANTED, label="batch"))).labels
+    labels = read_all(H5muSource(path=path, modalities=WANTED, label="batch")).labels
     assert labels is not None
     assert labels.tolist() == [4, 7, 4, 4, 7, 7, 4, 4]
 
@@ -120,31 +120,34 @@ def test_elements_that_are_stored_twice_add_up(path: str, layer: str) -> None:
         for name, values in twice.items():
             del stored[name]
             stored[name] = values
-    rows = collect(read_h5mu(H5muSource(path=path, modalities={"rna": H5muModality(layer=layer)})))
+    rows = read_all(H5muSource(path=path, modalities={"rna": H5muModality(layer=layer)}))
     assert np.array_equal(rows.data["rna"][:6], 2 * COUNTS)
 
 
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ({}, "cells.h5mu: Invalid modality name 'prot:adt'"),
-        ({"modalities": {"atac": {}}}, r"one of the file's; got 'atac'. There are \['prot:adt', 'rna'\]"),
-        ({"modalities": {"rna": {"layer": "raw"}}}, r"a layer is one of \['by_gene', 'counts'\]; got 'raw'"),
-        ({"modalities": {"rna": {"features": "best"}}}, "a column of var; got 'best'"),
-        ({"modalities": {"rna": {"features": "kind"}}}, "a column of truth values; got .* in 'kind'"),
-        ({"modalities": {"rna": {"dtype": "int64"}}}, "rna', row 0: a type holds the values .*got 0.69.* for int64"),
-        ({"modalities": WANTED, "label": "kind"}, "'kind' is a column; there are"),
-        ({"path": "nowhere.h5mu"}, "a source is a file that exists"),
-        ({"path": __file__}, "a source is a MuData; got"),
+        ({}, "Cannot read .*cells.h5mu: .*'prot:adt'"),
+        ({"modalities": {"atac": {}}}, r"Modality 'atac' not found in .*cells.h5mu, which has prot:adt, rna\."),
+        ({"modalities": {"rna": {"layer": "raw"}}}, r"Layer 'raw' not found in .*which has by_gene, counts\."),
+        ({"modalities": {"rna": {"features": "best"}}}, "Column 'best' not found in var"),
+        ({"modalities": {"rna": {"features": "kind"}}}, "Column 'kind' of var must be boolean"),
+        (
+            {"modalities": {"rna": {"dtype": "int64"}}},
+            "Cannot convert 0.69.* to int64 for modality 'rna' in .*observation 0",
+        ),
+        ({"modalities": WANTED, "label": "kind"}, "Column 'kind' not found in .*obs, which has .*source.label"),
+        ({"path": "nowhere.h5mu"}, "Source file not found: nowhere.h5mu"),
+        ({"path": __file__}, "as MuData"),
     ],
 )
 def test_what_is_not_there_is_named(path: str, source: dict[str, Any], message: str) -> None:
     with pytest.raises(DatasetError, match=message):
-        collect(read_h5mu(H5muSource.model_validate({"path": path, **source})))
+        read_all(H5muSource.model_validate({"path": path, **source}))
 
 
 def test_an_anndata_is_no_mudata(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "one.h5ad", "w") as file:
         file.create_group("obs")
-    with pytest.raises(DatasetError, match=r"Of an AnnData, write mudata\.MuData"):
-        read_h5mu(H5muSource(path=str(tmp_path / "one.h5ad")))
+    with pytest.raises(DatasetError, match=r"one.h5ad is not a MuData file.*mudata\.MuData"):
+        read_all(H5muSource(path=str(tmp_path / "one.h5ad")))

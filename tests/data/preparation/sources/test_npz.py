@@ -20,8 +20,7 @@ from PIL import Image
 
 from dmvae.config.data import PrepareConfig
 from dmvae.data.errors import DatasetError
-from dmvae.data.preparation import external_shuffle as shuffle
-from dmvae.data.preparation import stream
+from dmvae.data.preparation import external_shuffle, stream
 from dmvae.data.preparation.prepare import prepare
 from dmvae.data.preparation.rows import Rows
 from dmvae.data.reading.dataset import open_dataset
@@ -112,21 +111,21 @@ def test_a_source_is_read_back_equal_missing_values_included(
 ) -> None:
     if small:  # many chunks, and files to shuffle them
         monkeypatch.setattr(stream, "CHUNK_BYTES", 150)
-        monkeypatch.setattr(shuffle, "HELD_BYTES", 1000)
+        monkeypatch.setattr(external_shuffle, "HELD_BYTES", 1000)
     rows = truth()
     config = {"dataset": f"{tmp_path}/data", "source": write(tmp_path, rows), "splits": {"train": 1}}
     dataset = open_dataset(prepare(PrepareConfig.model_validate(config), progress=lambda _: None))
     split = dataset.split("train")
     batch = split.read(np.arange(NUM))
-    place = np.argsort(split.ids())
-    assert split.ids()[place].tolist() == rows.ids.tolist()
+    order = np.argsort(split.ids())
+    assert split.ids()[order].tolist() == rows.ids.tolist()
     assert batch.labels is not None
-    assert batch.labels[place].tolist() == rows.labels.tolist()
+    assert batch.labels[order].tolist() == rows.labels.tolist()
     assert batch.masks is not None
     for name, values in rows.data.items():
         here = rows.present[name]
-        assert batch.masks[name][place].tolist() == here.tolist()
-        assert np.array_equal(batch.data[name].numpy()[place][here], values[here])
+        assert batch.masks[name][order].tolist() == here.tolist()
+        assert np.array_equal(batch.data[name].numpy()[order][here], values[here])
     assert not list((tmp_path / "data").glob(".*"))
 
 
@@ -141,7 +140,7 @@ def test_images_are_read_back_equal(tmp_path: Path) -> None:
     config = PrepareConfig.model_validate({"dataset": f"{tmp_path}/data", "source": source})
     told: list[str] = []
     dataset = open_dataset(prepare(config, told.append))
-    assert "left out 1 rows that have no modality at all" in told
+    assert "dropped 1 rows without any modality" in told
     for name, ids in (("train", {1, 2, 3}), ("val", {0})):
         split = dataset.split(name)
         batch = split.read(np.arange(len(split)))
@@ -175,23 +174,38 @@ def bad_image(folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        (lambda f: bad_parquet(f, id=[4, 5, 4], x=[1.0, 2, 3]), r"parquet, row 2: an id occurs once; got 4 in .*row 0"),
-        (lambda f: bad_csv(f, "id,x\nu,1\nv,2\nu,3\n"), r"bad.csv, line 4: an id occurs once; got 'u' in line 2 too"),
-        (lambda f: bad_parquet(f, x=[[1.0], [2.0], [3.0, 4.0]]), r"bad.parquet, .*row 2: all rows have the same shape"),
-        (lambda f: bad_parquet(f, x=[[1.0], [2.0, 1.0]]), r"bad.parquet.*row 1: all rows have the same shape"),
-        (lambda f: bad_csv(f, "id,x\nu,1\nv,2,3\n"), r"bad.csv: .*Row #3: Expected 2 columns, got 3"),
-        (lambda f: bad_csv(f, "id,x\nu,1\nv,2\n", "id\nU\nV\n"), r"bad.csv, line 2: ids are .*rows.csv; got 'u'"),
-        (bad_image, r"rows.csv, line 3: .*cut.png is an image; got"),
-        (lambda f: bad_parquet(f, x=[1.0, 2, 3], label=["0", "1", "cat"]), r"bad.parquet, row 2: labels are .*'cat'"),
-        (lambda f: bad_parquet(f, x=[1.0, 2, 3], label=[0, 1.0, 0.5]), r"bad.parquet, row \d: labels are integers"),
-        (lambda f: bad_csv(f, "id,x\nu,1\nv,2\n", "id,label\nu,0\nv,a\n"), r"rows.csv, line 3: labels are .*'a'"),
-        (lambda f: bad_parquet(f, x=[1.0], joint=[1.0]), r"Invalid modality name 'joint'.*source.modalities"),
-        (lambda f: bad_csv(f, "id,x\nu,1\nv,two\n"), r"bad.csv, modality 'a': .*Row #3: .*'two'"),
-        (lambda f: bad_parquet(f, x=[[1.0], [2], [3], [np.inf]]), r"bad.parquet, row 3: an observed value is finite"),
-        (lambda f: bad_parquet(f, x=[[1.0, 1], [np.nan, 1]]), r"1 rows in which .*the first in .*bad.parquet, row 1 "),
-        (lambda f: bad_parquet(f, x=[1.0, 2.0], split=["train", "../up"]), r"bad.parquet, row 1, split: Invalid name"),
+        (lambda f: bad_parquet(f, id=[4, 5, 4], x=[1.0, 2, 3]), r"Duplicate id 4.*parquet, row [02].*row [02]"),
+        (lambda f: bad_csv(f, "id,x\nu,1\nv,2\nu,3\n"), r"Duplicate id 'u' in .*bad.csv, lines 2 and 4"),
+        (lambda f: bad_parquet(f, x=[[1.0], [2.0], [3.0, 4.0]]), r"same shape: .*bad.parquet, row 2"),
+        (lambda f: bad_parquet(f, x=[[1.0], [2.0, 1.0]]), r"same shape: .*bad.parquet, row 1"),
+        (lambda f: bad_csv(f, "id,x\nu,1\nv,2,3\n"), r"Cannot read .*bad.csv .*Row #3: Expected 2 columns, got 3"),
+        (
+            lambda f: bad_csv(f, "id,x\nu,1\nv,2\n", "id\nU\nV\n"),
+            r"2 ids of .*bad.csv are not in .*rows.csv, .*'u' in line 2",
+        ),
+        (bad_image, r"Cannot decode image .*cut.png: .*rows.csv, line 3"),
+        (
+            lambda f: bad_parquet(f, x=[1.0, 2, 3], label=["0", "1", "cat"]),
+            r"Labels must .*'cat' in .*bad.parquet, row 2",
+        ),
+        (lambda f: bad_parquet(f, x=[1.0, 2, 3], label=[0, 1.0, 0.5]), r"Labels must .*0.5 in .*bad.parquet, row \d"),
+        (lambda f: bad_csv(f, "id,x\nu,1\nv,2\n", "id,label\nu,0\nv,a\n"), r"Labels must .*'a' in .*rows.csv, line 3"),
+        (
+            lambda f: bad_parquet(f, x=[1.0], joint=[1.0]),
+            r"Cannot read .*bad.parquet: .*joint.*source.modalities",
+        ),
+        (lambda f: bad_csv(f, "id,x\nu,1\nv,two\n"), r"Modality 'a' must hold numbers, .*bad.csv .*Row #3: .*'two'"),
+        (
+            lambda f: bad_parquet(f, x=[[1.0], [2], [3], [np.inf]]),
+            r"'x' must be finite, but got infinity in .*bad.parquet, row 3",
+        ),
+        (lambda f: bad_parquet(f, x=[[1.0, 1], [np.nan, 1]]), r"NaN in 1 rows, the first in .*bad.parquet, row 1 "),
+        (
+            lambda f: bad_parquet(f, x=[1.0, 2.0], split=["train", "../up"]),
+            r"Cannot use the split in .*bad.parquet, row 1: ",
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_named_by_file_and_row_and_leaves_no_half_dataset(
     tmp_path: Path, source: Callable[[Path], dict[str, Any]], message: str
 ) -> None:
@@ -205,12 +219,13 @@ def test_bad_input_is_named_by_file_and_row_and_leaves_no_half_dataset(
 
 KILLED = """
 import sys
-from dmvae.config.data import NpzSource, PrepareConfig
-from dmvae.data.preparation import external_shuffle as shuffle
+from dmvae.config.data import PrepareConfig
+from dmvae.config.sources import NpzSource
+from dmvae.data.preparation import external_shuffle
 from dmvae.data.preparation import stream
 from dmvae.data.preparation.prepare import prepare
 
-stream.CHUNK_BYTES, shuffle.HELD_BYTES = 1000, 100_000
+stream.CHUNK_BYTES, external_shuffle.HELD_BYTES = 1000, 100_000
 prepare(PrepareConfig(dataset=sys.argv[2], source=NpzSource(path=sys.argv[1])))
 """
 

