@@ -1,4 +1,4 @@
-"""A dataset as a table for a person: what it holds, what may be wrong with it, and a run to begin with."""
+"""Print an overview of a dataset: what it holds, what may be wrong with it, and settings for a first run."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,24 +10,24 @@ from dmvae.config.inspect import InspectConfig
 from dmvae.config.training import TrainConfig
 from dmvae.data.errors import DatasetError
 from dmvae.data.format.manifest import ModalityInfo
-from dmvae.data.inspection.findings import Finding, find
-from dmvae.data.inspection.profile import Census, Tally, take_census
-from dmvae.data.inspection.suggestions import LikelihoodSuggestion, propose_likelihoods, propose_run
+from dmvae.data.inspection.findings import Finding, list_findings
+from dmvae.data.inspection.profile import CappedCounter, DatasetProfile, profile_dataset
+from dmvae.data.inspection.suggestions import LikelihoodSuggestion, suggest_likelihoods, suggest_run
 from dmvae.data.reading.dataset import open_dataset
 
 _TOP = 12  # patterns and labels in the table
 _DRAWN = 20  # patterns in the plot
-_FEW = 6  # modalities that a pattern is told by their names of
+_FEW = 6  # with at most this many modalities, patterns are written by name
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """What was found.
+    """The result of an inspection.
 
     Attributes:
-        lines: the table.
-        findings: the worst first.
-        run: what `train.toml` says; None where something is wrong that training refuses.
+        lines: the overview.
+        findings: the most serious first.
+        run: the content of `train.toml`; None if the dataset cannot be trained on.
     """
 
     lines: tuple[str, ...]
@@ -35,23 +35,23 @@ class Inspection:
     run: str | None
 
     def count(self, level: str) -> int:
-        """Return the number of findings of a level."""
+        """Return the number of findings with this level."""
         return sum(finding.level == level for finding in self.findings)
 
 
 def inspect(config: InspectConfig, progress: Callable[[str], None]) -> Inspection:
-    """Read a dataset once and say what it holds; write `train.toml` and `missingness.png` if a folder is named.
+    """Read a dataset once and report on it; write `train.toml` and `missingness.png` if `config` names a folder.
 
-    A `train.toml` that is there already stays as it is.
+    An existing `train.toml` is not overwritten.
 
     Raises:
-        DatasetError: if it is no dataset, a shard cannot be read, or the folder cannot be written.
-        ImportError: if a picture is asked for and there is no matplotlib.
+        DatasetError: if it is not a dataset, a shard cannot be read, or the folder cannot be written.
+        ImportError: if a picture is to be drawn and matplotlib is not installed.
     """
     dataset = open_dataset(config.dataset)
     folder = None if config.output is None else _make_folder(config.output)
     if not any(split.rows for split in dataset.manifest.splits.values()):
-        raise DatasetError(f"{config.dataset}: a dataset has rows; got none in any split. Prepare it again.")
+        raise DatasetError(f"Dataset {config.dataset} has no rows in any split. Prepare it again.")
     faults = []
     if config.verify:
         progress("checking every shard against the manifest")
@@ -59,22 +59,22 @@ def inspect(config: InspectConfig, progress: Callable[[str], None]) -> Inspectio
             dataset.verify()
         except DatasetError as error:
             faults.append(Finding("wrong", str(error)))
-    census = take_census(dataset, progress)
-    findings = [*faults, *find(census)]
-    fits = propose_likelihoods(census)
+    profile = profile_dataset(dataset, progress)
+    findings = [*faults, *list_findings(profile)]
+    fits = suggest_likelihoods(profile)
     lines = [
-        *_head(census, config.dataset), "", *_modalities(census), "", *_patterns(census), "", *_labels(census),
-        "likelihoods that would fit",
+        *_head(profile, config.dataset), "", *_modalities(profile), "", *_patterns(profile), "", *_labels(profile),
+        "suggested likelihoods",
         *(f"  {name:<{_width(fits)}}  {fit.likelihood:<12} {fit.reason}" for name, fit in fits.items()),
     ]  # fmt: skip
     try:
-        run = _toml(propose_run(census, config.dataset, fits), fits, config.dataset)
+        run = _toml(suggest_run(profile, config.dataset, fits), fits, config.dataset)
     except ValueError as error:
         run = None
         if not any(finding.level == "wrong" for finding in findings):
-            raise AssertionError("what cannot be trained is found to be wrong") from error
+            raise AssertionError("a dataset that cannot be trained on must have a finding") from error
     if folder is not None:
-        _write(folder, census, run, progress)
+        _write(folder, profile, run, progress)
     return Inspection(tuple(lines), tuple(findings), run)
 
 
@@ -85,44 +85,46 @@ def _make_folder(output: str) -> Path:
         (folder / ".inspect").touch()
         (folder / ".inspect").unlink()
     except OSError as error:
-        raise DatasetError(f"output: a folder that can be written; got {output!r}: {error.strerror}.") from error
+        raise DatasetError(f"Cannot write to {output}: {error.strerror}. Choose another folder for output.") from error
     return folder
 
 
-def _head(census: Census, where: str) -> Iterator[str]:
-    manifest = census.dataset.manifest
+def _head(profile: DatasetProfile, where: str) -> Iterator[str]:
+    manifest = profile.dataset.manifest
     shards = [shard for split in manifest.splits.values() for shard in split.shards]
     rows = sum(shard.rows for shard in shards)
     yield (
-        f"{where}: {rows:,} rows, {_bytes(sum(shard.bytes for shard in shards))} in {len(shards)} shards; "
-        f"ids {manifest.id_type}, {'labels' if manifest.has_label else 'no labels'}"
+        f"{where}: {rows:,} rows, {_bytes(sum(shard.bytes for shard in shards))} in {len(shards)} shards, "
+        f"{manifest.id_type} ids, {'labels' if manifest.has_label else 'no labels'}"
     )
     yield f"fingerprint {manifest.fingerprint[:16]}"
     yield ""
     table = [["split", "rows", "shards", "on disk", "complete rows"]]
     for name, split in manifest.splits.items():
-        held = census.splits.get(name)
+        held = profile.splits.get(name)
         complete = sum(count for kind, count in held.patterns.counts.items() if all(kind)) if held else 0
         size = _bytes(sum(shard.bytes for shard in split.shards))
         table.append([name, f"{split.rows:,}", f"{len(split.shards)}", size, _share(complete, split.rows)])
     yield from _columns(table)
 
 
-def _modalities(census: Census) -> Iterator[str]:
-    splits = census.dataset.manifest.splits
-    table = [["modality", "shape", "stored", "read as", "range", "mean", "std", "zeros", *(f"in {s}" for s in splits)]]
-    for name, info in census.dataset.manifest.modalities.items():
-        values = census.values(name)
-        figures = ["-"] * 4
+def _modalities(profile: DatasetProfile) -> Iterator[str]:
+    splits = profile.dataset.manifest.splits
+    table = [
+        ["modality", "shape", "stored as", "read as", "range", "mean", "std", "zeros", *(f"in {s}" for s in splits)]
+    ]
+    for name, info in profile.dataset.manifest.modalities.items():
+        values = profile.values(name)
+        statistics = ["-"] * 4
         if values is not None and values.rows:
             mean, std = values.overall
             ends = f"{values.low.min():.4g} .. {values.high.max():.4g}"
             zeros = values.zeros / (values.rows * len(values.low))
-            figures = [ends, f"{mean:.4g}", f"{std:.4g}", f"{zeros:.1%}"]
+            statistics = [ends, f"{mean:.4g}", f"{std:.4g}", f"{zeros:.1%}"]
             if info.classes is not None:
-                figures[1:3] = "-", "-"
-        have = [_share(split.observed.get(name, 0), split.rows) for split in splits.values()]
-        table.append([name, "x".join(map(str, info.shape)), info.dtype, _read_as(info), *figures, *have])
+                statistics[1:3] = "-", "-"
+        observed = [_share(split.observed.get(name, 0), split.rows) for split in splits.values()]
+        table.append([name, "x".join(map(str, info.shape)), info.dtype, _read_as(info), *statistics, *observed])
     yield from _columns(table)
 
 
@@ -131,40 +133,40 @@ def _read_as(info: ModalityInfo) -> str:
         return f"{info.classes} classes"
     if info.dtype == "uint8":
         return "x / 255"
-    names = {"none": "it is", "unit": "[0, 1]", "standardise": "(x-mean)/std", "log1p": "log(1 + x)"}
+    names = {"none": "stored", "unit": "[0, 1]", "standardise": "(x-mean)/std", "log1p": "log(1 + x)"}
     return names[info.scaling]
 
 
-def _patterns(census: Census) -> Iterator[str]:
-    names = list(census.dataset.manifest.modalities)
-    top, others = _most_common(sum((split.patterns for split in census.splits.values()), Tally()), _TOP)
+def _patterns(profile: DatasetProfile) -> Iterator[str]:
+    names = list(profile.dataset.manifest.modalities)
+    top, others = _most_common(sum((split.patterns for split in profile.splits.values()), CappedCounter()), _TOP)
     few = len(names) <= _FEW
-    order = "" if few else " (# has it, . lacks it, in the order of the table above)"
-    table = [[f"rows that have exactly{order}", *census.splits]]
+    order = "" if few else " (# observed, . missing, in the order of the table above)"
+    table = [[f"observed modalities{order}", *profile.splits]]
     for kind, _ in top:
-        told = " + ".join(name for name, here in zip(names, kind, strict=True) if here) or "nothing"
+        written = " + ".join(name for name, here in zip(names, kind, strict=True) if here) or "none"
         marks = "".join(".#"[here] for here in kind)
-        counts = [split.patterns.counts[kind] for split in census.splits.values()]
-        table.append([told if few else marks, *(f"{count:,}" for count in counts)])
+        counts = [split.patterns.counts[kind] for split in profile.splits.values()]
+        table.append([written if few else marks, *(f"{count:,}" for count in counts)])
     if others:
-        rest = [split.rows - sum(split.patterns.counts[kind] for kind, _ in top) for split in census.splits.values()]
-        kinds = len({kind for split in census.splits.values() for kind in split.patterns.counts}) - len(top)
+        rest = [split.rows - sum(split.patterns.counts[kind] for kind, _ in top) for split in profile.splits.values()]
+        kinds = len({kind for split in profile.splits.values() for kind in split.patterns.counts}) - len(top)
         table.append([f"{kinds:,} other combinations", *(f"{count:,}" for count in rest)])
     yield from _columns(table)
 
 
-def _most_common(tally: Tally, num: int) -> tuple[list[tuple[tuple[bool, ...], int]], int]:
+def _most_common(tally: CappedCounter, num: int) -> tuple[list[tuple[tuple[bool, ...], int]], int]:
     top = tally.counts.most_common(num)
     return top, tally.counts.total() + tally.others - sum(count for _, count in top)
 
 
-def _labels(census: Census) -> Iterator[str]:
-    if not census.dataset.manifest.has_label:
+def _labels(profile: DatasetProfile) -> Iterator[str]:
+    if not profile.dataset.manifest.has_label:
         return
-    splits = census.splits.values()
-    both = sum((split.labels for split in splits), Tally())
+    splits = profile.splits.values()
+    both = sum((split.labels for split in splits), CappedCounter())
     shown = sorted(label for label, _ in both.counts.most_common(_TOP))
-    table = [["label", *census.splits]]
+    table = [["label", *profile.splits]]
     table += [[f"{label}", *(f"{split.labels.counts[label]:,}" for split in splits)] for label in shown]
     labelled = [split.labels.counts.total() + split.labels.others for split in splits]
     if len(both.counts) > len(shown):
@@ -179,7 +181,7 @@ def _labels(census: Census) -> Iterator[str]:
 
 
 def _columns(table: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Lay out a table: the first column to the left, numbers to the right."""
+    """Lay out a table: the first column aligned left, the others right."""
     widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
     for first, *rest in table:
         cells = (f"{cell:>{width}}" for cell, width in zip(rest, widths[1:], strict=True))
@@ -202,33 +204,33 @@ def _bytes(num: int) -> str:
 
 
 def _toml(run: TrainConfig, fits: dict[str, LikelihoodSuggestion], dataset: str) -> str:
-    """Write a run as TOML, with the reasons for its likelihoods."""
-    head = [f"# A first run on {dataset}, proposed by jobs.inspect.", "#"]
+    """Return the settings of a run as TOML, with the reasons for its likelihoods."""
+    head = [f"# A first run on {dataset}, suggested by jobs.inspect.", "#"]
     head += [f"# {name}: {fit.likelihood}; {fit.reason}." for name, fit in fits.items()]
     for name, network in run.model.architectures.items():
         if network.name == "conv":
-            head.append(
-                f"# Without a GPU, remove model.architectures.{name}: a perceptron takes a twentieth of the time."
-            )
+            head.append(f"# Without a GPU, remove model.architectures.{name}: a perceptron is about 20 times as fast.")
     if run.data.val_split == run.data.train_split:
-        head.append("# There are no rows but those trained on, so its figures say nothing of other rows.")
+        head.append(
+            "# Validation uses the training rows, for lack of others, so its metrics do not show generalisation."
+        )
     return "\n".join([*head, "", tomli_w.dumps(run.model_dump(mode="json", exclude_unset=True))])
 
 
-def _write(folder: Path, census: Census, run: str | None, progress: Callable[[str], None]) -> None:
+def _write(folder: Path, profile: DatasetProfile, run: str | None, progress: Callable[[str], None]) -> None:
     from dmvae.report.charts import missing_patterns
 
     file, picture_file = folder / "train.toml", folder / "missingness.png"
-    manifest, train = census.dataset.manifest, census.splits[census.train]
+    manifest, train = profile.dataset.manifest, profile.splits[profile.train]
     top, _ = _most_common(train.patterns, _DRAWN)
     observed = [train.values[name].rows / train.rows if name in train.values else 0.0 for name in manifest.modalities]
     picture = missing_patterns(list(manifest.modalities), observed, top, train.rows)
     picture.figure.savefig(picture_file, dpi=110)
-    progress(f"drawn     {picture_file}")
+    progress(f"wrote     {picture_file}")
     if run is None:
         return
     if file.exists() and file.read_text() != run:
-        progress(f"kept      {file}, which differs from what is proposed now")
+        progress(f"kept      {file}, which differs from the suggestion")
     else:
         file.write_text(run)
-        progress(f"written   {file}")
+        progress(f"wrote     {file}")

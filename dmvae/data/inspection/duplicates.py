@@ -1,4 +1,4 @@
-"""Hashes of rows, by which copies are found without keeping the rows."""
+"""Find duplicate rows by their hashes, without keeping the rows in memory."""
 
 import hashlib
 from collections.abc import Iterable
@@ -12,9 +12,9 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 
 class RowHash:
-    """A random hash of rows of bytes: two different rows collide with a probability of 2^-64.
+    """A random hash of rows of bytes; two different rows collide with probability 2^-64.
 
-    With 64-bit keys k and 32-bit words w it is the upper half of k_0 + sum_i k_i w_i modulo 2^64, twice.
+    With 64-bit keys k and 32-bit words w, each half of the hash is the upper half of k_0 + sum_i k_i w_i modulo 2^64.
 
     Source: Lemire & Kaser 2014, Strongly universal string hashing is fast.
     """
@@ -34,7 +34,7 @@ class RowHash:
 
 
 def hash_ids(ids: Array) -> UInt64[np.ndarray, " row"]:
-    """Return a number for each id: an integer itself, or 64 bits of a string's BLAKE2b."""
+    """Return a number for each id: the integer itself, or 64 bits of the BLAKE2b hash of a string."""
     if ids.dtype == np.int64:
         return ids.view(np.uint64)
     digests = b"".join(hashlib.blake2b(text.encode(), digest_size=8).digest() for text in ids.tolist())
@@ -43,13 +43,13 @@ def hash_ids(ids: Array) -> UInt64[np.ndarray, " row"]:
 
 @dataclass(frozen=True, eq=False)
 class Hashes:
-    """What stands for the rows of one split.
+    """Hashes of the rows of one split.
 
     Attributes:
         ids: of each row's id.
-        contents: of what each row has, absent modalities included.
-        values: by modality, of each row's values; 0 where they are absent or all zero. Empty for the largest split,
-            whose rows are compared with those of the others as they pass.
+        contents: of all values of each row, and of which modalities are missing.
+        values: by modality, of each row's values; 0 if they are missing or all zero. Empty for the largest split, whose
+            rows are compared with those of the other splits while they are read.
     """
 
     ids: UInt64[np.ndarray, " row"]
@@ -58,7 +58,7 @@ class Hashes:
 
     @staticmethod
     def of(rows: int, modalities: Iterable[str]) -> "Hashes":
-        """Make room for those of `rows` rows, and for the values of `modalities`."""
+        """Allocate hashes of `rows` rows, with values of `modalities`."""
         return Hashes(_zeros(rows), _zeros(rows), {name: _zeros(rows) for name in modalities})
 
 
@@ -67,7 +67,7 @@ def _zeros(rows: int) -> UInt64[np.ndarray, " row"]:
 
 
 def repeated(hashes: UInt64[np.ndarray, " row"]) -> Bool[np.ndarray, " row"]:
-    """Return which rows have the hash of an earlier row."""
+    """Return which rows have the same hash as an earlier row."""
     order = np.argsort(hashes, kind="stable")
     later = np.zeros(len(hashes), dtype=bool)
     later[order[1:]] = hashes[order[1:]] == hashes[order[:-1]]
@@ -75,22 +75,22 @@ def repeated(hashes: UInt64[np.ndarray, " row"]) -> Bool[np.ndarray, " row"]:
 
 
 class SplitOverlap:
-    """Which values of the smaller splits also occur in the largest one."""
+    """Finds the values of the smaller splits that also occur in the largest one."""
 
     def __init__(self, smaller: list[Hashes], modality: str) -> None:
         values = np.concatenate([hashes.values[modality] for hashes in smaller])
         self._known = np.unique(values[values > 0])
         self._seen = np.zeros(len(self._known), dtype=bool)
 
-    def pass_by(self, hashes: UInt64[np.ndarray, " row"]) -> None:
-        """Compare rows of the largest split, 0 where there is nothing."""
+    def add(self, hashes: UInt64[np.ndarray, " row"]) -> None:
+        """Add rows of the largest split; 0 is ignored."""
         if len(self._known):
-            place = np.searchsorted(self._known, hashes).clip(max=len(self._known) - 1)
-            self._seen[place[self._known[place] == hashes]] = True
+            index = np.searchsorted(self._known, hashes).clip(max=len(self._known) - 1)
+            self._seen[index[self._known[index] == hashes]] = True
 
-    def met(self, hashes: UInt64[np.ndarray, " row"]) -> Bool[np.ndarray, " row"]:
-        """Return which of a smaller split's rows have values that passed by."""
+    def contains(self, hashes: UInt64[np.ndarray, " row"]) -> Bool[np.ndarray, " row"]:
+        """Return which rows of a smaller split have values that were added."""
         if not len(self._known):
             return np.zeros(len(hashes), dtype=bool)
-        place = np.searchsorted(self._known, hashes).clip(max=len(self._known) - 1)
-        return np.asarray(self._seen[place] & (self._known[place] == hashes))
+        index = np.searchsorted(self._known, hashes).clip(max=len(self._known) - 1)
+        return np.asarray(self._seen[index] & (self._known[index] == hashes))

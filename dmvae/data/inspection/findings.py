@@ -1,4 +1,4 @@
-"""What a person should know of a dataset before training on it, from its census."""
+"""Findings about a dataset that matter before training, derived from its profile."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,143 +9,144 @@ import numpy as np
 
 from dmvae.data.format.manifest import ModalityInfo
 from dmvae.data.inspection.duplicates import repeated
-from dmvae.data.inspection.profile import TELLING_BITS, Census, Common
-from dmvae.data.inspection.value_stats import MAX_CLASSES, Values
+from dmvae.data.inspection.profile import DISTINCTIVE_BITS, DatasetProfile, SharedRows
+from dmvae.data.inspection.value_stats import MAX_CLASSES, ValueStats
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-_MIN_ROWS = 50  # for a figure of spread or shape to mean anything
+_MIN_ROWS = 50  # below this, statistics of spread and shape mean little
 _FAR = 20.0  # standard deviations
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was found, in words.
+    """One finding, in words.
 
     Attributes:
-        level: `wrong` spoils training or its figures; `check` may; a `note` is a fact.
-        text: what is so, with an example, and the remedy.
+        level: `wrong` spoils training or its metrics, `check` may do so, `note` is a fact.
+        text: the finding with an example, and the fix.
     """
 
     level: Literal["wrong", "check", "note"]
     text: str
 
 
-def find(census: Census) -> list[Finding]:
-    """Return all findings, the worst first."""
-    found = [*_rows(census), *_modalities(census), *_labels(census), *_missingness(census), *_copies(census)]
+def list_findings(profile: DatasetProfile) -> list[Finding]:
+    """Return all findings, the most serious first."""
+    found = [*_rows(profile), *_modalities(profile), *_labels(profile), *_missingness(profile), *_duplicates(profile)]
     return sorted(found, key=lambda finding: ("wrong", "check", "note").index(finding.level))
 
 
-def _rows(census: Census) -> Iterator[Finding]:
-    known = census.dataset.manifest.splits
-    if census.train != "train":
-        yield Finding("check", f"no split is called 'train'; {census.train!r}, the largest, is taken for it.")
-    if len(census.splits) == 1:
+def _rows(profile: DatasetProfile) -> Iterator[Finding]:
+    all_splits = profile.dataset.manifest.splits
+    if profile.train != "train":
         yield Finding(
-            "check", f"only {census.train!r} has rows: there are none to choose the best epoch by, or to judge."
+            "check", f"There is no split 'train'; the largest split, {profile.train!r}, is used for training."
         )
-    for name in sorted(known.keys() - census.splits.keys()):
-        yield Finding("check", f"{name} has no rows.")
-    for name, split in census.splits.items():
+    if len(profile.splits) == 1:
+        yield Finding("check", f"Only {profile.train!r} has rows: there are none left to validate or test on.")
+    for name in sorted(all_splits.keys() - profile.splits.keys()):
+        yield Finding("check", f"{name}: split has no rows.")
+    for name, split in profile.splits.items():
         if split.first_empty >= 0:
             empty = sum(count for kind, count in split.patterns.counts.items() if not any(kind))
             yield Finding(
                 "wrong",
-                f"{name}: {empty:,} rows have no modality at all, the first with id "
-                f"{census.id_of(name, split.first_empty)}. Leave them out in the source.",
+                f"{name}: {empty:,} rows have no modality, the first with id "
+                f"{profile.id_of(name, split.first_empty)}. Remove them from the source.",
             )
         later = repeated(split.hashes.ids)
         if later.any():
             yield Finding(
                 "wrong",
-                f"{name}: {int(later.sum()):,} rows have the id of an earlier row, the first id "
-                f"{census.id_of(name, int(later.argmax()))}. Make ids unique in the source.",
+                f"{name}: {int(later.sum()):,} rows repeat the id of an earlier row, the first with id "
+                f"{profile.id_of(name, int(later.argmax()))}. Make ids unique in the source.",
             )
 
 
-def _modalities(census: Census) -> Iterator[Finding]:
-    for name, info in census.dataset.manifest.modalities.items():
-        train = census.splits[census.train].values.get(name)
+def _modalities(profile: DatasetProfile) -> Iterator[Finding]:
+    for name, info in profile.dataset.manifest.modalities.items():
+        train = profile.splits[profile.train].values.get(name)
         if train is None:
-            yield Finding("wrong", f"{name}: no row of {census.train} has it, so nothing can be learned of it.")
+            yield Finding(
+                "wrong", f"{name}: no row of {profile.train} has this modality, so it cannot be learned. Remove it."
+            )
         if info.classes == 1:
-            yield Finding("wrong", f"{name}: a categorical modality needs two classes; all values are 0. Leave it out.")
+            yield Finding("wrong", f"{name}: categorical with a single class; all values are 0. Remove it.")
         if info.classes is not None and info.classes > MAX_CLASSES:
             yield Finding(
                 "check",
-                f"{name}: integers are classes, and these are {info.classes:,}. Make measurements and counts float32 "
-                f"in the source, and leave out what only tells rows apart.",
+                f"{name}: integers are classes, and this makes {info.classes:,} classes. Convert measurements and "
+                f"counts to float32 in the source, and remove identifiers.",
             )
-        values = census.values(name)
+        values = profile.values(name)
         if values is None:
             continue
-        yield from _broken(census, name, info)
+        yield from _invalid_values(profile, name, info)
         if info.classes is not None:
-            yield from _unlearned_classes(census, name)
+            yield from _unseen_classes(profile, name)
             continue
         yield from _constant(name, info, values)
         yield from _zero_rows(name, values)
-        yield from _outliers(census, name, info, values)
+        yield from _outliers(profile, name, info, values)
         yield from _scale(name, info, values)
-        yield from _shift(census, name)
+        yield from _shift(profile, name)
 
 
-def _broken(census: Census, name: str, info: ModalityInfo) -> Iterator[Finding]:
-    for split_name, split in census.splits.items():
+def _invalid_values(profile: DatasetProfile, name: str, info: ModalityInfo) -> Iterator[Finding]:
+    for split_name, split in profile.splits.items():
         values = split.values.get(name)
         if values is None:
             continue
-        if values.broken:
+        if values.non_finite:
             yield Finding(
                 "wrong",
-                f"{name}: {values.broken:,} observed rows of {split_name} hold NaN or infinity, the first with id "
-                f"{census.id_of(split_name, values.first_broken)}. Make these rows null, or correct them.",
+                f"{name}: {values.non_finite:,} observed rows of {split_name} have NaN or infinity, the first with id "
+                f"{profile.id_of(split_name, values.first_non_finite)}. Correct these rows, or set them to null.",
             )
         at = int(values.low_at[values.low.argmin()]), int(values.high_at[values.high.argmax()])
         ends = float(values.low.min()), float(values.high.max())
-        for place, value, is_out in zip(at, ends, (ends[0] < 0, ends[1] >= (info.classes or np.inf)), strict=True):
+        for position, value, is_out in zip(at, ends, (ends[0] < 0, ends[1] >= (info.classes or np.inf)), strict=True):
             if info.classes is not None and is_out:
                 yield Finding(
                     "wrong",
-                    f"{name}: a class lies in 0..{info.classes - 1}; got {value:.0f} in {split_name}, id "
-                    f"{census.id_of(split_name, place)}. Correct the source.",
+                    f"{name}: classes must be between 0 and {info.classes - 1}, but got {value:.0f} in {split_name}, "
+                    f"id {profile.id_of(split_name, position)}. Correct the source.",
                 )
 
 
-def _unlearned_classes(census: Census, name: str) -> Iterator[Finding]:
-    train = census.splits[census.train].values.get(name)
-    for split_name, split in census.splits.items():
+def _unseen_classes(profile: DatasetProfile, name: str) -> Iterator[Finding]:
+    train = profile.splits[profile.train].values.get(name)
+    for split_name, split in profile.splits.items():
         values = split.values.get(name)
-        if train is None or values is None or split_name == census.train:
+        if train is None or values is None or split_name == profile.train:
             continue
-        fresh = np.flatnonzero((values.classes > 0) & (train.classes == 0))
-        if len(fresh):
-            yield Finding(
-                "check", f"{name}: {len(fresh)} classes of {split_name} never occur in {census.train}: {_list(fresh)}."
-            )
+        unseen = np.flatnonzero((values.classes > 0) & (train.classes == 0))
+        if len(unseen):
+            text = f"{name}: {len(unseen)} classes of {split_name} never occur in {profile.train}: {_list(unseen)}."
+            yield Finding("check", text)
 
 
-def _constant(name: str, info: ModalityInfo, values: Values) -> Iterator[Finding]:
+def _constant(name: str, info: ModalityInfo, values: ValueStats) -> Iterator[Finding]:
     constant = int(values.is_constant.sum())
     if constant and values.rows > 1:
         level: Literal["check", "note"] = "note" if info.dtype == "uint8" else "check"
-        remedy = "" if info.dtype == "uint8" else " They say nothing; leave them out if they should not."
+        remedy = "" if info.dtype == "uint8" else " They carry no information; remove them from the source."
         yield Finding(level, f"{name}: {constant:,} of {len(values.low):,} features are constant.{remedy}")
 
 
-def _zero_rows(name: str, values: Values) -> Iterator[Finding]:
+def _zero_rows(name: str, values: ValueStats) -> Iterator[Finding]:
     if values.zero_rows and len(values.low) > 1:
         yield Finding(
             "note" if values.are_binary else "check",
-            f"{name}: {values.zero_rows:,} observed rows are all zero. If that means missing, make them null.",
+            f"{name}: {values.zero_rows:,} observed rows are all zero. If that means missing, set them to null.",
         )
 
 
-def _outliers(census: Census, name: str, info: ModalityInfo, values: Values) -> Iterator[Finding]:
+def _outliers(profile: DatasetProfile, name: str, info: ModalityInfo, values: ValueStats) -> Iterator[Finding]:
     if values.rows < _MIN_ROWS or info.dtype == "uint8" or values.are_binary:
         return
-    limit = min(_FAR, 0.9 * float(np.sqrt(values.rows - 1)))  # no value is further off than sqrt(rows - 1)
+    limit = min(_FAR, 0.9 * float(np.sqrt(values.rows - 1)))  # no value can be further off than sqrt(rows - 1)
     with np.errstate(all="ignore"):
         above, below = (values.high - values.mean) / values.std, (values.mean - values.low) / values.std
         far = np.fmax(above, below)
@@ -157,58 +158,62 @@ def _outliers(census: Census, name: str, info: ModalityInfo, values: Values) -> 
     value = float((values.high if is_high else values.low)[worst])
     split_name, position = next(
         (split_name, int((part.high_at if is_high else part.low_at)[worst]))
-        for split_name, split in census.splits.items()
+        for split_name, split in profile.splits.items()
         if (part := split.values.get(name)) and (part.high if is_high else part.low)[worst] == value
     )
     yield Finding(
         "check",
-        f"{name}: {features:,} of {len(far):,} features have values {limit:.0f} or more standard deviations off their "
-        f"mean; the furthest is {value:.4g}, {far[worst]:.0f} off {values.mean[worst]:.4g}, element {worst} of id "
-        f"{census.id_of(split_name, position)} in {split_name}.",
+        f"{name}: {features:,} of {len(far):,} features have outliers, {limit:.0f} or more standard deviations from "
+        f"the mean. The furthest is {value:.4g}, {far[worst]:.0f} standard deviations from {values.mean[worst]:.4g}: "
+        f"element {worst} of id {profile.id_of(split_name, position)} in {split_name}. Check the source.",
     )
 
 
-def _scale(name: str, info: ModalityInfo, values: Values) -> Iterator[Finding]:
+def _scale(name: str, info: ModalityInfo, values: ValueStats) -> Iterator[Finding]:
     if info.scaling != "none" or values.are_binary or values.are_counts:
         return
     mean, std = values.overall
     if std and (abs(mean) > 10 * std or not 0.01 <= std <= 100):
         yield Finding(
             "check",
-            f"{name}: is read as it is, with mean {mean:.4g} and deviation {std:.4g}; networks learn best from values "
-            f"of about 1. Prepare it with scaling.{name} = 'standardise'.",
+            f"{name}: not scaled, with mean {mean:.4g} and standard deviation {std:.4g}; networks learn best from "
+            f"values near 1. Prepare the dataset with scaling.{name} = 'standardise'.",
         )
 
 
-def _shift(census: Census, name: str) -> Iterator[Finding]:
-    train = census.splits[census.train].values.get(name)
-    for split_name, split in census.splits.items():
+def _shift(profile: DatasetProfile, name: str) -> Iterator[Finding]:
+    train = profile.splits[profile.train].values.get(name)
+    for split_name, split in profile.splits.items():
         values = split.values.get(name)
-        if train is None or values is None or split_name == census.train or min(train.rows, values.rows) < _MIN_ROWS:
+        if train is None or values is None or split_name == profile.train or min(train.rows, values.rows) < _MIN_ROWS:
             continue
         (mean, std), (other_mean, other_std) = train.overall, values.overall
         if abs(other_mean - mean) > std or not std <= 4 * other_std or not other_std <= 4 * std:
             yield Finding(
                 "check",
-                f"{name}: the splits differ; mean {other_mean:.4g} and deviation {other_std:.4g} in {split_name}, "
-                f"{mean:.4g} and {std:.4g} in {census.train}. Were they scaled alike?",
+                f"{name}: the splits differ, with mean {other_mean:.4g} and standard deviation {other_std:.4g} in "
+                f"{split_name}, but {mean:.4g} and {std:.4g} in {profile.train}. Check that both have the same units.",
             )
 
 
-def _labels(census: Census) -> Iterator[Finding]:
-    known = census.splits[census.train].labels
-    for name, split in census.splits.items():
+def _labels(profile: DatasetProfile) -> Iterator[Finding]:
+    known = profile.splits[profile.train].labels
+    for name, split in profile.splits.items():
         negative = [label for label in split.labels.counts if label < 0]
         if negative:
-            yield Finding("wrong", f"{name}: a label is null or at least 0; got {_list(np.array(negative))}.")
-        fresh = sorted(split.labels.counts.keys() - known.counts.keys())
-        if fresh and known.counts and not known.others:
-            yield Finding("check", f"{name}: labels that never occur in {census.train}: {_list(np.array(fresh))}.")
+            yield Finding(
+                "wrong",
+                f"{name}: labels must be 0 or more, or null, but got {_list(np.array(negative))}. Set them to null.",
+            )
+        unseen = sorted(split.labels.counts.keys() - known.counts.keys())
+        if unseen and known.counts and not known.others:
+            text = f"{name}: {len(unseen)} labels never occur in {profile.train}: {_list(np.array(unseen))}."
+            yield Finding("check", text)
 
 
-def _missingness(census: Census) -> Iterator[Finding]:
-    modalities = list(census.dataset.manifest.modalities)
-    patterns = census.splits[census.train].patterns
+def _missingness(profile: DatasetProfile) -> Iterator[Finding]:
+    modalities = list(profile.dataset.manifest.modalities)
+    patterns = profile.splits[profile.train].patterns
     kinds = np.array([*patterns.counts], dtype=bool).reshape(-1, len(modalities))
     together = kinds.astype(np.float64).T @ (kinds * np.array([*patterns.counts.values()])[:, None])
     observed = np.diag(together)
@@ -220,64 +225,64 @@ def _missingness(census: Census) -> Iterator[Finding]:
     if apart:
         yield Finding(
             "check",
-            f"{len(apart)} pairs of modalities are never observed together in {census.train}: {', '.join(apart[:5])}"
-            f"{', ...' if len(apart) > 5 else ''}. What they share can only be learned through others.",
+            f"{len(apart)} pairs of modalities are never observed together in {profile.train}: {', '.join(apart[:5])}"
+            f"{', ...' if len(apart) > 5 else ''}. The model can only relate them through other modalities.",
         )
     if len(modalities) > 1 and not kinds.all(axis=1).any():
-        yield Finding("note", f"no row of {census.train} is complete.")
+        yield Finding("note", f"{profile.train}: no row has all modalities.")
 
 
-def _copies(census: Census) -> Iterator[Finding]:
-    for name, split in census.splits.items():
+def _duplicates(profile: DatasetProfile) -> Iterator[Finding]:
+    for name, split in profile.splits.items():
         later = repeated(split.hashes.contents)
         if later.any():
             yield Finding(
                 "note",
-                f"{name}: {int(later.sum()):,} rows hold exactly what an earlier row does, the first is id "
-                f"{census.id_of(name, int(later.argmax()))}.",
+                f"{name}: {int(later.sum()):,} rows duplicate an earlier row, the first with id "
+                f"{profile.id_of(name, int(later.argmax()))}.",
             )
-    for one, two in combinations(census.splits, 2):
-        yield from _in_common(census, census.in_common(one, two))
+    for one, two in combinations(profile.splits, 2):
+        yield from _shared_rows(profile, profile.shared_rows(one, two))
 
 
-def _in_common(census: Census, common: Common) -> Iterator[Finding]:
-    """Tell what two splits share. With the training split that is leakage, unless the values repeat by nature."""
-    of, other = common.of, common.other
-    is_judged = census.train in (of, other)
-    alike = np.zeros_like(common.ids)
-    for name in census.telling:
-        alike |= common.values[name]
-    same = common.ids & (common.contents | alike)
-    if same.any() and is_judged:
-        yield _leak(census, common, same, "are by id and content also")
-    elif common.ids.any():
-        whole = "all" if common.ids.all() else f"{int(common.ids.sum()):,}"
-        text = f"{whole} ids of {of} are in {other} too{', with the same values' if same.any() else ''}."
-        ask = " If they are other rows, number them on; if not, the model is judged on what it learned."
-        yield Finding("check" if is_judged else "note", text + (ask if is_judged else ""))
-    copied = common.contents & ~common.ids
-    if is_judged and (copied & alike).any():
-        yield _leak(census, common, copied & alike, "hold exactly what rows with other ids hold")
+def _shared_rows(profile: DatasetProfile, shared: SharedRows) -> Iterator[Finding]:
+    """Report the rows that two splits share: leakage if one is the training split, unless values repeat naturally."""
+    split, other = shared.split, shared.other
+    may_leak = profile.train in (split, other)
+    alike = np.zeros_like(shared.ids)
+    for name in profile.distinctive:
+        alike |= shared.values[name]
+    same = shared.ids & (shared.contents | alike)
+    if same.any() and may_leak:
+        yield _leak(profile, shared, same, "also occur, with the same id,")
+    elif shared.ids.any():
+        whole = "all" if shared.ids.all() else f"{int(shared.ids.sum()):,}"
+        text = f"{whole} ids of {split} also occur in {other}{', with the same values' if same.any() else ''}."
+        fix = " If these are different rows, give them new ids; otherwise the model is evaluated on training rows."
+        yield Finding("check" if may_leak else "note", text + (fix if may_leak else ""))
+    copied = shared.contents & ~shared.ids
+    if may_leak and (copied & alike).any():
+        yield _leak(profile, shared, copied & alike, "also occur, with another id,")
     elif copied.any():
-        yield Finding("note", f"{int(copied.sum()):,} rows of {of} hold exactly what other rows hold in {other}.")
-    for name, hits in common.values.items():
-        count = int((hits & ~common.ids & ~copied).sum())
-        values = census.values(name)
-        if count and values is not None and values.bits >= TELLING_BITS:
-            have = int((census.splits[of].hashes.values[name] > 0).sum())
+        yield Finding("note", f"{int(copied.sum()):,} rows of {split} duplicate rows of {other} under another id.")
+    for name, hits in shared.values.items():
+        count = int((hits & ~shared.ids & ~copied).sum())
+        values = profile.values(name)
+        if count and values is not None and values.bits >= DISTINCTIVE_BITS:
+            observed = int((profile.splits[split].hashes.values[name] > 0).sum())
             yield Finding(
-                "check" if is_judged else "note",
-                f"{name} of {count:,} of {have:,} rows of {of} is that of rows with other ids in {other}."
-                f"{' Unless values repeat by nature, this is leakage.' if is_judged else ''}",
+                "check" if may_leak else "note",
+                f"{name}: {count:,} of {observed:,} rows of {split} have the same values as rows of {other} with "
+                f"another id.{' Unless values repeat naturally, this is leakage.' if may_leak else ''}",
             )
 
 
-def _leak(census: Census, common: Common, rows: Array, how: str) -> Finding:
-    first = census.id_of(common.of, int(rows.argmax()))
+def _leak(profile: DatasetProfile, shared: SharedRows, rows: Array, how: str) -> Finding:
+    first = profile.id_of(shared.split, int(rows.argmax()))
     return Finding(
         "wrong",
-        f"leakage: {int(rows.sum()):,} of {len(rows):,} rows of {common.of} {how} in {common.other}, the first with id "
-        f"{first}. Keep copies in one split.",
+        f"Leakage: {int(rows.sum()):,} of {len(rows):,} rows of {shared.split} {how} in {shared.other}, the first with "
+        f"id {first}. Keep copies of a row in one split.",
     )
 
 

@@ -1,4 +1,4 @@
-"""One pass over a dataset: what its values are, what is missing together, its labels, and hashes to find copies by."""
+"""Profile a dataset in one pass: statistics of its values, missing patterns, labels, and hashes of its rows."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -10,19 +10,19 @@ import numpy as np
 
 from dmvae.data.format.shard import MappedShard
 from dmvae.data.inspection.duplicates import Hashes, RowHash, SplitOverlap, hash_ids
-from dmvae.data.inspection.value_stats import Values
+from dmvae.data.inspection.value_stats import ValueStats
 from dmvae.data.progress import Progress
 from dmvae.data.reading.dataset import Dataset
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-TELLING_BITS = 64
-"""Of a row's values, from which equal ones are no everyday coincidence."""
+DISTINCTIVE_BITS = 64
+"""Rows with this many bits are equal only if one is a copy of the other, not by coincidence."""
 _MAX_KINDS = 1 << 16
 
 
-class Tally:
-    """Counts of things of which there should be few; beyond 65,536 kinds the rarest become `others`."""
+class CappedCounter:
+    """Counts how often each of a few kinds occurs; beyond 65,536 kinds, the rarest are counted as `others`."""
 
     def __init__(self) -> None:
         self.counts: Counter[Any] = Counter()
@@ -38,67 +38,67 @@ class Tally:
             self.others += self.counts.total() - kept.total()
             self.counts = kept
 
-    def __add__(self, other: "Tally") -> "Tally":
-        both = Tally()
+    def __add__(self, other: "CappedCounter") -> "CappedCounter":
+        both = CappedCounter()
         both.counts, both.others = self.counts + other.counts, self.others + other.others
         return both
 
 
 @dataclass(eq=False)
-class SplitCensus:
-    """What one split holds.
+class SplitProfile:
+    """The profile of one split.
 
     Attributes:
-        rows: how many.
-        values: by modality; without those that no row of any split has.
-        patterns: how many rows have which modalities: a tuple of truth values in the manifest's order.
-        labels: how many rows have which label; those without one are in none.
-        first_empty: the position of the first row that has nothing; -1: there is none.
-        hashes: what stands for its rows.
+        rows: the number of rows.
+        values: statistics by modality; without modalities that no row has.
+        patterns: the number of rows for each combination of modalities, a tuple of booleans in the manifest's order.
+        labels: the number of rows for each label; rows without a label are not counted.
+        first_empty: the position of the first row without any modality; -1 if there is none.
+        hashes: hashes of its rows.
     """
 
     rows: int
-    values: dict[str, Values] = field(default_factory=dict)
-    patterns: Tally = field(default_factory=Tally)
-    labels: Tally = field(default_factory=Tally)
+    values: dict[str, ValueStats] = field(default_factory=dict)
+    patterns: CappedCounter = field(default_factory=CappedCounter)
+    labels: CappedCounter = field(default_factory=CappedCounter)
     first_empty: int = -1
     hashes: Hashes = field(default_factory=lambda: Hashes.of(0, ()))
 
 
 @dataclass(eq=False)
-class Census:
-    """What a dataset holds, split by split; splits without rows are left out.
+class DatasetProfile:
+    """The profile of a dataset; splits without rows are left out.
 
     Attributes:
-        dataset: whose.
+        dataset: the dataset.
         splits: in the order of the manifest.
-        meetings: by modality, which values of the smaller splits the largest one has too.
+        overlaps: by modality, the values of the smaller splits that also occur in the largest one.
     """
 
     dataset: Dataset
-    splits: dict[str, SplitCensus]
-    meetings: dict[str, SplitOverlap] = field(default_factory=dict)
+    splits: dict[str, SplitProfile]
+    overlaps: dict[str, SplitOverlap] = field(default_factory=dict)
 
     @property
     def train(self) -> str:
-        """The split that is trained on: `train`, or the largest one where none is called so."""
+        """The training split: `train`, or the largest split if there is no `train`."""
         return "train" if "train" in self.splits else max(self.splits, key=lambda name: self.splits[name].rows)
 
-    def values(self, modality: str) -> Values | None:
-        """Return what all splits together hold of a modality; None if no row has it."""
+    def values(self, modality: str) -> ValueStats | None:
+        """Return the statistics of a modality over all splits; None if no row has it."""
         parts = [split.values[modality] for split in self.splits.values() if modality in split.values]
-        return Values.together(parts) if parts else None
+        return ValueStats.merge(parts) if parts else None
 
     def id_of(self, split: str, position: int) -> str:
-        """Return the id of a row, for a person."""
+        """Return the id of a row, for a message."""
         for shard in self.dataset.split(split).shards():
             if position < shard.rows:
                 return str(shard.ids(np.array([position]))[0])
             position -= shard.rows
         raise AssertionError(position)
 
-    def in_common(self, name: str, other: str) -> "Common":
-        """Compare the rows of two splits, the smaller one's (the first's if they are equal) being told of."""
+    def shared_rows(self, name: str, other: str) -> "SharedRows":
+        """Return which rows of the smaller of two splits (the first, if they are equal) also occur in the other."""
         largest = self.by_size[-1]
         if largest == name or (self.splits[name].rows > self.splits[other].rows and largest != other):
             name, other = other, name
@@ -106,34 +106,34 @@ class Census:
         values = {}
         for modality, hashes in mine.values.items():
             values[modality] = (
-                self.meetings[modality].met(hashes)
+                self.overlaps[modality].contains(hashes)
                 if other == largest
                 else (hashes > 0) & np.isin(hashes, theirs.values[modality])
             )
-        return Common(name, other, np.isin(mine.ids, theirs.ids), np.isin(mine.contents, theirs.contents), values)
+        return SharedRows(name, other, np.isin(mine.ids, theirs.ids), np.isin(mine.contents, theirs.contents), values)
 
     @cached_property
-    def telling(self) -> frozenset[str]:
-        """Modalities of which most rows have values of their own, so that equal ones are copies and no coincidence."""
+    def distinctive(self) -> frozenset[str]:
+        """The modalities in which most rows have distinct values, so that equal values are copies, not coincidence."""
         return frozenset(
             name
             for name in self.dataset.manifest.modalities
             if (values := self.values(name)) is not None
-            and values.bits >= TELLING_BITS
+            and values.bits >= DISTINCTIVE_BITS
             and max((_distinct(split.hashes.values.get(name)) for split in self.splits.values()), default=0.0) >= 0.5
         )
 
     @property
     def by_size(self) -> list[str]:
-        """Names of the splits, the largest one last."""
+        """The names of the splits, the largest one last."""
         return sorted(self.splits, key=lambda name: self.splits[name].rows)
 
 
 @dataclass(frozen=True, eq=False)
-class Common:
-    """Which rows of the split `of` are in `other` too: by id, by all that they hold, by each modality's values."""
+class SharedRows:
+    """Which rows of `split` also occur in `other`: by id, by all their contents, and by each modality's values."""
 
-    of: str
+    split: str
     other: str
     ids: Array
     contents: Array
@@ -141,64 +141,64 @@ class Common:
 
 
 def _distinct(hashes: Array | None) -> float:
-    """Return the share of different ones among hashes that are not 0."""
+    """Return the share of distinct values among nonzero hashes."""
     observed = np.zeros(0) if hashes is None else hashes[hashes > 0]
     return len(np.unique(observed)) / max(len(observed), 1)
 
 
-def take_census(dataset: Dataset, progress: Callable[[str], None]) -> Census:
+def profile_dataset(dataset: Dataset, progress: Callable[[str], None]) -> DatasetProfile:
     """Read every row once, the largest split last.
 
-    Memory: a few times the size of a row, and per row 16 bytes, with 8 more per modality outside the largest split.
+    Memory grows by 16 bytes for each row, and outside the largest split by 8 more for each modality.
 
     Args:
-        dataset: whose shards are read as they are, without a check of their checksums.
-        progress: told every few seconds how far it is.
+        dataset: the dataset; checksums of its shards are not checked.
+        progress: called with progress lines.
 
     Raises:
         DatasetError: if a shard cannot be read.
     """
     manifest = dataset.manifest
     sizes = {name: split.rows for name, split in manifest.splits.items() if split.rows}
-    census = Census(dataset, {name: SplitCensus(rows) for name, rows in sizes.items()})
-    reader = _Reader(census, sum(sizes.values()), progress)
-    order = census.by_size
+    profile = DatasetProfile(dataset, {name: SplitProfile(rows) for name, rows in sizes.items()})
+    reader = _Reader(profile, sum(sizes.values()), progress)
+    order = profile.by_size
     for name in order[:-1]:
         reader.read(name, keep_values=True)
-    smaller = [census.splits[name].hashes for name in order[:-1]]
+    smaller = [profile.splits[name].hashes for name in order[:-1]]
     if smaller:
-        census.meetings.update({modality: SplitOverlap(smaller, modality) for modality in manifest.modalities})
+        profile.overlaps.update({modality: SplitOverlap(smaller, modality) for modality in manifest.modalities})
     for name in order[-1:]:
         reader.read(name, keep_values=False)
-    return census
+    return profile
 
 
 class _Reader:
-    """Reads split after split into a census."""
+    """Reads one split after another into a profile."""
 
-    def __init__(self, census: Census, total: int, progress: Callable[[str], None]) -> None:
-        self._census = census
-        self._manifest = census.dataset.manifest
+    def __init__(self, profile: DatasetProfile, total: int, progress: Callable[[str], None]) -> None:
+        self._profile = profile
+        self._manifest = profile.dataset.manifest
         modalities = self._manifest.modalities
         self._hash = {
             name: RowHash(info.column.row_bytes, seed) for seed, (name, info) in enumerate(modalities.items(), 1)
         }
         self._hash_row = RowHash(8 * len(modalities), 0)
-        self._first: dict[str, Values] = {}
+        self._first: dict[str, ValueStats] = {}
         self._done, self._progress = 0, Progress(progress, "read", total)
 
     def read(self, name: str, *, keep_values: bool) -> None:
-        split, modalities = self._census.splits[name], self._manifest.modalities
+        split, modalities = self._profile.splits[name], self._manifest.modalities
         split.hashes = Hashes.of(split.rows, modalities if keep_values else ())
         start = 0
-        for shard in self._census.dataset.split(name).shards():
+        for shard in self._profile.dataset.split(name).shards():
             for rows in _blocks(shard):
                 self._read_block(split, shard, rows, start)
                 self._done += len(rows)
                 self._progress.update(self._done)
             start += shard.rows
 
-    def _read_block(self, split: SplitCensus, shard: MappedShard, rows: Array, start: int) -> None:
+    def _read_block(self, split: SplitProfile, shard: MappedShard, rows: Array, start: int) -> None:
         here = slice(start + rows[0], start + rows[0] + len(rows))
         parts = np.zeros((len(rows), len(self._hash)), dtype=np.uint64)
         present = np.stack([shard.present(modality, rows) for modality in self._hash], axis=1)
@@ -210,8 +210,8 @@ class _Reader:
             hashes[np.flatnonzero(mask)[~values.any(axis=1)]] = 0
             if modality in split.hashes.values:
                 split.hashes.values[modality][here] = hashes
-            elif modality in self._census.meetings:
-                self._census.meetings[modality].pass_by(hashes)
+            elif modality in self._profile.overlaps:
+                self._profile.overlaps[modality].add(hashes)
             self._add_values(split, modality, values, start + rows[mask])
         split.hashes.ids[here] = hash_ids(shard.ids(rows))
         split.hashes.contents[here] = self._hash_row(parts)
@@ -222,18 +222,18 @@ class _Reader:
         if self._manifest.has_label:
             split.labels.add(shard.gather("label", rows)[shard.present("label", rows)])
 
-    def _add_values(self, split: SplitCensus, modality: str, values: Array, positions: Array) -> None:
+    def _add_values(self, split: SplitProfile, modality: str, values: Array, positions: Array) -> None:
         if not len(values):
             return
         if modality not in self._first:
-            self._first[modality] = Values(values, self._manifest.modalities[modality].classes)
+            self._first[modality] = ValueStats(values, self._manifest.modalities[modality].classes)
         if modality not in split.values:
-            split.values[modality] = Values(self._first[modality])
+            split.values[modality] = ValueStats(self._first[modality])
         split.values[modality].add(values, positions)
 
 
 def _blocks(shard: MappedShard) -> Iterator[Array]:
-    """Yield the positions of all rows, about 1 MiB of them at a time, however large its record batches are."""
+    """Yield the positions of all rows, about 1 MiB of rows at a time, however large the record batches are."""
     step = shard.columns.record_batch_rows
     for start in range(0, shard.rows, step):
         yield np.arange(start, min(start + step, shard.rows))

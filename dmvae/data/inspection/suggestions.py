@@ -1,4 +1,4 @@
-"""A training run that fits a dataset: likelihoods with their reasons, networks, sizes, length."""
+"""Suggest settings of a first run on a dataset: likelihoods with their reasons, networks, sizes and epochs."""
 
 import math
 import re
@@ -10,32 +10,32 @@ import numpy as np
 from dmvae.config.likelihoods import SPECS, ValueTraits, suggest
 from dmvae.config.training import TrainConfig
 from dmvae.data.format.manifest import ModalityInfo
-from dmvae.data.inspection.profile import Census
-from dmvae.data.inspection.value_stats import Values
+from dmvae.data.inspection.profile import DatasetProfile
+from dmvae.data.inspection.value_stats import ValueStats
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-_ROW_VISITS = 400_000  # that a first run makes: epochs times training rows
+_ROW_VISITS = 400_000  # epochs times training rows in a first run
 
 
 @dataclass(frozen=True)
 class LikelihoodSuggestion:
-    """A likelihood for one modality, its parameters, and what in the data speaks for it."""
+    """A likelihood for one modality, its parameters, and the reason in the data."""
 
     likelihood: str
     reason: str
     params: dict[str, Any]
 
 
-def propose_likelihoods(census: Census) -> dict[str, LikelihoodSuggestion]:
-    """Return a likelihood per modality; what the dataset itself proposes comes first, if it is a choice of someone."""
-    modalities = census.dataset.manifest.modalities
-    return {name: _fit(info, census.values(name)) for name, info in modalities.items()}
+def suggest_likelihoods(profile: DatasetProfile) -> dict[str, LikelihoodSuggestion]:
+    """Return a likelihood for each modality; one that was set when the dataset was prepared takes precedence."""
+    modalities = profile.dataset.manifest.modalities
+    return {name: _fit(info, profile.values(name)) for name, info in modalities.items()}
 
 
-def _fit(info: ModalityInfo, values: Values | None) -> LikelihoodSuggestion:
-    if info.likelihood not in ("normal", "categorical"):  # the manifest's defaults, which nobody chose
-        return _suggestion(info.likelihood, "the dataset says so")
+def _fit(info: ModalityInfo, values: ValueStats | None) -> LikelihoodSuggestion:
+    if info.likelihood not in ("normal", "categorical"):  # the defaults of a manifest
+        return _suggestion(info.likelihood, "set in the dataset")
     return _suggestion(*suggest(_traits(info, values)))
 
 
@@ -44,7 +44,7 @@ def _suggestion(likelihood: str, reason: str) -> LikelihoodSuggestion:
     return LikelihoodSuggestion(likelihood, reason, params)
 
 
-def _traits(info: ModalityInfo, values: Values | None) -> ValueTraits:
+def _traits(info: ModalityInfo, values: ValueStats | None) -> ValueTraits:
     if info.classes is not None:
         return ValueTraits("classes", classes=info.classes)
     if values is None or not values.rows:
@@ -59,26 +59,26 @@ def _traits(info: ModalityInfo, values: Values | None) -> ValueTraits:
     return ValueTraits("log" if info.scaling == "log1p" else "real", kurtosis=_typical(values.kurtosis))
 
 
-def _typical(figures: Array) -> float:
-    """Return the median of what is finite, NaN if nothing is."""
-    finite = figures[np.isfinite(figures)]
+def _typical(numbers: Array) -> float:
+    """Return the median of the finite numbers; NaN if there are none."""
+    finite = numbers[np.isfinite(numbers)]
     return float(np.median(finite)) if len(finite) else math.nan
 
 
-def propose_run(census: Census, dataset: str, likelihoods: dict[str, LikelihoodSuggestion]) -> TrainConfig:
-    """Return a first run on the dataset at `dataset`, of sizes that go with it.
+def suggest_run(profile: DatasetProfile, dataset: str, likelihoods: dict[str, LikelihoodSuggestion]) -> TrainConfig:
+    """Return the settings of a first run on the dataset at `dataset`.
 
     Raises:
-        ValidationError: (a ValueError) if nothing can be trained on it.
+        ValidationError: (a ValueError) if the dataset cannot be trained on.
     """
-    manifest, train = census.dataset.manifest, census.splits[census.train]
-    others = [name for name in ("val", *census.splits) if name in census.splits and name != census.train]
-    val = others[0] if others else census.train
+    manifest, train = profile.dataset.manifest, profile.splits[profile.train]
+    others = [name for name in ("val", *profile.splits) if name in profile.splits and name != profile.train]
+    val = others[0] if others else profile.train
     sizes = {name: info.column.size for name, info in manifest.modalities.items()}
     name = re.sub(r"[^A-Za-z0-9._-]", "-", dataset.rstrip("/").rpartition("/")[2]).lstrip("._-")
     tree: dict[str, Any] = {
         "name": f"{name or 'data'}-first",
-        "data": {"dataset": dataset, "train_split": census.train, "val_split": val},
+        "data": {"dataset": dataset, "train_split": profile.train, "val_split": val},
         "model": {
             "latent_dim": _between(2, math.ceil(math.log2(sum(sizes.values()))), 20),
             "modalities_specific_dim": {
@@ -98,7 +98,7 @@ def propose_run(census: Census, dataset: str, likelihoods: dict[str, LikelihoodS
 
 
 def _architecture(info: ModalityInfo) -> dict[str, Any]:
-    """Return what differs from the default, a hidden layer of 256."""
+    """Return the settings of a network that differ from the default, one hidden layer of 256."""
     if len(info.shape) == 3 and info.shape[1:] in ((28, 28), (32, 32)) and info.classes is None:
         return {"name": "conv"}
     inputs = info.column.size * (info.classes or 1)

@@ -1,4 +1,4 @@
-"""What the observed rows of one modality hold, added up block by block."""
+"""Statistics of the observed values of one modality, accumulated block by block."""
 
 import math
 from collections.abc import Sequence
@@ -10,39 +10,40 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 
 MAX_CLASSES = 1 << 16
-"""Of a modality whose classes are counted one by one."""
+"""Classes are counted one by one up to this number."""
 
 
-class Values:
-    """Sums, extremes and counts over rows of one modality, as stored, feature by feature.
+class ValueStats:
+    """Statistics of each feature over stored rows of one modality.
 
-    The first four moments are kept as sums of powers of (x - pivot) / unit; with a pivot near the mean that is as
-    exact as it needs to be, and sums of several parts with one pivot add.
+    The first four moments are kept as sums of powers of (x - pivot) / unit. With a pivot near the mean this is accurate
+    enough, and the sums of parts with the same pivot can be added.
 
     Attributes:
-        rows: observed rows whose values are all finite; the others enter nothing but `broken`.
-        broken: observed rows with NaN or infinity, and the position of the first one.
-        zeros: elements that are 0.
-        zero_rows: rows all of whose elements are 0.
-        are_whole: every element is a whole number.
-        are_binary: every element is either 0 or the largest value of the modality's type (1; of uint8, 255).
-        low, high: smallest and largest value of each feature.
+        rows: the number of observed rows with finite values; only these count, except in `non_finite`.
+        non_finite: the number of observed rows with NaN or infinity.
+        first_non_finite: the position of the first such row; -1 if there is none.
+        zeros: the number of elements that are 0.
+        zero_rows: the number of rows in which all elements are 0.
+        are_whole: whether every element is a whole number.
+        are_binary: whether every element is either 0 or the maximum of its type (1; for uint8, 255).
+        low, high: minimum and maximum of each feature.
         low_at, high_at: the positions of the rows that have them.
-        classes: how often each class occurs; of int64 only, and empty where there may be more than `MAX_CLASSES`.
+        classes: how often each class occurs; for int64 only, and empty if there may be more than `MAX_CLASSES`.
     """
 
     pivot: Array
     unit: Array
 
-    def __init__(self, like: "Values | Array", num_classes: int | None = None) -> None:
-        """Start with nothing, and the pivot of `like`: other values, or the first rows `(row, feature)`."""
-        self.pivot, self.unit = (like.pivot, like.unit) if isinstance(like, Values) else _spread(like)
+    def __init__(self, like: "ValueStats | Array", num_classes: int | None = None) -> None:
+        """Start empty, with the pivot of `like`: other statistics, or the first rows `(row, feature)`."""
+        self.pivot, self.unit = (like.pivot, like.unit) if isinstance(like, ValueStats) else _spread(like)
         size = len(self.pivot)
-        if isinstance(like, Values) or (num_classes or 0) > MAX_CLASSES:
-            num_classes = like.num_classes if isinstance(like, Values) else None
+        if isinstance(like, ValueStats) or (num_classes or 0) > MAX_CLASSES:
+            num_classes = like.num_classes if isinstance(like, ValueStats) else None
         self.num_classes: int | None = num_classes
         self.rows = self.zeros = self.zero_rows = 0
-        self.broken, self.first_broken = 0, -1
+        self.non_finite, self.first_non_finite = 0, -1
         self.are_whole = self.are_binary = True
         self.low, self.high = np.full(size, np.inf), np.full(size, -np.inf)
         self.low_at, self.high_at = np.full((2, size), -1)
@@ -50,13 +51,14 @@ class Values:
         self.classes = np.zeros(self.num_classes or 0, dtype=np.int64)
 
     def add(self, values: Array, positions: Array) -> None:
-        """Take in rows `(row, feature)` that have the modality, and their positions in the split."""
+        """Add observed rows `(row, feature)`, given their positions in the split."""
         top = 255 if values.dtype == np.uint8 else 1
         if values.dtype.kind == "f":
             finite = np.isfinite(values).all(axis=1)
             if not finite.all():
-                self.first_broken = int(positions[~finite][0]) if not self.broken else self.first_broken
-                self.broken += int((~finite).sum())
+                if not self.non_finite:
+                    self.first_non_finite = int(positions[~finite][0])
+                self.non_finite += int((~finite).sum())
                 values, positions = values[finite], positions[finite]
         if not len(values):
             return
@@ -73,14 +75,14 @@ class Values:
         self._add_powers(values)
 
     def _find_extremes(self, values: Array, positions: Array) -> None:
-        for ends, places, found, is_further in (
+        for extremes, where, found, is_further in (
             (self.low, self.low_at, values.argmin(axis=0), np.less),
             (self.high, self.high_at, values.argmax(axis=0), np.greater),
         ):
-            candidates = values[found, np.arange(len(ends))].astype(np.float64)
-            further = is_further(candidates, ends)
-            ends[further] = candidates[further]
-            places[further] = positions[found][further]
+            candidates = values[found, np.arange(len(extremes))].astype(np.float64)
+            further = is_further(candidates, extremes)
+            extremes[further] = candidates[further]
+            where[further] = positions[found][further]
 
     def _add_powers(self, values: Array) -> None:
         with np.errstate(over="ignore", invalid="ignore"):
@@ -92,19 +94,19 @@ class Values:
 
     @property
     def mean(self) -> Array:
-        """Mean of each feature."""
+        """The mean of each feature."""
         return np.asarray(self.pivot + self.unit * self._powers[0] / max(self.rows, 1))
 
     @property
     def std(self) -> Array:
-        """Standard deviation of each feature; exactly 0 where it is constant."""
+        """The standard deviation of each feature; exactly 0 for a constant one."""
         with np.errstate(over="ignore", invalid="ignore"):
             first, second = self._powers[:2] / max(self.rows, 1)
             return np.asarray(np.where(self.is_constant, 0.0, self.unit * np.sqrt(np.maximum(second - first**2, 0))))
 
     @property
     def kurtosis(self) -> Array:
-        """Kurtosis of each feature: 3 of a normal, 6 of a Laplace distribution; NaN where it is constant."""
+        """The kurtosis of each feature: 3 for a normal, 6 for a Laplace distribution; NaN for a constant feature."""
         with np.errstate(all="ignore"):
             first, second, third, fourth = self._powers / max(self.rows, 1)
             central = fourth - 4 * first * third + 6 * first**2 * second - 3 * first**4
@@ -112,12 +114,12 @@ class Values:
 
     @property
     def is_constant(self) -> Array:
-        """Which features have one value only."""
+        """Which features are constant."""
         return np.asarray(self.low >= self.high)
 
     @property
     def bits(self) -> float:
-        """How many bits a row has at most, about: those of whole numbers in the range, or 16 for each measurement."""
+        """An upper estimate of the bits in a row: those of whole numbers in the range, or 16 for each measurement."""
         if not self.rows:
             return 0.0
         kinds = 2 if self.are_binary else self.high.max() - self.low.min() + 1 if self.are_whole else 2.0**16
@@ -125,25 +127,25 @@ class Values:
 
     @property
     def are_counts(self) -> bool:
-        """Whether all are whole numbers from 0, with some above 1."""
+        """Whether all values are whole numbers of 0 or more, and some are above 1."""
         return bool(self.rows and self.are_whole and self.low.min() >= 0 and self.high.max() > 1)
 
     @property
     def overall(self) -> tuple[float, float]:
-        """Mean and standard deviation over all elements of all rows."""
+        """The mean and standard deviation over all elements of all rows."""
         mean = float(self.mean.mean())
         with np.errstate(over="ignore", invalid="ignore"):
             return mean, float(np.sqrt((self.std**2 + (self.mean - mean) ** 2).mean()))
 
     @staticmethod
-    def together(parts: Sequence["Values"]) -> "Values":
-        """Return what several parts with one pivot hold together; positions are meaningless then."""
-        whole = Values(parts[0])
+    def merge(parts: Sequence["ValueStats"]) -> "ValueStats":
+        """Merge statistics with the same pivot; positions are meaningless in the result."""
+        whole = ValueStats(parts[0])
         for part in parts:
             whole.rows += part.rows
             whole.zeros += part.zeros
             whole.zero_rows += part.zero_rows
-            whole.broken += part.broken
+            whole.non_finite += part.non_finite
             whole.are_whole &= part.are_whole
             whole.are_binary &= part.are_binary
             whole.low, whole.high = np.minimum(whole.low, part.low), np.maximum(whole.high, part.high)
@@ -153,7 +155,7 @@ class Values:
 
 
 def _spread(rows: Array) -> tuple[Array, Array]:
-    """Return mean and standard deviation of each feature over finite rows, 0 and 1 for want of them."""
+    """Return mean and standard deviation of each feature over finite rows; 0 and 1 if there are none."""
     finite = rows[np.isfinite(rows).all(axis=1)].astype(np.float64)
     if not len(finite):
         return np.zeros(rows.shape[1]), np.ones(rows.shape[1])
