@@ -1,9 +1,12 @@
-"""The only part that imports ray, optuna or mlflow: training, search, evaluation, tracking and serving on a cluster."""
+"""Everything that uses Ray, Optuna or MLflow: training, search, evaluation, tracking and serving.
+
+No other folder imports these libraries. Only the command line, `dmvae.load` and the jobs import this one.
+"""
 
 import os
 
-# DDP looks for unused parameters on purpose (see worker.py); torch would warn of its cost in every run
+# DDP searches for unused parameters on purpose (see train/collectives.py); torch would warn of the cost in every run
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-# Ray Train's controller looks at its workers this often; the default of 2 s is what every report would cost.
-# Ray reads it when ray.train is imported, so it has to stand before any module of this package imports ray
+# how often Ray Train's controller polls its workers: a report takes that long, and the default is ten times as long.
+# Ray reads it on import, so it must be set before any module of this package imports ray
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")

@@ -1,4 +1,4 @@
-"""The Ray cluster that a job runs on, and what its processes tell the person in front of it."""
+"""The Ray cluster that a job runs on, and the lines that its processes send to the user."""
 
 import logging
 import math
@@ -14,9 +14,12 @@ from ray.util.queue import Empty, Queue
 
 @contextmanager
 def local_cluster(num_cpus: int) -> Iterator[None]:
-    """Connect to the cluster that RAY_ADDRESS names (a submitted job has it), else start one with `num_cpus` or more.
+    """Connect to the cluster at RAY_ADDRESS (set in submitted jobs), or start a local one; disconnect after the block.
 
-    A cluster that is connected already is used as it is, and left. What workers print stays in Ray's own log files.
+    A cluster that is connected already is used and left as it is. What workers print stays in Ray's log files.
+
+    Args:
+        num_cpus: the fewest CPUs of a local cluster, which may be more than the machine has.
     """
     if ray.is_initialized():
         yield
@@ -35,14 +38,14 @@ def local_cluster(num_cpus: int) -> Iterator[None]:
 
 
 @contextmanager
-def messages(say: Callable[[str], None]) -> Iterator[Queue]:
-    """Yield a queue for workers' lines to a person; `say` gets them here as they come."""
+def messages(log: Callable[[str], None]) -> Iterator[Queue]:
+    """Yield a queue for workers' lines; `log` is called here with each as it arrives."""
     queue, done = Queue(actor_options={"num_cpus": 0}), threading.Event()
 
     def listen() -> None:
         while not done.is_set() or not queue.empty():
             try:
-                say(queue.get(timeout=0.5))
+                log(queue.get(timeout=0.5))
             except Empty:
                 continue
 
@@ -57,15 +60,15 @@ def messages(say: Callable[[str], None]) -> Iterator[Queue]:
 
 
 def resources() -> dict[str, float]:
-    """Return what the connected cluster has: `CPU`, `GPU` and so on."""
+    """Return the resources of the connected cluster by name: `CPU`, `GPU` and so on."""
     found: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     return found
 
 
 def limits() -> dict[str, float]:
-    """Return what the connected cluster has, or may have once its autoscaler has started nodes.
+    """Return the resources of the connected cluster once its autoscaler has started all nodes that it may.
 
-    A cluster without a CPU waits for nodes; where its autoscaler does not tell (version 1), there may be any number.
+    An autoscaler of version 1 does not tell its limits; a cluster without CPUs is then taken to have no limit.
     """
     found = resources()
     may_come = state.get_max_resources_from_cluster_config()  # as Ray Train asks, before it waits

@@ -31,7 +31,7 @@ from dmvae.data.reading.dataset import open_dataset
 from dmvae.data.reading.loader import read_epoch
 from dmvae.data.reading.sampler import EpochSampler
 from dmvae.model.dmvae import DMVAE
-from dmvae.platform.train.worker import _distribute
+from dmvae.platform.train.collectives import distribute
 from dmvae.training.state import Position, TrainState, build_optimizer
 from dmvae.training.step import Collectives, WorkerBatch, train_epoch
 from tests.benchmarks.steps import make_batch, mnist_svhn
@@ -85,7 +85,7 @@ def measure_steps(rank: int, num: int, port: int, folder: str) -> None:
     config = TrainConfig.model_validate({"name": "scaling", "data": {"dataset": "none"}, "model": mnist_svhn()})
     model = DMVAE(config.model)
     state = TrainState(model, build_optimizer(model, config.optim))
-    workers = Collectives(model) if num == 1 else _distribute(model, num, torch.device("cpu"))
+    workers = Collectives(model) if num == 1 else distribute(model, num, torch.device("cpu"))
     size = sum(parameter.numel() for parameter in model.parameters())
     found: dict[str, float] = {"gradient": 4 * size}
     for batch in BATCHES:

@@ -1,4 +1,4 @@
-"""A training configuration to a trained, judged and recorded model."""
+"""Train a run with Ray, evaluate its best model and record both."""
 
 import json
 import math
@@ -56,15 +56,15 @@ _RULES = ResumeRules(
 
 @dataclass(frozen=True)
 class TrainSummary:
-    """Where a finished run is and what it reached.
+    """Where a finished run is, and its metrics.
 
     Attributes:
         run_dir: its folder on this machine, with `best/` and `last/`.
-        where: the same for a person: that folder, or the URI where they are for every machine.
-        metrics: the best validation figure and the test figures.
+        where: its folder, or the URI where every machine finds it.
+        metrics: the best value of the monitored validation metric, and the test metrics.
         run_id: of the MLflow run.
-        tracking_uri: where that is.
-        was_finished: whether there was nothing left to do.
+        tracking_uri: of MLflow.
+        was_finished: whether the run was finished already.
     """
 
     run_dir: Path
@@ -76,12 +76,16 @@ class TrainSummary:
 
 
 def train_run(config: TrainConfig, progress: Callable[[str], None]) -> TrainSummary:
-    """Train, or go on training, the run that `config` describes; judge its best model; record both.
+    """Train or resume the run that `config` describes, evaluate its best model and record both.
+
+    Args:
+        config: of the run.
+        progress: called with each line for the user.
 
     Raises:
-        RunError: if the run's folder belongs to another configuration or dataset, the workers cannot be had, or
-            the loss became non-finite.
-        ValueError: if dataset and model do not fit.
+        RunError: if the run was started with other settings or another dataset, the cluster lacks the resources, or
+            the loss became NaN or infinite.
+        ValueError: if the model does not fit the dataset.
         TrackingError: if MLflow cannot be reached.
     """
     dataset = open_dataset(config.data.dataset)
@@ -101,13 +105,8 @@ def train_run(config: TrainConfig, progress: Callable[[str], None]) -> TrainSumm
     ) as tracked:
         store.write_record(checkpoint.RUN_CONFIG, record)
         with local_cluster(math.ceil(resolved.workers.num * resolved.workers.cpus)):
-            _announce(resolved, progress)
-            with messages(progress) as queue:
-                store.repair(progress)
-                fit(resolved, WorkerTask(absolute(resolved), record, store, tracked, queue))
-                best = store.publish(progress)
-            _record(tracked, store.run_dir)
-            figures = evaluate_split(
+            best = _train(resolved, record, store, tracked, progress)
+            test_metrics = evaluate_split(
                 (store.folder / BEST).where,
                 dataset,
                 resolved.evaluation,
@@ -116,11 +115,26 @@ def train_run(config: TrainConfig, progress: Callable[[str], None]) -> TrainSumm
                 progress,
                 Extras(device=resolved.workers.device),
             )
-        metrics = {f"best/val/{resolved.training.monitor}": best[SCORE], **figures}
+        metrics = {f"best/val/{resolved.training.monitor}": best[SCORE], **test_metrics}
         with Outbox(tracked) as outbox:
             outbox.log_metrics(metrics, int(best["step"]))
         store.write_record(RESULT, _result(resolved, metrics, tracked))
     return TrainSummary(store.run_dir, store.where, metrics, tracked.run_id, scrub(tracked.uri), was_finished=False)
+
+
+def _train(
+    config: TrainConfig, record: dict[str, Any], store: RunStore, tracked: TrackedRun, progress: Callable[[str], None]
+) -> dict[str, Any]:
+    """Train to the end, and publish the best and the last checkpoint; return what the best was reported with."""
+    _announce(config, progress)
+    with messages(progress) as queue:
+        store.repair(progress)
+        fit(config, WorkerTask(absolute(config), record, store, tracked, queue))
+        best = store.publish(progress)
+    with Outbox(tracked) as outbox:
+        for name in (BEST, LAST):
+            outbox.log_artifact(store.run_dir / name, "checkpoints")
+    return best
 
 
 def _check_same_run(store: RunStore, record: Mapping[str, Any]) -> None:
@@ -152,17 +166,17 @@ def _announce(config: TrainConfig, progress: Callable[[str], None]) -> None:
     device = "GPU" if _use_gpu(config) else "CPU"
     number = f"{workers.num}" if workers.min_num is None else f"{workers.min_num} to {workers.num}"
     progress(f"run {config.name}: {number} {device} worker{'s' if workers.num > 1 else ''} starting")
-    wanted, there = (workers.min_num or workers.num) * workers.cpus, resources().get("CPU", 0)
-    if there < wanted <= limits().get("CPU", 0):
-        progress(f"note: the cluster has {there:g} CPUs of the {wanted:g} wanted; its autoscaler is asked for more")
-    elif there < wanted:
-        progress(f"warning: the cluster has {there:g} CPUs of the {wanted:g} that this run waits for")
+    wanted, free = (workers.min_num or workers.num) * workers.cpus, resources().get("CPU", 0)
+    if free < wanted <= limits().get("CPU", 0):
+        progress(f"note: The cluster has {free:g} of {wanted:g} CPUs; its autoscaler is asked for more")
+    elif free < wanted:
+        progress(f"warning: The run waits for {wanted:g} CPUs, but the cluster has {free:g}. Lower workers.num")
     with torch.device("meta"):
         layers = DMVAE(config.model).modules()
     if any(isinstance(layer, nn.Dropout | nn.modules.batchnorm._BatchNorm) for layer in layers):
-        progress("note: with dropout or batch normalisation the result depends on the number of workers")
+        progress("note: With dropout or batch normalisation, the result depends on the number of workers")
     if device == "CPU" and config.training.precision == "bfloat16":
-        progress("note: bfloat16 is for GPUs; on CPUs it saves no time")
+        progress("note: bfloat16 saves no time on CPUs")
 
 
 def fit(
@@ -175,14 +189,14 @@ def fit(
     Args:
         config: resolved.
         task: for the workers.
-        callbacks: of Ray's controller.
+        callbacks: for Ray's controller.
 
     Raises:
-        RunError: if it stops for good.
-        KeyboardInterrupt: if a person stopped it.
+        RunError: if training failed more often than `workers.max_failures` allows, or cannot succeed.
+        KeyboardInterrupt: if the user interrupted it.
     """
     trainer = TorchTrainer(
-        work,  # type: ignore[arg-type]  # Ray returns what it returns, its annotation says None
+        work,  # type: ignore[arg-type]  # Ray returns the value, but its annotation says None
         train_loop_config={"task": task},
         scaling_config=_scaling(config),
         run_config=RunConfig(
@@ -201,7 +215,7 @@ def fit(
     except TrainingFailedError as error:
         reason = str(error).strip().splitlines()[-1]
         raise RunError(
-            f"training stopped for good: {reason} The same command goes on from the last checkpoint."
+            f"Training failed: {reason} Run the same command again to resume from the last checkpoint."
         ) from error
     ending: dict[str, Any] = getattr(result, "return_value", None) or {}
     if "failure" in ending:
@@ -221,17 +235,11 @@ def _scaling(config: TrainConfig) -> ScalingConfig:
 
 def _use_gpu(config: TrainConfig) -> bool:
     is_asked, wanted = config.workers.device == "gpu", config.workers.min_num or config.workers.num
-    # nodes with GPUs are started for a run that names them, and for no other
+    # an autoscaler starts nodes with GPUs only for a run that asks for them
     gpus = (limits() if is_asked else resources()).get("GPU", 0)
     if is_asked and gpus < wanted:
         raise RunError(
-            f'workers.device="gpu" needs a GPU per worker; got {gpus:.0f} for {wanted} workers. '
-            'Use fewer workers, or workers.device="auto".'
+            f'workers.device="gpu" needs one GPU per worker, but the cluster has {gpus:.0f} for {wanted} workers. '
+            'Lower workers.num, or set workers.device="auto".'
         )
     return config.workers.device != "cpu" and gpus >= wanted
-
-
-def _record(tracked: TrackedRun, run_dir: Path) -> None:
-    with Outbox(tracked) as outbox:
-        for name in (BEST, LAST):
-            outbox.log_artifact(run_dir / name, "checkpoints")

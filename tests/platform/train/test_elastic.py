@@ -43,7 +43,7 @@ def run_from_two_to_one_to_three(folder: Path, dataset: Path, precision: str) ->
     screen: list[str] = []
     for num, step in ((2, 12), (1, 40)):
         killer = KillAt(folder / "runs" / "run", step)
-        with pytest.raises(RunError, match="goes on from the last checkpoint"):
+        with pytest.raises(RunError, match="resume from the last checkpoint"):
             train_run(configure(folder, dataset, precision, num=num, max_failures=0), screen.append)
         killer.join()
         assert killer.at < STEPS

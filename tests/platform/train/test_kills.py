@@ -50,7 +50,7 @@ def stop_at(config: TrainConfig, step: int) -> None:
     """Have a run killed, which has no failures to spare."""
     killer = KillAt(Path(config.runs_dir) / config.name, step)
     workers = config.workers.model_copy(update={"max_failures": 0})
-    with pytest.raises(RunError, match="goes on from the last checkpoint"):
+    with pytest.raises(RunError, match="resume from the last checkpoint"):
         train_run(config.model_copy(update={"workers": workers}), lambda line: None)
     killer.join()
 
@@ -102,7 +102,7 @@ def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint_whole(large: P
         filler, run_dir = disk / "filler", disk / "runs" / "run"
         watcher = threading.Thread(target=fill_when, args=(filler, lambda: logged(run_dir) >= 12), daemon=True)
         watcher.start()
-        with pytest.raises(RunError, match=r"No space left on device.*Make room; the same command goes on") as stopped:
+        with pytest.raises(RunError, match=r"No space left on device.*Free some space") as stopped:
             train_run(config, lambda line: None)
         watcher.join()
         assert len(str(stopped.value).splitlines()) == 1

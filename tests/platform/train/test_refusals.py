@@ -38,7 +38,7 @@ def test_the_dataset_fills_in_shapes_and_likelihoods(dataset: Path, tmp_path: Pa
     [
         ({"model": {"decoders_dist": {"middle": "normal"}}}, ["middle", "left"]),
         ({"model": {"input_dims": {"left": [4], "right": [3]}}}, ["(5,)", "Remove model.input_dims"]),
-        ({"model": {"decoders_dist": {"left": "cauchy"}}}, ["cauchy", "Known: normal"]),
+        ({"model": {"decoders_dist": {"left": "cauchy"}}}, ["Unknown likelihood 'cauchy'", "Available: "]),
         ({"model": {"architectures": {"left": {"name": "conv"}}}}, ["conv", "(5,)"]),
         ({"training": {"monitor": "accuracy"}}, ["accuracy", "Available: loss, joint"]),
         ({"evaluation": {"split": "holdout"}}, ["holdout", "test"]),
