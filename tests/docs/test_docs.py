@@ -95,8 +95,10 @@ def test_every_configuration_is_valid(page: Path) -> None:
         assert VERBS[verb].config().model_validate(tree)
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "docs" / "python.md"], ids=lambda page: page.name)
-def test_the_python_examples_run(page: Path, tmp_path: Path) -> None:
-    program = "\n".join(["import torch", "torch.set_num_threads(1)", *(text for _, text in blocks(page, "python"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("page", ["README.md", "docs/python.md", "docs/extending.md"])
+def test_the_python_examples_run(page: str, tmp_path: Path) -> None:
+    examples = [text for _, text in blocks(ROOT / page, "python")]
+    program = "\n".join(["import torch", "torch.set_num_threads(1)", *examples])
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, check=True)
