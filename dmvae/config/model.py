@@ -1,4 +1,4 @@
-"""The model's settings: the fields of the seed's `DMVAEConfig`, validated and frozen."""
+"""The settings of a model, validated and frozen."""
 
 import math
 from typing import Any, Literal, TypeVar
@@ -16,86 +16,85 @@ DEFAULT_SUBSETS = 2
 
 
 class ArchitectureConfig(Section):
-    """The encoder and the decoder of one modality: a registered name and its sizes."""
+    """The networks of one modality: a registered architecture and its sizes."""
 
     name: str = "mlp"
     """`mlp`, `conv` (images of 32x32 or 28x28), `sequence` (of classes), or a name registered with
     `dmvae.nn.networks.register`."""
     hidden_dims: Shape | None = None
-    """Widths of hidden layers, encoder order; default (256,), of `sequence` (64, 64); empty: one linear map. `conv`
-    takes none."""
+    """Widths of the hidden layers in the order of the encoder; empty: one linear map. Default: (256,) for `mlp`,
+    (64, 64) for `sequence`. `conv` has fixed widths."""
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
 
 
 class DMVAEConfig(Section):
-    """A DMVAE: which modalities, how large its latents, how each modality is distributed, how terms are weighted.
+    """The settings of a DMVAE: modalities, sizes of latents, likelihoods, networks and weights of the objective.
 
-    A dict names modalities; one number holds for all of them.
+    A dict has an entry per modality; a single number applies to all of them.
 
     Raises:
-        ValidationError: (a ValueError) for a misspelt field, a modality that is not in `input_dims`, a dimension
-            below 1, a negative weight, or a setting that would have no effect.
+        ValidationError: (a ValueError) for an unknown field or modality, a dimension below 1, a negative weight, or a
+            setting without effect.
 
     Source: Lee & Pavlovic 2021; names of the MultiVae documentation.
     """
 
     n_modalities: Size | None = None
-    """May be left out when `input_dims` is given."""
+    """The number of modalities; optional with `input_dims`."""
     latent_dim: Size = 10
     """Dimension of the shared latent."""
     input_dims: dict[ModalityName, Shape] | None = None
-    """Shape of one row of each modality; a training job fills it from the dataset."""
+    """Shape of one row of each modality; training takes it from the dataset."""
     modalities_specific_dim: dict[ModalityName, Size] | Size = 2
     """Dimension of the private latents."""
     decoders_dist: dict[ModalityName, str] | None = None
-    """`normal` (the default), `laplace`, `bernoulli`, `categorical`, `poisson`, `negative_binomial`, or a registered
-    name, per modality. The decoder gives the logarithm of a count's mean at size factor 1."""
+    """Likelihood per modality: `normal` (default), `laplace`, `bernoulli`, `categorical`, `poisson`,
+    `negative_binomial`, or a registered name. For counts, the decoder returns the log-mean at size factor 1."""
     decoder_dist_params: dict[ModalityName, dict[str, Parameter]] | None = None
-    """`scale` of normal and laplace: a number (default 1) or "learned"; `classes` of categorical, and `pad`, the class
-    of elements that fill up shorter rows and count nowhere (default: none); `dispersion` r of negative_binomial, of
-    variance mu + mu^2 / r: a number or "learned" for each feature (the default); of counts also `size_factor` of rows
-    for which none is known, because they lack the modality (default 1), and `rate`, an element's mean at size factor
-    1, at which the decoder starts (default 1 / elements). Training takes both from the training rows."""
+    """Parameters of the likelihoods. normal, laplace: `scale`, a number (default 1) or "learned". categorical:
+    `classes`, and `pad`, the class that fills up short rows and is ignored (default: none). negative_binomial:
+    `dispersion` r of the variance mu + mu^2 / r, a number or "learned" per feature (default). Counts: `size_factor`
+    for rows without one (default 1), and `rate`, the mean of an element at size factor 1, at which the decoder starts
+    (default 1 / elements); training takes both from the training rows."""
     uses_likelihood_rescaling: bool = False
     rescale_factors: dict[ModalityName, NonNegativeFloat] | None = None
-    """The paper's lambda. Default with rescaling on: max_dim / prod(shape)."""
+    """The paper's lambda per modality, with `uses_likelihood_rescaling`. Default: max_dim / prod(shape)."""
     beta: NonNegativeFloat = 1.0
-    """Weight of the shared divergence of every source."""
+    """Weight of the shared KL divergence of every source."""
     modalities_specific_betas: dict[ModalityName, NonNegativeFloat] | NonNegativeFloat | None = None
-    """Weights of the private divergences; default 1."""
+    """Weights of the private KL divergences. Default: 1."""
     sources: Literal["unimodal", "subsets"] = "unimodal"
-    """Of the objective, beside the joint posterior: each modality by itself (the seed's), or random subsets of what a
-    row has, drawn afresh in every step; these train what prediction from several modalities uses."""
+    """Sources of the objective beside the joint posterior: each modality alone, as in the paper, or random subsets of
+    what a row has, new in every step, which train prediction from several modalities."""
     num_subsets: Size = DEFAULT_SUBSETS
-    """How many subsets; of `sources="subsets"` only."""
+    """Number of random subsets, with `sources="subsets"`."""
     architectures: dict[ModalityName, ArchitectureConfig] = Field(default_factory=dict)
-    """Network per modality; default an MLP with one hidden layer of 256."""
+    """Networks per modality. Default: an MLP with one hidden layer of 256."""
     custom_architectures: tuple[str, ...] = ()
-    """Recorded by the model: networks that were given by hand, as `encoders.image`."""
+    """Networks that were given by hand, as `encoders.image`; the model sets it."""
 
     @model_validator(mode="after")
     def _check(self) -> "DMVAEConfig":
         if self.rescale_factors is not None and not self.uses_likelihood_rescaling:
             raise ValueError(
-                "rescale_factors take effect with uses_likelihood_rescaling=True; got False. Set it, or remove them."
+                "rescale_factors have no effect with uses_likelihood_rescaling=False. Set it to True, or remove them."
             )
         if self.num_subsets != DEFAULT_SUBSETS and self.sources != "subsets":
             raise ValueError(
-                f'num_subsets takes effect with sources="subsets"; got sources={self.sources!r}. Set it, or remove '
-                "num_subsets."
+                f'num_subsets has no effect with sources={self.sources!r}. Set sources="subsets", or remove it.'
             )
         if self.input_dims is None:
             return self
         if not self.input_dims:
-            raise ValueError("a model has at least one modality; got input_dims={}. Name the modalities' shapes.")
+            raise ValueError("input_dims must have at least one modality, but got {}.")
         if any(len(shape) == 0 for shape in self.input_dims.values()):
             raise ValueError(
-                f"a modality's shape has a dimension; got input_dims={self.input_dims}. Write (1,) for a scalar."
+                f"Shapes in input_dims need at least one dimension, but got {self.input_dims}. Write (1,) for scalars."
             )
         if self.n_modalities not in (None, len(self.input_dims)):
             raise ValueError(
-                f"n_modalities is the number of entries of input_dims ({len(self.input_dims)}); "
-                f"got n_modalities={self.n_modalities}. Leave it out."
+                f"n_modalities must be the number of entries of input_dims, {len(self.input_dims)}, but got "
+                f"{self.n_modalities}. Leave it out."
             )
         self._check_names()
         for name, dist in self.distributions.items():
@@ -111,12 +110,12 @@ class DMVAEConfig(Section):
             value = getattr(self, field)
             stray = sorted(value.keys() - self.input_dims.keys()) if isinstance(value, dict) else []
             if stray:
-                raise ValueError(f"{field} names modalities of input_dims ({sorted(self.input_dims)}); got {stray}.")
+                raise ValueError(f"Unknown modalities in {field}: {stray}. Available: {sorted(self.input_dims)}.")
         for field in ("modalities_specific_dim", "modalities_specific_betas", "rescale_factors"):
             value = getattr(self, field)
             absent = sorted(self.input_dims.keys() - value.keys()) if isinstance(value, dict) else []
             if absent:
-                raise ValueError(f"{field} has an entry for every modality; {absent} have none.")
+                raise ValueError(f"{field} is missing entries for {absent}.")
 
     def _check_params(self, name: str, dist: str) -> None:
         if dist not in SPECS:
@@ -129,7 +128,7 @@ class DMVAEConfig(Section):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of one row of each modality, in the model's order of modalities."""
         if self.input_dims is None:
-            raise ValueError("a model needs its modalities' shapes; got input_dims=None. Give input_dims.")
+            raise ValueError("input_dims is missing: a model needs the shapes of its modalities.")
         return dict(self.input_dims)
 
     @property
@@ -139,7 +138,7 @@ class DMVAEConfig(Section):
 
     @property
     def source_names(self) -> tuple[str, ...]:
-        """The names of the objective's sources: the joint posterior, then the modalities or the random subsets."""
+        """The names of the sources: the joint posterior, then the modalities or the random subsets."""
         if self.sources == "unimodal":
             return ("joint", *self.modalities)
         return ("joint", *(f"subset_{number}" for number in range(1, self.num_subsets + 1)))

@@ -1,4 +1,4 @@
-"""The evidence lower bound of the joint posterior, per row, as the NLL's upper neighbour."""
+"""The negative ELBO of the joint posterior per row: an upper bound of the NLL in expectation."""
 
 import torch
 from jaxtyping import Float
@@ -9,15 +9,15 @@ from dmvae.distributions.gaussian import DiagGaussian
 from dmvae.distributions.noise import chain, row_keys, standard_normal
 from dmvae.model.dmvae import DMVAE
 
-_BOUND = 3  # names the noise
+_BOUND = 3  # part of the noise key
 
 
 def negative_elbo(model: DMVAE, batch: Batch, num_draws: int = 16, seed: int = 0) -> Float[Tensor, " row"]:
-    """Estimate each row's negative evidence lower bound in nats, all weights 1; 0 for a row with nothing.
+    """Estimate the negative ELBO of each row in nats, with all weights 1; 0 for a row without any modality.
 
         KL(q(z_s | x_A) || p) + sum_{i in A} ( KL(q(z_i | x_i) || p) - E log p(x_i | z_s, z_i) )
 
-    Its expectation is at least the NLL. A row's draws depend on the seed and its id alone.
+    Its expectation is at least the NLL. The draws of a row depend only on the seed and its id.
     """
     batch = batch.to(model.device)
     with torch.no_grad():

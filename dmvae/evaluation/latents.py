@@ -1,4 +1,4 @@
-"""The latents of a trained model over many rows: collected, given a density, and asked for the label."""
+"""Latents of a trained model: collect them, fit a prior to them, and probe them for the label."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -19,10 +19,10 @@ class Latents:
     """Latents of many rows, in float64 on the CPU.
 
     Attributes:
-        shared: z_s, given all that a row has.
-        private: z_p per modality; the prior's where a row lacks it.
+        shared: z_s given all modalities of a row.
+        private: z_p per modality; from the prior where a row lacks the modality.
         present: which rows have each modality.
-        labels: -1 where there is none; None if the rows have none.
+        labels: -1 for rows without one; None if no row has one.
     """
 
     shared: Float[Tensor, "row shared"]
@@ -31,13 +31,13 @@ class Latents:
     labels: Int64[Tensor, " row"] | None
 
     def block(self, name: str) -> tuple[Float[Tensor, "chosen dim"], Bool[Tensor, " row"]]:
-        """Return the latents named `shared`, or a modality's private ones, of the rows that have them; and which."""
+        """Return the shared or a modality's private latents of the rows that have them, and which rows these are."""
         here = torch.stack(list(self.present.values())).any(0) if name == "shared" else self.present[name]
         return (self.shared if name == "shared" else self.private[name])[here], here
 
 
 def collect(model: DMVAE, rows: Batch | Iterable[Batch], return_mean: bool = False, seed: int = 0) -> Latents:
-    """Encode rows: one draw for each, or the posteriors' means."""
+    """Encode rows: one draw per row, or the posterior means."""
     parts = []
     for batch in batches(rows):
         encoded = model.encode(batch, return_mean=return_mean, generator=generator_of(model, batch, seed))
@@ -54,10 +54,10 @@ def collect(model: DMVAE, rows: Batch | Iterable[Batch], return_mean: bool = Fal
 
 
 def fit_density(model: DMVAE, rows: Batch | Iterable[Batch], num_components: int = 20, seed: int = 0) -> FittedPrior:
-    """Fit Gaussian mixtures to the aggregated posterior: one draw of z_s and of each z_p of every row.
+    """Fit Gaussian mixtures to the aggregated posterior, with one draw of z_s and of each z_p per row.
 
     Raises:
-        ValueError: if a modality is in fewer than two rows.
+        ValueError: if fewer than two rows have a modality.
         ImportError: if scikit-learn is not installed.
     """
     latents = collect(model, rows, seed=seed)
@@ -69,10 +69,10 @@ def fit_density(model: DMVAE, rows: Batch | Iterable[Batch], num_components: int
 
 
 def probe_labels(train: Latents, test: Latents) -> dict[str, Proportion]:
-    """Count the test rows whose label a linear classifier reads off the shared latent, and off each private one.
+    """Count the test rows whose label linear probes of the shared and of each private latent predict.
 
-    A disentangled model has a high share for `shared` and, where labels are what modalities have in common, low ones
-    for the private latents.
+    If labels are what modalities have in common, a disentangled model has a high share for `shared` and low ones for
+    the private latents.
 
     Raises:
         ValueError: if the rows have no labels.
@@ -82,7 +82,7 @@ def probe_labels(train: Latents, test: Latents) -> dict[str, Proportion]:
 
 
 def fit_probes(train: Latents) -> dict[str, Classifier]:
-    """Fit logistic regression of the label on standardised latents, for `shared` and each private block.
+    """Fit a logistic regression of the label on standardised latents, for `shared` and each modality.
 
     Raises:
         ValueError: if the rows have no labels.
@@ -93,7 +93,7 @@ def fit_probes(train: Latents) -> dict[str, Classifier]:
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import StandardScaler
     except ImportError as error:
-        raise ImportError("a probe is scikit-learn's logistic regression. Run pip install 'dmvae[report]'.") from error
+        raise ImportError("scikit-learn not found. Run pip install 'dmvae[report]'.") from error
     probes = {}
     for name in ("shared", *train.private):
         x, y = _labelled(train, name)
@@ -102,14 +102,14 @@ def fit_probes(train: Latents) -> dict[str, Classifier]:
 
 
 def probe_share(probe: Classifier, test: Latents, name: str, count_all: bool = False) -> Proportion:
-    """Count the rows whose label a probe reads off a block of latents: those that have it, or all labelled rows."""
+    """Count the rows whose label a probe predicts, out of those that have the latents or of all labelled rows."""
     x, y = _labelled(test, name, count_all)
     return Proportion(int((probe.predict(x) == y).sum()), len(y)) if len(y) else Proportion()
 
 
 def _labelled(latents: Latents, name: str, count_all: bool = False) -> tuple[np.ndarray, np.ndarray]:
     if latents.labels is None:
-        raise ValueError("a probe reads labels off latents; got rows without labels.")
+        raise ValueError("Cannot fit or score probes: the rows have no labels.")
     if count_all:
         values, labels = latents.shared if name == "shared" else latents.private[name], latents.labels
     else:

@@ -1,6 +1,6 @@
-"""How well predictions keep what modalities share, and how much of the latents is used: sums that add over batches.
+"""Metrics as sums over rows: coherence of predictions, and active units of the latents.
 
-Every function takes one batch or several; results of different workers are added, and divided once at the end.
+Every function takes one batch or several. Results of several workers are added, and divided once at the end.
 """
 
 import math
@@ -24,7 +24,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 @runtime_checkable
 class Classifier(Protocol):
-    """What tells a row's class: a fitted scikit-learn classifier, or anything with this method."""
+    """A classifier: one of scikit-learn that is fitted, or any object with this method."""
 
     def predict(self, values: Array, /) -> Array:
         """Return the classes of `(rows, features)`."""
@@ -32,11 +32,11 @@ class Classifier(Protocol):
 
 @dataclass(frozen=True)
 class Proportion:
-    """How many of some rows have a property.
+    """The rows that have a property, out of some rows.
 
     Attributes:
-        hits: rows that have it.
-        rows: rows that were asked.
+        hits: number of rows with the property.
+        rows: number of rows.
     """
 
     hits: int = 0
@@ -47,21 +47,21 @@ class Proportion:
 
     @property
     def rate(self) -> float:
-        """The share; NaN without rows."""
+        """The proportion; NaN without rows."""
         return self.hits / self.rows if self.rows else math.nan
 
     @property
     def se(self) -> float:
-        """The share's binomial standard error; NaN without rows."""
+        """The binomial standard error of the proportion; NaN without rows."""
         return math.sqrt(self.rate * (1 - self.rate) / self.rows) if self.rows else math.nan
 
 
 @dataclass(frozen=True, eq=False)
 class MeanSums:
-    """Posterior means of one block of latents, added up over rows in float64.
+    """Sums over rows of the posterior means of one block of latents, in float64.
 
     Attributes:
-        rows: how many.
+        rows: number of rows.
         total: sum over rows.
         squares: sum of squares over rows.
     """
@@ -75,7 +75,7 @@ class MeanSums:
 
     @property
     def variance(self) -> Float[Tensor, " unit"]:
-        """The variance over rows of each unit's posterior mean, divided by the number of rows; 0 without rows."""
+        """The population variance over rows of the posterior mean of each unit; 0 without rows."""
         rows = max(self.rows, 1)
         return (self.squares / rows - (self.total / rows).square()).clamp(min=0)
 
@@ -86,7 +86,7 @@ class MeanSums:
 
 
 def fit_classifier(rows: Batch | Iterable[Batch], modality: str) -> Classifier:
-    """Fit a support vector classifier to the labelled rows that have a modality, each different row once.
+    """Fit a support vector classifier to the labelled rows that have a modality, without repeated rows.
 
     Raises:
         ValueError: if a batch has no labels, or fewer than two classes are left.
@@ -96,25 +96,24 @@ def fit_classifier(rows: Batch | Iterable[Batch], modality: str) -> Classifier:
         from sklearn.svm import SVC
     except ImportError as error:
         raise ImportError(
-            "a classifier is a support vector machine of scikit-learn, which is not installed. "
-            "Run pip install 'dmvae[demo]'."
+            "scikit-learn not found: it provides the classifier. Run pip install 'dmvae[demo]'."
         ) from error
     parts = [_labelled(batch, modality) for batch in batches(rows)]
-    # pairs repeat a modality's rows
+    # a row of one modality may be paired with several of another
     known = np.unique(np.concatenate([np.column_stack((_flat(b.data[modality]), _labels(b))) for b in parts]), axis=0)
     classes = np.unique(known[:, -1])
     if len(classes) < 2:
         raise ValueError(
-            f"a classifier tells two classes or more apart; got labels {classes.tolist()} of {modality!r}."
+            f"Cannot fit a classifier of {modality!r}: expected at least two classes, got labels {classes.tolist()}."
         )
     classifier: Classifier = SVC(C=10.0).fit(known[:, :-1], known[:, -1].astype(np.int64))
     return classifier
 
 
 def classifier_accuracy(classifier: Classifier, rows: Batch | Iterable[Batch], modality: str) -> Proportion:
-    """Count real rows whose class is recognised: the ceiling of what `conditional_coherence` can be.
+    """Count real rows whose class is recognised: the upper limit of `conditional_coherence`.
 
-    Rows without the modality or a label do not count.
+    Rows without the modality or without a label are left out.
     """
     parts = (_labelled(batch, modality) for batch in batches(rows))
     return sum((_recognised(classifier, batch.data[modality], batch) for batch in parts if len(batch)), Proportion())
@@ -130,20 +129,20 @@ def conditional_coherence(
     seed: int = 0,
     density: FittedPrior | None = None,
 ) -> Proportion:
-    """Count rows of which `predict(rows, cond_mod, gen_mod)` shows the row's own class to a classifier.
+    """Count rows for which a classifier finds the row's class in `predict(rows, cond_mod, gen_mod)`.
 
-    What is shown is the likelihood's mean. Only `cond_mod` is given to the model; rows without all of it or without a
-    label do not count, and rows without `gen_mod` do. A batch's draws depend on the seed and the rows' ids alone.
+    The classifier gets the likelihood's mean. The model gets `cond_mod` only; rows without all of it or without a label
+    are left out, rows without `gen_mod` count. The draws of a batch depend only on the seed and the rows' ids.
 
     Args:
         model: in any mode.
         rows: with labels.
         classifier: of `gen_mod`.
-        cond_mod: the modality that is given, or several.
-        gen_mod: the modality that is predicted.
-        return_mean: decode the posteriors' means in place of one draw per row.
+        cond_mod: one or several modalities to predict from.
+        gen_mod: the modality to predict.
+        return_mean: decode the posterior means in place of one draw per row.
         seed: of the draws.
-        density: of the latents, in place of the prior.
+        density: replaces the prior.
 
     Raises:
         ValueError: if a batch has no labels, or a modality is unknown.
@@ -172,7 +171,7 @@ def predicted_class_share(
     return_mean: bool = False,
     seed: int = 0,
 ) -> Proportion:
-    """Count labelled rows of which the prediction of `gen_mod` from `given`, the same rows, shows the row's class."""
+    """Count labelled rows for which the prediction of `gen_mod` from `given`, the same rows, has the row's class."""
     assert rows.labels is not None
     chosen = rows.labels.cpu() >= 0
     rows, given = rows[chosen], given[chosen]
@@ -190,7 +189,7 @@ def joint_coherence(
     seed: int = 0,
     density: FittedPrior | None = None,
 ) -> Proportion:
-    """Count samples from the prior, or a density in its place, in all modalities of which classifiers see one class.
+    """Count samples from the prior, or from `density`, for which the classifiers of all modalities agree.
 
     Source: Shi et al. 2019, joint coherence.
     """
@@ -201,9 +200,9 @@ def joint_coherence(
 
 
 def _shown(model: DMVAE, name: str, output: Tensor, given: Batch | None = None, rows: Batch | None = None) -> Tensor:
-    """Return a decoder's output as values such as the data's: the mean, or of categories the likeliest.
+    """Return the best guess of the values for a decoder's output: the mean, or the most probable classes.
 
-    Counts are at the size factors of what is `given`; where `rows` themselves have padding it is shown.
+    Counts take the size factors of `given`; classes are padded where those of `rows` are.
     """
     likelihood = model.likelihoods[name]
     if likelihood.classes is None:
@@ -216,7 +215,7 @@ def _shown(model: DMVAE, name: str, output: Tensor, given: Batch | None = None, 
 
 
 def posterior_mean_sums(model: DMVAE, rows: Batch | Iterable[Batch]) -> dict[str, MeanSums]:
-    """Add up the posterior means of each block of latents: `shared`, and each modality's private latent.
+    """Sum the posterior means of each block of latents: `shared`, and the private latent of each modality.
 
     The shared block counts the rows that have any modality, a private block the rows that have its own.
     """
@@ -234,14 +233,14 @@ def posterior_mean_sums(model: DMVAE, rows: Batch | Iterable[Batch]) -> dict[str
 
 
 def generator_of(model: DMVAE, batch: Batch, seed: int) -> torch.Generator:
-    """Return a generator that depends on the seed and the rows' ids alone."""
+    """Return a generator that depends only on the seed and the rows' ids."""
     ids = torch.arange(len(batch)) if batch.ids is None else batch.ids
     return torch.Generator(model.device).manual_seed(int(chain(seed, row_keys(ids)).sum()))
 
 
 def batches(rows: Batch | Iterable[Batch]) -> Iterator[Batch]:
-    """Yield one batch, or several."""
-    # a batch is an iterable too, of single rows
+    """Yield the batches of an argument that is one batch or several."""
+    # a batch is an iterable too: of single rows
     yield from [rows] if isinstance(rows, Batch) else rows
 
 
@@ -252,9 +251,9 @@ def _as_names(model: DMVAE, modalities: Modalities) -> tuple[str, ...]:
 
 
 def _labelled(batch: Batch, *modalities: str) -> Batch:
-    """Return the rows that have all of some modalities and a label."""
+    """Return the rows that have some modalities and a label."""
     if batch.labels is None:
-        raise ValueError("classes are compared with the rows' labels; got a batch without labels.")
+        raise ValueError("Cannot compare classes: the batch has no labels.")
     present = [has(batch, name) for name in modalities]
     return batch[torch.stack([*present, batch.labels.cpu() >= 0]).all(0)]
 

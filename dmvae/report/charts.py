@@ -1,4 +1,4 @@
-"""Charts of a trained model: curves, maps, scatter plots, and how far the NLL can be believed."""
+"""Charts of a trained model: training curves, latent maps, NLL diagnostics, coherence and missingness."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ from dmvae.report.html_report import Figure, Picture, is_image
 
 
 def training_curves(metrics_file: Path) -> Picture:
-    """Draw the losses and the divergences that a run has recorded."""
+    """Draw the losses and the divergences of a run."""
     curves: dict[str, list[tuple[int, float]]] = {}
     for line in metrics_file.read_text().splitlines():
         entry = json.loads(line)
@@ -33,17 +33,17 @@ def training_curves(metrics_file: Path) -> Picture:
             axes.plot([p[0] for p in points], [p[1] for p in points], marker=marker, markersize=3, label=_plain(name))
         axes.set_xlabel("step")
         axes.legend(fontsize=8)
-    left.set(title="objective, smaller is better", ylabel="nats per row, all sources added")
+    left.set(title="loss, smaller is better", ylabel="nats per row, sum over sources")
     right.set(title="information in the latents (validation)", ylabel="divergence from the prior, nats per row")
     text = (
-        "A validation loss that rises while the training loss falls is overfitting; a divergence near 0 is an unused "
-        "latent."
+        "A validation loss that rises while the training loss falls indicates overfitting. A divergence near 0 "
+        "indicates an unused latent."
     )
     return Picture("curves", "Training", text, figure)
 
 
 def latent_map(latents: Latents, max_rows: int = 1000) -> Picture:
-    """Draw z_s in two dimensions, by label: principal components, and t-SNE."""
+    """Draw z_s in two dimensions, coloured by label: principal components and t-SNE."""
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
 
@@ -64,43 +64,43 @@ def latent_map(latents: Latents, max_rows: int = 1000) -> Picture:
             axes.scatter(flat[mine, 0], flat[mine, 1], s=9, color=colour, label=name)
         axes.set(title=title, xlabel="first coordinate (no unit)", ylabel="second coordinate (no unit)")
     axes.legend(title="label", fontsize=8, markerscale=2, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    text = "Each point is a row's mean of z_s. Where labels are what modalities share, their colours should lie apart."
+    text = "Each point is the posterior mean of z_s of one row. If labels are shared content, colours should separate."
     return Picture("map", "The shared latent by label", text, figure)
 
 
 def weight_diagnostics(estimate: NLLEstimate) -> Picture:
-    """Draw how far the NLL's own error can be believed."""
+    """Draw how reliable the standard errors of the NLL are."""
     khat, ess = estimate.khat.cpu().numpy(), estimate.ess.cpu().numpy()
     figure = Figure(figsize=(11, 4), layout="constrained")
     first, second, third = figure.subplots(1, 3)
     first.hist(khat[np.isfinite(khat)], bins=25, color="C0")
-    first.axvline(KHAT_LIMIT, color="C3", label=f"above {KHAT_LIMIT}: not trusted")
+    first.axvline(KHAT_LIMIT, color="C3", label=f"above {KHAT_LIMIT}: unreliable")
     first.set(title="Pareto k-hat", xlabel="k-hat of a row's weights", ylabel="rows")
     first.legend(fontsize=7)
     if not np.isfinite(khat).any():
         first.text(0.5, 0.5, "too few draws for k-hat", ha="center", transform=first.transAxes)
     second.hist(ess, bins=np.geomspace(max(1.0, ess.min() / 1.1), max(2.0, 1.1 * ess.max()), 25), color="C0")
-    second.set(title="effective sample size", xscale="log", xlabel="draws that count, of a row", ylabel="rows")
+    second.set(title="effective sample size", xscale="log", xlabel="effective draws of a row", ylabel="rows")
     trusted = estimate.trusted.cpu().numpy()
-    for mine, colour, label in ((trusted, "C0", "trusted"), (~trusted, "C3", "not trusted")):
+    for mine, colour, label in ((trusted, "C0", "reliable"), (~trusted, "C3", "unreliable")):
         third.scatter(estimate.nll.cpu().numpy()[mine], estimate.se.cpu().numpy()[mine], s=9, color=colour, label=label)
     third.set(title="error of each row", xlabel="NLL, nats", ylabel="Monte Carlo standard error, nats")
     third.legend(fontsize=8, loc="upper right")
     text = (
-        f"{len(trusted)} rows, {int((~trusted).sum())} of them with an error that is not to be trusted. The NLL is an "
-        "average of weights of random draws: k-hat tells how heavy the tail of a row's weights is, the effective "
+        f"{len(trusted)} rows, {int((~trusted).sum())} of them with an unreliable error estimate. The NLL is an "
+        "average of importance weights: k-hat measures how heavy the tail of a row's weights is, and the effective "
         "sample size how many draws carry the average."
     )
-    return Picture("weights", "How good the NLL estimate is", text, figure)
+    return Picture("weights", "Reliability of the NLL estimate", text, figure)
 
 
-def coherence_matrix(figures: Mapping[str, float]) -> Picture:
-    """Draw coherence from each set of modalities to each other one, its ceiling in the last line."""
-    cells = {tuple(key.split("/")[-2:]): value for key, value in figures.items() if key.startswith("coherence/")}
+def coherence_matrix(metrics: Mapping[str, float]) -> Picture:
+    """Draw coherence from each set of modalities to each other one, and its upper limit in the last line."""
+    cells = {tuple(key.split("/")[-2:]): value for key, value in metrics.items() if key.startswith("coherence/")}
     sources, targets = sorted({key[0] for key in cells}), sorted({key[1] for key in cells})
     table = np.array([[cells.get((s, t), np.nan) for t in targets] for s in sources])
-    ceiling = np.array([[figures[f"classifier/{t}"] for t in targets]])
-    table, lines = np.concatenate([table, ceiling]), [*sources, "ceiling: real rows"]
+    ceiling = np.array([[metrics[f"classifier/{t}"] for t in targets]])
+    table, lines = np.concatenate([table, ceiling]), [*sources, "upper limit: real rows"]
     figure = Figure(figsize=(3 + 1.3 * len(targets), 1.6 + 0.5 * len(lines)), layout="constrained")
     axes = figure.subplots()
     axes.imshow(table, vmin=0, vmax=1, cmap="Blues", aspect="auto")
@@ -110,23 +110,23 @@ def coherence_matrix(figures: Mapping[str, float]) -> Picture:
         axes.text(column, row, mark, ha="center", va="center", color="white" if value > 0.6 else "black")
     axes.set_xticks(range(len(targets)), targets)
     axes.set_yticks(range(len(lines)), lines)
-    axes.set(title="share of rows whose label is kept", xlabel="generated", ylabel="given")
-    joint = ", ".join(f"{value:.2f} with {'the fitted density' if key.startswith('density') else 'the prior'}"
-                      for key, value in figures.items() if key.endswith("joint_coherence"))  # fmt: skip
-    text = f"One draw per row, judged by classifiers of real rows. Samples that agree in all modalities: {joint}."
+    axes.set(title="share of rows whose label is recognised", xlabel="generated", ylabel="given")
+    joint = ", ".join(f"{value:.2f} with {'the fitted prior' if key.startswith('density') else 'the prior'}"
+                      for key, value in metrics.items() if key.endswith("joint_coherence"))  # fmt: skip
+    text = f"One draw per row, recognised by classifiers fitted to real rows. Samples whose modalities agree: {joint}."
     return Picture("coherence", "Coherence", text, figure)
 
 
 def missing_patterns(
     modalities: Sequence[str], observed: Sequence[float], patterns: Sequence[tuple[Sequence[bool], int]], rows: int
 ) -> Picture:
-    """Draw which modalities rows have together, the most frequent combination first (an UpSet plot).
+    """Draw which modalities rows have together, the most frequent combination first (UpSet plot).
 
     Args:
         modalities: their names.
-        observed: the share of rows that have each.
-        patterns: combinations, who is there in each, and how many rows have it.
-        rows: how many there are, of these and of other combinations.
+        observed: the share of rows that have each modality.
+        patterns: combinations, as a flag per modality, and the number of rows of each.
+        rows: number of rows with these or other combinations.
     """
     counts = np.array([count for _, count in patterns])
     width, height = 1.2 + 0.42 * max(len(patterns), 6), 0.8 + 0.3 * len(modalities)
@@ -159,24 +159,24 @@ def missing_patterns(
         axes.set(xlim=(-0.6, len(patterns) - 0.4), xticks=[])
     for axes in (above, left, grid):
         axes.spines[["top", "right"]].set_visible(False)
-    text = f"{rows:,} rows; a filled dot is a modality that the rows of that column have."
-    return Picture("missingness", "What is missing together", text, figure)
+    text = f"{rows:,} rows; a filled dot marks a modality that the rows of its column have."
+    return Picture("missingness", "Patterns of missing modalities", text, figure)
 
 
 _MISSING = {
-    "rmse": ("imputation, smaller is better", "root mean square error, in the values' unit as read"),
-    "coherence": ("coherence, larger is better", "share of rows whose label is kept"),
-    "probe": ("label in the latents", "share of rows whose label a linear probe reads"),
+    "rmse": ("imputation, smaller is better", "root mean square error, in the model's units"),
+    "coherence": ("coherence, larger is better", "share of rows whose label is recognised"),
+    "probe": ("label in the latents", "share of rows whose label a linear probe predicts"),
 }
 
 
-def missing_curves(figures: Mapping[str, float]) -> Picture:
-    """Draw imputation error, coherence and probes against the share of modalities that is removed."""
-    kinds = [kind for kind in _MISSING if any(f"/{kind}/" in key for key in figures)]
+def missing_curves(metrics: Mapping[str, float]) -> Picture:
+    """Draw imputation error, coherence and probe accuracy against the share of removed modalities."""
+    kinds = [kind for kind in _MISSING if any(f"/{kind}/" in key for key in metrics)]
     figure = Figure(figsize=(5.5 * len(kinds), 4.2), layout="constrained")
     for axes, kind in zip(np.atleast_1d(figure.subplots(1, len(kinds))), kinds, strict=True):
         lines: dict[tuple[str, str, str], list[tuple[int, float]]] = {}
-        for key, value in figures.items():
+        for key, value in metrics.items():
             _, how, rate, what, name = key.split("/")
             if what in (kind, f"{kind}_ridge"):
                 lines.setdefault((name, what, how), []).append((int(rate), value))
@@ -192,10 +192,10 @@ def missing_curves(figures: Mapping[str, float]) -> Picture:
         axes.set(title=title, ylabel=unit, xlabel="modalities removed, %")
         axes.legend(fontsize=7)
     text = (
-        "Each modality is predicted from what is left of the others, and labels are read off the latents of what is "
-        "left. By label: rows with larger labels lose more, so that what is missing is not missing at random."
+        "Each modality is predicted from the remaining ones, and probes predict labels from their latents. By label: "
+        "rows with larger labels lose more, so that modalities are not missing at random."
     )
-    return Picture("missing", "With more and more missing", text, figure)
+    return Picture("missing", "Robustness to missing modalities", text, figure)
 
 
 def imputed_scatter(model: DMVAE, rows: Batch, density: FittedPrior | None) -> list[Picture]:
@@ -218,7 +218,9 @@ def imputed_scatter(model: DMVAE, rows: Batch, density: FittedPrior | None) -> l
         axes.set(title=name, xlabel="observed value", ylabel="imputed from the other modalities")
         axes.legend(fontsize=8, loc="upper left")
         error = float(np.sqrt(np.square(imputed - observed).mean()))
-        text = f"Root mean square error {error:.3f}, in the values' unit as read; a flat cloud is a guess of the mean."
+        text = (
+            f"Root mean square error {error:.3f}, in the model's units; a flat cloud means that the mean is predicted."
+        )
         pictures.append(Picture(f"imputed-{name}", f"{name} imputed from the others", text, figure))
     return pictures
 
@@ -228,7 +230,7 @@ def _divergences(curves: Mapping[str, Any]) -> list[str]:
 
 
 def _plain(name: str) -> str:
-    """Return a metric's name as a person would say it."""
+    """Return the label of a metric."""
     kind, _, rest = name.removeprefix("val/").partition("/")
     words = {"train": "training rows", "loss": "validation rows", "kl_shared": "shared z_s"}
     return words.get(kind, f"private z_p of {rest}")

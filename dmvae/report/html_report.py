@@ -1,4 +1,4 @@
-"""A trained model in pictures: figures for PNG files and one HTML page that needs nothing else."""
+"""Write figures as PNG files and one self-contained HTML page."""
 
 import base64
 import html
@@ -10,19 +10,19 @@ from pathlib import Path
 try:
     from matplotlib.figure import Figure as Figure
 except ImportError as error:
-    raise ImportError("figures are drawn by matplotlib. Run pip install 'dmvae[report]'.") from error
+    raise ImportError("matplotlib not found. Run pip install 'dmvae[report]'.") from error
 
 
 _WORDS = (
-    "A row is one sample, seen in several modalities of which any may be missing. The model gives it a shared latent "
-    "z_s, for what its modalities have in common, and a private latent z_p per modality, for the rest. A nat is a unit "
-    "of log-likelihood, 1.44 bits; the NLL is the negative log-likelihood of what a row has, smaller is better."
+    "A row is one sample, observed in several modalities of which any may be missing. The model has a shared latent "
+    "z_s for what the modalities of a row have in common, and a private latent z_p per modality for the rest. A nat is "
+    "1.44 bits. The NLL is the negative log-likelihood of the observed modalities of a row; smaller is better."
 )
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure, the name of its file, its title and what a person sees in it."""
+    """A figure, the name of its file, its title and its explanation."""
 
     name: str
     title: str
@@ -31,7 +31,7 @@ class Picture:
 
 
 def write_report(folder: Path, title: str, facts: Mapping[str, str], pictures: Sequence[Picture]) -> Path:
-    """Write every picture as PNG and all of them into `report.html`; return that file."""
+    """Write every picture as PNG and all of them into `report.html`; return the path of that file."""
     folder.mkdir(parents=True, exist_ok=True)
     parts = [f"<h1>{html.escape(title)}</h1>", f"<p>{html.escape(_WORDS)}</p>", "<table>"]
     parts += [f"<tr><th>{html.escape(key)}</th><td>{html.escape(value)}</td></tr>" for key, value in facts.items()]
@@ -54,5 +54,5 @@ def write_report(folder: Path, title: str, facts: Mapping[str, str], pictures: S
 
 
 def is_image(shape: Sequence[int]) -> bool:
-    """Tell whether values of this shape are shown as an image: two dimensions of 8 or more, one or three channels."""
+    """Return whether values of this shape are drawn as images: at least 8x8, with one or three channels."""
     return len(shape) in (2, 3) and min(shape[-2:]) >= 8 and (len(shape) == 2 or shape[0] in (1, 3))

@@ -1,4 +1,4 @@
-"""Images that a trained model makes: reconstructions, predictions, samples, and what each latent changes."""
+"""Images from a trained model: reconstructions, cross-modal predictions, samples and latent traversals."""
 
 from collections.abc import Mapping, Sequence
 
@@ -19,19 +19,19 @@ _STEPS = torch.linspace(-2.0, 2.0, 9)
 
 
 def reconstructions(model: DMVAE, rows: Batch, scales: Scales) -> list[Picture]:
-    """Draw rows beside their reconstructions from the posterior means."""
+    """Draw rows and their reconstructions from the posterior means."""
     pictures = []
     for name in _images(model):
         chosen = rows[has(rows, name)][:_COLUMNS]
         rebuilt = _show(model, name, model.predict(chosen, "all", name, return_mean=True)[name])
-        text = "Each column is a row of the split: the value as it is, and what the model makes of its latents."
-        figure = _grid([chosen.data[name], rebuilt], ["observed", "rebuilt"], [name] * 2, rows, scales)
+        text = "Each column is a row of the split: the observed image, and its reconstruction from the posterior means."
+        figure = _grid([chosen.data[name], rebuilt], ["observed", "reconstructed"], [name] * 2, rows, scales)
         pictures.append(Picture(f"reconstruction-{name}", f"Reconstructions of {name}", text, figure))
     return pictures
 
 
 def cross_modal(model: DMVAE, rows: Batch, density: FittedPrior | None, scales: Scales) -> list[Picture]:
-    """Draw what is generated of each image modality from the others of the same rows."""
+    """Draw each image modality as predicted from the others of the same rows."""
     pictures, names = [], _images(model)
     for target in names:
         sources = [name for name in names if name != target]
@@ -42,7 +42,7 @@ def cross_modal(model: DMVAE, rows: Batch, density: FittedPrior | None, scales: 
         given, generator = mask_modalities(chosen, target), torch.Generator(model.device).manual_seed(0)
         lines = [chosen.data[name] for name in sources]
         titles, shown = [f"given: {name}" for name in sources], list(sources)
-        for label, fitted in (("prior", None), ("density", density)):
+        for label, fitted in (("prior", None), ("fitted prior", density)):
             if label == "prior" or fitted is not None:
                 draws = model.predict(given, gen_mod=target, N=3, generator=generator, density=fitted)[target]
                 lines += list(_show(model, target, draws))
@@ -50,34 +50,34 @@ def cross_modal(model: DMVAE, rows: Batch, density: FittedPrior | None, scales: 
                 shown += [target] * 3
         figure = _grid([*lines, chosen.data[target]], [*titles, f"true {target}"], [*shown, target], rows, scales)
         text = (
-            f"Each column is a row of which the model is given {' and '.join(sources)} alone. Draws should show the "
-            f"content that {target} shares with that, and vary in what is its own. The last line is the truth, which "
-            "the model has not seen."
+            f"Each column is a row of which the model gets only {' and '.join(sources)}. Draws should have the shared "
+            f"content and vary in what is private to {target}. The last line is the true image, which the model does "
+            "not get."
         )
         if density is not None:
-            text += " The density is a Gaussian mixture, fitted to the latents of training rows after training."
+            text += " The fitted prior is a Gaussian mixture of the latents of training rows, fitted after training."
         pictures.append(Picture(f"cross-{target}", f"{target} generated from the others", text, figure))
     return pictures
 
 
 def prior_samples(model: DMVAE, rows: Batch, density: FittedPrior | None, scales: Scales) -> list[Picture]:
-    """Draw samples in all image modalities, from the prior and from the fitted density, as bright as `rows`."""
+    """Draw samples in all image modalities, from the prior and from the fitted prior, with the brightness of `rows`."""
     names, pictures = _images(model), []
-    for label, fitted in (("the prior", None), ("the fitted density", density)):
-        if not names or (label != "the prior" and fitted is None):
+    for kind, fitted in (("prior", None), ("density", density)):
+        if not names or (kind == "density" and fitted is None):
             continue
         generator = torch.Generator(model.device).manual_seed(0)
         drawn = model.decode(model.generate_from_prior(2 * _COLUMNS, generator, fitted))
         lines = [_show(model, name, drawn[name][half : half + _COLUMNS]) for half in (0, _COLUMNS) for name in names]
-        text = "Each column has one shared latent: all modalities of a column should show the same content."
-        name = "samples-" + label.rpartition(" ")[2]
+        text = "Each column has one shared latent: its images should have the same content."
+        title = "Samples from the prior" if fitted is None else "Samples from the fitted prior"
         figure = _grid(lines, names * 2, names * 2, rows, scales)
-        pictures.append(Picture(name, f"Samples from {label}", text, figure))
+        pictures.append(Picture(f"samples-{kind}", title, text, figure))
     return pictures
 
 
 def traversals(model: DMVAE, rows: Batch, scales: Scales) -> list[Picture]:
-    """Draw what each dimension of the shared and of each private latent changes, around one row's latents."""
+    """Draw traversals: each dimension of the shared and the private latents varied around those of one row."""
     complete = torch.stack([has(rows, name) for name in model.config.modalities]).all(0)
     chosen = (rows[complete] if bool(complete.any()) else rows)[:1]
     encoded, pictures = model.encode(chosen, return_mean=True), []
@@ -93,13 +93,13 @@ def traversals(model: DMVAE, rows: Batch, scales: Scales) -> list[Picture]:
                 lines.append(_show(model, name, model.decode({"z": z, "modalities_z": {name: z_p}}, name)[name]))
                 titles.append(f"{'z_s' if kind == 'shared' else 'z_p'}[{place}]")
             text = (
-                f"Each line changes one {kind} dimension from {float(_STEPS[0]):g} to {float(_STEPS[-1]):g} (standard "
-                "deviations of the prior), left to right; the other latents are one row's. A line in which nothing "
-                "changes is a dimension that the model does not use."
+                f"Each line varies one {kind} dimension from {float(_STEPS[0]):g} to {float(_STEPS[-1]):g} standard "
+                "deviations of the prior, left to right; the other latents are those of one row. A constant line is a "
+                "dimension that the model does not use."
             )
             columns = [f"{float(step):g}" for step in _STEPS]
             figure = _grid(lines, titles, [name] * len(lines), rows, scales, columns)
-            pictures.append(Picture(f"traversal-{kind}-{name}", f"{name}: {kind} latents moved", text, figure))
+            pictures.append(Picture(f"traversal-{kind}-{name}", f"{name}: traversal of {kind} latents", text, figure))
     return pictures
 
 
@@ -113,7 +113,7 @@ def _show(model: DMVAE, name: str, output: Tensor) -> Tensor:
 
 
 def _different_labels(rows: Batch) -> Batch:
-    """Take eight rows, of as many labels as there are."""
+    """Return eight rows with as many different labels as possible."""
     if rows.labels is None:
         return rows[:_COLUMNS]
     labels = rows.labels.tolist()
@@ -122,7 +122,7 @@ def _different_labels(rows: Batch) -> Batch:
 
 
 def _limits(rows: Batch, name: str, scale: Scale) -> tuple[float, float]:
-    """Return the values that are shown black and white: of all lines of a modality the same."""
+    """Return the values that are drawn black and white in all lines of a modality."""
     values = scale.show(rows.data[name][has(rows, name)])
     return float(values.min()), float(values.max())
 
@@ -135,7 +135,7 @@ def _grid(
     scales: Scales,
     columns: Sequence[str] = (),
 ) -> Figure:
-    """Lay images out in the data's units, a line for each tensor `(column, *shape)` of a modality, bright as `rows`."""
+    """Draw images in the data's units, a line per tensor `(column, *shape)`, with the brightness of `rows`."""
     width = max(len(line) for line in lines)
     figure = Figure(figsize=(1.8 + 0.9 * width, 0.3 + 0.95 * len(lines)), layout="constrained")
     for row, (line, title, name) in enumerate(zip(lines, titles, names, strict=True)):

@@ -91,5 +91,5 @@ def test_a_probe_reads_labels_off_the_block_that_holds_them(model: DMVAE) -> Non
     shares = probe_labels(*parts)
     assert shares["shared"].rate > 0.9
     assert max(shares["a"].rate, shares["b"].rate) < 0.8
-    with pytest.raises(ValueError, match="without labels"):
+    with pytest.raises(ValueError, match="the rows have no labels"):
         probe_labels(collect(model, train), collect(model, test))

@@ -83,9 +83,9 @@ def test_coherence_reads_the_given_modality_only(model: DMVAE) -> None:
 
 def test_coherence_refuses_rows_without_labels_and_unknown_modalities(model: DMVAE) -> None:
     batch = labelled(model)
-    with pytest.raises(ValueError, match="got a batch without labels"):
+    with pytest.raises(ValueError, match="the batch has no labels"):
         conditional_coherence(model, replace(batch, labels=None), Sign(), "b", "a")
-    with pytest.raises(ValueError, match="Known: "):
+    with pytest.raises(ValueError, match="Available: "):
         conditional_coherence(model, batch, Sign(), "b", "x")
 
 
@@ -121,7 +121,7 @@ def test_repeated_rows_change_no_classifier() -> None:
 
 def test_a_classifier_needs_two_classes() -> None:
     batch = Batch({"a": torch.randn(5, 2)}, labels=torch.full((5,), 3))
-    with pytest.raises(ValueError, match=r"two classes or more apart; got labels \[3.0\] of 'a'"):
+    with pytest.raises(ValueError, match=r"of 'a': expected at least two classes, got labels \[3.0\]"):
         fit_classifier(batch, "a")
 
 

@@ -119,5 +119,5 @@ def test_two_workers_have_the_gradient_of_one(tmp_path: Path) -> None:
 
 
 def test_a_number_of_subsets_without_subsets_is_refused() -> None:
-    with pytest.raises(ValueError, match="takes effect with sources"):
+    with pytest.raises(ValueError, match="num_subsets has no effect with sources"):
         DMVAEConfig(input_dims={"a": (1,)}, num_subsets=3)

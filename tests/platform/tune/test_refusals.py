@@ -26,7 +26,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"model.latent_dim": {"values": [2, "many"]}}, r"space: model\.latent_dim: Input should be a valid integer"),
         ({"model.latent_dim": {"low": 0, "high": 4}}, r"space: model\.latent_dim: Input should be greater than 0"),
         ({"optim.schedule": {"values": ["cosine", "linear"]}}, r"space: optim\.schedule: Input should be 'constant'"),
-        ({"model.modalities_specific_dim.up": {"low": 1, "high": 4}}, r"modalities_specific_dim names modalities"),
+        ({"model.modalities_specific_dim.up": {"low": 1, "high": 4}}, r"Unknown modalities in modalities_specific_dim"),
         ({"optim.schedule.warm": {"low": 1, "high": 4}}, r"is a value, not a section"),
         ({"optim.weight_decay": {"low": 0.1, "high": 0.2}}, r"weight_decay=0.1 has no effect with"),
         ({"training.monitor": {"values": ["loss", "middle"]}}, r"training\.monitor: unknown validation metric"),
