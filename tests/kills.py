@@ -1,4 +1,4 @@
-"""Runs that are watched from outside, and killed."""
+"""Watch runs from outside, and kill them."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from dmvae.config.training import TrainConfig
 
 
 def logged(run_dir: Path) -> int:
-    """The last step that the run has written down; 0 before the first."""
+    """Return the last step that the run has logged; 0 before the first."""
     file = run_dir / "tracking" / "metrics.jsonl"
     lines = file.read_bytes().splitlines()[-3:] if file.exists() else []
     steps = [int(found[1]) for line in lines if (found := re.search(rb'"step": (\d+)', line))]
@@ -25,46 +25,54 @@ def logged(run_dir: Path) -> int:
 
 
 def first_worker(run_dir: Path) -> int:
-    """Process id of the worker that writes checkpoints and figures: the one that holds the outbox."""
+    """Return the process id of rank 0, which writes checkpoints and metrics: it holds the outbox."""
     lock = run_dir / "tracking" / "spool.lock"
-    wait_for(lambda: lock.read_text().endswith("\n"), 10)  # a new holder empties it before it writes its name
+    wait_for(lambda: lock.read_text().endswith("\n"), 10)  # a new holder truncates it before it writes its name
     found = re.match(r"process (\d+) on", lock.read_text())
     assert found
     return int(found[1])
 
 
 def is_writing(run_dir: Path) -> bool:
-    """Whether a checkpoint is half written just now."""
+    """Return whether a checkpoint is half written."""
     return any((run_dir / "checkpoints").glob(".checkpoint_*.partial"))
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 240) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, "the condition never became true"
         time.sleep(0.001)
 
 
 class KillAt(threading.Thread):
-    """Kill the first worker with SIGKILL once the run has logged a step."""
+    """Kill rank 0 with SIGKILL once the run has logged a step, or while it writes the next checkpoint.
 
-    def __init__(self, run_dir: Path, step: int) -> None:
+    Attributes:
+        at: the last step that was logged.
+        was_writing: whether a checkpoint was left half written.
+    """
+
+    def __init__(self, run_dir: Path, step: int, while_writing: bool = False) -> None:
         super().__init__(daemon=True)
-        self.run_dir, self.step, self.at = run_dir, step, 0
+        self.run_dir, self.step, self.while_writing = run_dir, step, while_writing
+        self.at, self.was_writing = 0, False
         self.start()
 
     def run(self) -> None:
         wait_for(lambda: logged(self.run_dir) >= self.step)
+        if self.while_writing:
+            wait_for(lambda: is_writing(self.run_dir))
         os.kill(first_worker(self.run_dir), signal.SIGKILL)
-        self.at = logged(self.run_dir)
+        self.at, self.was_writing = logged(self.run_dir), is_writing(self.run_dir)
 
 
 def start_driver(
     config: TrainConfig, folder: Path, variables: dict[str, str] | None = None, address: str | None = None
 ) -> subprocess.Popen[str]:
-    """Run `config` in a process of its own, here or at `address`; what it says goes to `folder/driver.log`.
+    """Run `config` in a process of its own, here or at `address`; its output goes to `folder/driver.log`.
 
-    `variables` are set there and, as `ray job submit --runtime-env-json` sets them, in its workers.
+    `variables` are set there and, as `ray job submit --runtime-env-json` does, in its workers.
     """
     file = folder / "run.json"
     file.write_text(config.model_dump_json())
@@ -86,7 +94,7 @@ def start_driver(
 
 
 def metrics_of(run_dir: Path, name: str) -> dict[int, float]:
-    """A curve as the outbox has it, by step; each step once."""
+    """Return a metric from the outbox by step, and check that no step is there twice."""
     lines = map(json.loads, (run_dir / "tracking" / "metrics.jsonl").read_text().splitlines())
     pairs = [(line["step"], line["metrics"][name]) for line in lines if name in line.get("metrics", {})]
     assert len(dict(pairs)) == len(pairs), "a step was recorded twice"

@@ -1,4 +1,7 @@
-"""What a job may ask for: what is there, or what an autoscaler may yet start."""
+"""The resources that a job may request: those of the cluster, or those that its autoscaler may still start.
+
+A head without CPUs needs a cluster of its own: acceptance only.
+"""
 
 import subprocess
 import sys
@@ -16,13 +19,13 @@ ROOT = Path(__file__).parents[2]
 
 def test_without_an_autoscaler_the_limits_are_what_is_there() -> None:
     found = limits()
-    assert found["CPU"] == 4
+    assert found["CPU"] >= 4, "what the tests' cluster is started with, or all of a larger machine"
     assert found == resources()
 
 
 @pytest.mark.acceptance
 def test_a_head_without_work_takes_as_many_trials_at_a_time_as_are_asked_for(dataset: Path, tmp_path: Path) -> None:
-    """The head of every cluster here has no CPUs, and its workers come from zero."""
+    """As in the files of `cluster/`, whose heads have no CPUs and whose workers are started on demand."""
     file = tmp_path / "search.json"
     file.write_text(make_search(tmp_path, dataset, trials=64, max_concurrent=16).model_dump_json())
     program = (

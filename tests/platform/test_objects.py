@@ -1,4 +1,7 @@
-"""Every job with its dataset in an object store."""
+"""Every job with its dataset in an object store: acceptance only.
+
+Reading shards from a store is tested in `tests/data/storage`, a run that lies there in `train/test_object_store.py`.
+"""
 
 import json
 import os

@@ -1,4 +1,7 @@
-"""Jobs submitted to a cluster of their own, with a token: logs, exit codes, records, a stop and a resumption."""
+"""Jobs submitted to a cluster of their own, with a token: a training run is stopped, and resumed by a second job.
+
+Searches and failing jobs: acceptance only.
+"""
 
 import json
 import os
@@ -21,6 +24,7 @@ from tests.runs import make_config, make_dataset
 from tests.searches import make_search
 
 ROOT = Path(__file__).parents[2]
+EPOCHS = 60
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 
@@ -43,11 +47,10 @@ class Cluster:
         # a head answers before it can take a job
         wait_for(lambda: self.submit(f"probe-{time.time_ns()}", "python", "-c", "pass").returncode == 0, 240)
 
-    def run(self, *arguments: str, token: str | None = None) -> subprocess.CompletedProcess[str]:
+    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run `ray ARGUMENTS` against this cluster."""
         command = ["ray", *arguments[:2], "--address", f"http://127.0.0.1:{self.port}", *arguments[2:]]
-        environment = self.environment | ({} if token is None else {"RAY_AUTH_TOKEN": token})
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=ROOT)
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False, cwd=ROOT)
         time.sleep(0.2)
         return done
 
@@ -81,29 +84,25 @@ def write(config: BaseModel, file: Path) -> str:
     return str(file)
 
 
-@pytest.mark.acceptance
-def test_a_training_run_is_submitted_stopped_and_gone_on_with(cluster: Cluster, large: Path, tmp_path: Path) -> None:
-    config = make_config(tmp_path, large, training={"epochs": 60, "checkpoint_steps": 10}, workers={"num": 2})
+def test_a_training_run_is_submitted_stopped_and_resumed(cluster: Cluster, large: Path, tmp_path: Path) -> None:
+    config = make_config(tmp_path, large, training={"epochs": EPOCHS, "checkpoint_steps": 10}, workers={"num": 2})
     file, run_dir = write(config, tmp_path / "train.toml"), tmp_path / "runs" / "run"
     python = ("python", "-m", "jobs.train", file)
     assert cluster.submit("first", *python, wait=False).returncode == 0
-    wait_for(lambda: logged(run_dir) >= 60)
+    wait_for(lambda: logged(run_dir) >= 40)
     assert cluster.run("job", "stop", "first").returncode == 0
     wait_for(lambda: "STOPPED" in cluster.run("job", "status", "first").stdout.upper(), 60)
     at = logged(run_dir)
-    assert at < 60 * 27
+    assert at < EPOCHS * 27
     done = cluster.submit("second", *python)
     assert done.returncode == 0, done.stdout[-3000:]
     assert "resuming after" in done.stdout
     assert f"best checkpoint          {run_dir / 'best'}" in done.stdout
-    assert len(metrics_of(run_dir, "train/loss")) == 60 * 27
+    assert len(metrics_of(run_dir, "train/loss")) == EPOCHS * 27
     run_id = json.loads((run_dir / "tracking" / "mlflow.json").read_text())["run_id"]
     record = MlflowClient(str(config.tracking.uri)).get_run(run_id)
     assert record.info.status == "FINISHED"
     assert "test/nll" in record.data.metrics
-    again = cluster.submit("third", *python)
-    assert again.returncode == 0
-    assert "this run is finished" in again.stdout
 
 
 @pytest.mark.acceptance
@@ -115,15 +114,10 @@ def test_a_search_is_submitted(cluster: Cluster, large: Path, tmp_path: Path) ->
     assert f"best configuration       {tmp_path / 'runs' / 'study' / 'best.toml'}" in done.stdout
 
 
+@pytest.mark.acceptance
 def test_failure_is_an_exit_code_and_a_last_line(cluster: Cluster, tmp_path: Path) -> None:
     config = make_config(tmp_path, tmp_path / "nowhere")
     done = cluster.submit("failing", "python", "-m", "jobs.train", write(config, tmp_path / "train.toml"))
     assert done.returncode == 1
     assert "error: " in done.stdout
     assert "Traceback" not in done.stdout.partition("error: ")[2].partition("\n")[0]
-
-
-def test_a_wrong_token_is_refused(cluster: Cluster) -> None:
-    done = cluster.run("job", "list", token="f" * 32)
-    assert done.returncode != 0
-    assert "401" in done.stdout + done.stderr or "uthenticat" in done.stdout + done.stderr

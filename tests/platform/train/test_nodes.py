@@ -1,4 +1,7 @@
-"""A rehearsal with three nodes, each of `ray start` processes of its own: one is lost in mid-run, and one comes."""
+"""A run over three nodes, each a `ray start` of its own: one is lost during the run, and another joins.
+
+Acceptance only: it starts four Ray nodes, and waits until Ray has noticed each change.
+"""
 
 import os
 import subprocess
