@@ -1,4 +1,4 @@
-"""What the README says of the demo, made again from its own configuration files, and its model in use elsewhere."""
+"""The demo reproduces the claims of the README from its own configuration files; its model runs elsewhere too."""
 
 import json
 import os
@@ -45,7 +45,7 @@ pytestmark = [pytest.mark.usefixtures("cluster"), pytest.mark.acceptance, pytest
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, SearchSummary]:
-    """What `make demo` does, in a folder of its own."""
+    """Do what `make demo` does, in a new folder."""
     folder = tmp_path_factory.mktemp("demo")
     data = read_toml(PrepareConfig, CONFIGS / "digits.toml").model_dump() | {"dataset": str(folder / "digits")}
     prepare(PrepareConfig.model_validate(data), progress=print)
@@ -63,16 +63,16 @@ def test_the_demo_beats_pca_and_predicts_the_right_digit(demo: tuple[Path, Searc
     assert best is not None
     assert best.figures["imputation"] <= first.figures["imputation"], "the shipped configuration is tried first"
     assert found.retrained is not None
-    figures = found.retrained.metrics
-    assert figures["test/pca/nll_minus_ours"] > 4 * figures["test/pca/nll_minus_ours_se"]
+    metrics = found.retrained.metrics
+    assert metrics["test/pca/nll_minus_ours"] > 4 * metrics["test/pca/nll_minus_ours_se"]
     for pair in ("mnist/optdigits", "optdigits/mnist"):
-        assert figures[f"test/coherence/{pair}"] > 0.7
+        assert metrics[f"test/coherence/{pair}"] > 0.7
 
 
-def test_its_model_answers_in_a_fresh_environment_as_often_right(
+def test_its_model_gives_the_same_answers_in_a_fresh_environment(
     demo: tuple[Path, SearchSummary], tmp_path: Path
 ) -> None:
-    """Installed from the model's own requirements, served by MLflow there, and by Ray Serve here."""
+    """Install the model's own requirements, serve it with MLflow there, and with Ray Serve here."""
     folder, found = demo
     tracking = TrackingConfig(uri=f"sqlite:///{folder}/mlflow.db")
     assert found.retrained is not None
@@ -165,7 +165,7 @@ def ask(address: str, body: dict[str, Any]) -> tuple[int, Any]:
 
 
 def latencies(address: str, bodies: list[dict[str, Any]]) -> list[float]:
-    """Seconds of every request, eight at a time, after a few that warm up."""
+    """Return the seconds that each request takes, eight at a time, after a few to warm up."""
 
     def timed(body: dict[str, Any]) -> float:
         begun = time.perf_counter()

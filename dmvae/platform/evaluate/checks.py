@@ -6,6 +6,7 @@ from dmvae.config.evaluation import EvaluationConfig
 from dmvae.config.likelihoods import values_of
 from dmvae.config.model import DMVAEConfig
 from dmvae.config.training import TrainConfig
+from dmvae.data.batch import Batch, has
 from dmvae.data.reading.dataset import Dataset
 from dmvae.data.reading.loader import read_rows
 from dmvae.data.reading.split import Split
@@ -39,8 +40,8 @@ def check_support(config: DMVAEConfig, split: Split, dtype: torch.dtype = torch.
         ValueError: naming the modality, its likelihood and the first row.
     """
     likelihoods = {name: build(config, name) for name in config.modalities}
-    # stored values are finite; uint8 is in [0, 1] when read
-    doubtful = [
+    # stored values are finite, and uint8 is in [0, 1] when read
+    to_check = [
         name
         for name, info in split.manifest.modalities.items()
         if info.dtype == "float64"
@@ -49,24 +50,30 @@ def check_support(config: DMVAEConfig, split: Split, dtype: torch.dtype = torch.
             and not (info.dtype == "uint8" and values_of(config.distributions[name]) == "unit")
         )
     ]
+    for _, batch in read_rows(split, 8192, dtype=dtype) if to_check else ():
+        for name in to_check:
+            row = _first_outside_support(batch, name, likelihoods[name])
+            if row is not None:
+                assert batch.ids is not None
+                raise ValueError(
+                    f"Value outside the support of the {config.distributions[name]} likelihood "
+                    f"({likelihoods[name].support}, finite in {dtype}): split {split.name!r}, column {name!r}, "
+                    f"id {batch.ids[row]}. Choose another likelihood for it, or correct the data."
+                )
 
-    def fits(name: str, values: torch.Tensor) -> bool:
+
+def _first_outside_support(batch: Batch, name: str, likelihood: Likelihood) -> int | None:
+    """Return the index of the first row whose observed value the likelihood does not support."""
+    observed, values = has(batch, name), batch.data[name]
+
+    def fits(values: torch.Tensor) -> bool:
         # what float64 holds may be infinite in float32
-        return bool(torch.isfinite(values).all()) and likelihoods[name].in_support(values)
+        return bool(torch.isfinite(values).all()) and likelihood.in_support(values)
 
-    for _, batch in read_rows(split, 8192, dtype=dtype) if doubtful else ():
-        for name in doubtful:
-            mask = (batch.masks or {}).get(name, torch.ones(len(batch), dtype=torch.bool))
-            if fits(name, batch.data[name][mask]):
-                continue
-            row = next(i for i in mask.nonzero().flatten().tolist()
-                       if not fits(name, batch.data[name][i]))  # fmt: skip
-            assert batch.ids is not None
-            raise ValueError(
-                f"Value outside the support of the {config.distributions[name]} likelihood "
-                f"({likelihoods[name].support}, finite in {dtype}): split {split.name!r}, column {name!r}, "
-                f"id {batch.ids[row]}. Choose another likelihood for it, or correct the data."
-            )
+    if fits(values[observed]):
+        return None
+    rows: list[int] = observed.nonzero().flatten().tolist()
+    return next(row for row in rows if not fits(values[row]))
 
 
 def check_measures(config: DMVAEConfig, evaluation: EvaluationConfig, dataset: Dataset, train_split: str) -> None:

@@ -164,7 +164,7 @@ def test_measures_are_computed_with_the_prior_and_the_density(labelled: Path, tm
     assert (tmp_path / "out" / "density.safetensors").is_file()
 
 
-def test_nll_with_modalities_removed_is_that_of_what_is_left(labelled: Path, tmp_path: Path) -> None:
+def test_nll_after_a_removal_is_that_of_the_modalities_left(labelled: Path, tmp_path: Path) -> None:
     model = make_model(tmp_path / "model", {"image": (1, 8, 8), "table": (3,)})
     estimate = {"split": "test", "measures": ["robustness"], "each_modality": True}
     metrics = evaluate(
@@ -198,7 +198,7 @@ def test_a_metric_of_no_rows_is_written_as_null(model: Path, dataset: Path, tmp_
     assert all(written[name] is None for name in empty)
 
 
-def test_the_device_that_is_asked_for_is_heeded(model: Path, dataset: Path, tmp_path: Path) -> None:
+def test_the_requested_device_is_used(model: Path, dataset: Path, tmp_path: Path) -> None:
     assert torch_device("cpu").type == "cpu"
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="No GPU is visible"):
@@ -264,7 +264,9 @@ def test_bad_input_is_one_message(
         assert word in message
 
 
-def test_another_model_is_refused(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_with_other_modalities_is_refused(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     other = make_model(tmp_path / "other", {"left": (5,), "middle": (3,)})
     for verb in ("evaluate", "report"):
         assert run_verb(verb, ["--model", str(other), "--dataset", str(dataset)]) == 1

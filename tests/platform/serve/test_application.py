@@ -72,7 +72,7 @@ WRONG: tuple[tuple[bytes, int, str], ...] = (
 
 
 def questions(number: int) -> dict[str, Any]:
-    """Rows with something missing, of every operation."""
+    """Return a request with missing modalities, of one operation after the other."""
     left, right = [number / 10, 1.0, -2.0, 0.5, 3.0], [1.0, number / 20, 0.0]
     rows = [{"left": left}, {"right": right, "left": None}, {"left": left, "right": right}, {}][: 1 + number % 4]
     operation = ("encode", "reconstruct", "impute", "nll")[number % 4]
@@ -80,7 +80,7 @@ def questions(number: int) -> dict[str, Any]:
 
 
 def converse(folder: Path, address: str, right: int, wrong: int) -> None:
-    """Eight clients at a time; every right answer is what the model says alone."""
+    """Send requests from eight clients; every valid one gets the answer of the model in this process."""
     scratch = folder / "downloaded"
     alone = Predictor.load(download("models:/served/1", scratch, tracking(folder)))
     jobs: list[tuple[bytes, int, Any]] = []
@@ -119,14 +119,14 @@ def assert_close(found: Any, expected: Any) -> None:
         assert found == expected
 
 
-def test_many_are_answered_rightly_and_what_is_wrong_is_named(folder: Path, address: str) -> None:
+def test_parallel_requests_get_right_answers_and_invalid_ones_name_the_field(folder: Path, address: str) -> None:
     status, about = ask(address, None)
     assert (status, about["modalities"]) == (200, {"left": [5], "right": [3]})
     converse(folder, address, right=40, wrong=18)
 
 
 @pytest.mark.acceptance
-def test_a_thousand_requests_and_a_hundred_wrong_ones(folder: Path, address: str) -> None:
+def test_a_thousand_valid_and_a_hundred_invalid_requests(folder: Path, address: str) -> None:
     converse(folder, address, right=1000, wrong=100)
 
 

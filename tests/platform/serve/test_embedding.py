@@ -1,4 +1,4 @@
-"""Latents of whole datasets: every row once, the same as the model gives row by row, on any number of workers."""
+"""Embedded datasets: every row once, with the latents that the model gives row by row, on any number of workers."""
 
 import json
 from pathlib import Path
@@ -48,7 +48,7 @@ def read(output: Path) -> dict[str, list[Any]]:
     return {key: [value for table in tables for value in table[key]] for key in tables[0]}
 
 
-def test_latents_are_encode_s_row_by_row_on_one_and_two_workers(folder: Path, tmp_path: Path) -> None:
+def test_latents_equal_encode_row_by_row_on_one_and_two_workers(folder: Path, tmp_path: Path) -> None:
     summary = embed(configure(folder, tmp_path / "one"), lambda line: None)
     embed(configure(folder, tmp_path / "two", workers=2), lambda line: None)
     one, two = read(tmp_path / "one"), read(tmp_path / "two")
@@ -75,7 +75,7 @@ def test_latents_are_encode_s_row_by_row_on_one_and_two_workers(folder: Path, tm
     assert answer["observed"] == ["left"]
 
 
-def test_what_is_finished_is_not_done_again_and_what_is_half_done_is(folder: Path, tmp_path: Path) -> None:
+def test_finished_shards_are_kept_and_partial_ones_are_embedded_again(folder: Path, tmp_path: Path) -> None:
     config, dataset = configure(folder, tmp_path / "out"), open_dataset(folder / "data")
     key, shards = _key(folder / "model", dataset, config), list(_shards(dataset, None))
     Embedder(str(folder / "model"), str(folder / "data"), str(tmp_path / "out"), config, key).write(shards[0])
@@ -90,7 +90,7 @@ def test_what_is_finished_is_not_done_again_and_what_is_half_done_is(folder: Pat
         embed(config.model_copy(update={"private": False}), lambda line: None)
 
 
-def test_a_dataset_that_is_scaled_otherwise_is_brought_to_the_model_s_scale(folder: Path, tmp_path: Path) -> None:
+def test_a_dataset_with_other_scaling_is_brought_to_the_scale_of_the_model(folder: Path, tmp_path: Path) -> None:
     dataset = open_dataset(folder / "data")
     infos = {name: info.model_dump(mode="json") for name, info in dataset.manifest.modalities.items()}
     model = tmp_path / "model"

@@ -1,4 +1,4 @@
-"""Registered models: loaded elsewhere, promoted only when better, rolled back."""
+"""Registered models: loaded in another process, promoted only if better, rolled back."""
 
 import json
 import shutil
@@ -58,7 +58,7 @@ def promotion(folder: Path, name: str, **changes: Any) -> PromoteConfig:
     return PromoteConfig.model_validate({**tree, "evaluation": {"num_draws": 50, "proposal": "encoder"}, **changes})
 
 
-def test_a_registered_model_answers_where_only_its_own_code_is(runs: Path, tmp_path: Path) -> None:
+def test_a_registered_model_runs_on_the_code_that_it_contains(runs: Path, tmp_path: Path) -> None:
     version = registered(runs, "better", "answers")
     assert registered(runs, "better", "answers") == version, "the same weights are the same version"
     uri = tracking(runs)["uri"]
@@ -98,7 +98,9 @@ def test_a_registered_model_answers_where_only_its_own_code_is(runs: Path, tmp_p
     assert json.loads(answers)[1]["observed"] == ["right"]
 
 
-def test_the_alias_moves_once_and_back(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_better_version_becomes_champion_and_a_rollback_restores_the_previous(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     poor, better = (registered(runs, run, "champions") for run in ("poor", "better"))
     lines: list[str] = []
     first = promote(promotion(runs, "champions", version=int(poor)), lines.append)
