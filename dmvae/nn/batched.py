@@ -9,13 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from dmvae.distributions.gaussian import at_least_float32
 from dmvae.nn.networks import EncoderOutput
-from dmvae.nn.networks.mlp import MLPDecoder, MLPEncoder
+from dmvae.nn.networks.mlp import MLPDecoder, MLPEncoder, Skip
 
+_ACTIVATIONS: dict[type[nn.Module], Callable[[Tensor], Tensor]] = {nn.ReLU: torch.relu_, nn.SiLU: F.silu}
 _SMALL = 2**17
 """Perceptrons with more weights than this gain nothing from being batched."""
 
@@ -79,14 +81,23 @@ def layout(network: nn.Module) -> Hashable | None:
     for layer in _layers_of(network):
         if _is_watched(layer):
             return None
-        if type(layer) is nn.ReLU and len(kinds) > 1:
-            kinds.append(nn.ReLU)
+        if type(layer) in _ACTIVATIONS and len(kinds) > 1:
+            kinds.append(type(layer))
+            continue
+        if type(layer) is nn.LayerNorm and len(kinds) > 1:
+            kinds.append((nn.LayerNorm, layer.normalized_shape, layer.eps))
             continue
         weight, bias = (layer._parameters.get(part) for part in ("weight", "bias"))
         if type(layer).forward is not nn.Linear.forward or weight is None or bias is None:
             return None
         num_weights += weight.numel()
         kinds.append((*weight.shape, weight.dtype))
+    skip: Any = network._modules.get("skip")
+    if skip is not None:
+        if type(skip) is not Skip or _is_watched(skip):
+            return None
+        num_weights += skip.weight.numel()
+        kinds.append((*skip.weight.shape, skip.weight.dtype))
     if num_weights > _SMALL:
         return None
     kinds.append(tuple(network.heads.sizes) if isinstance(network, MLPEncoder) else network.output_shape)
@@ -114,10 +125,19 @@ def _layers_of(network: nn.Module) -> list[Any]:
 
 
 def _run_alike(networks: Sequence[nn.Module], x: Float[Tensor, "network row _"]) -> Tensor:
+    given = x
     for layers in zip(*(_layers_of(network) for network in networks), strict=True):
-        if type(layers[0]) is nn.ReLU:
-            x = torch.relu_(x)  # of the product before it
+        kind = type(layers[0])
+        if kind in _ACTIVATIONS:
+            x = _ACTIVATIONS[kind](x)
             continue
         weight, bias = (torch.stack([layer._parameters[part] for layer in layers]) for part in ("weight", "bias"))
-        x = torch.baddbmm(bias.unsqueeze(1), x, weight.mT)
-    return x
+        if kind is nn.LayerNorm:
+            x = F.layer_norm(x, layers[0].normalized_shape, eps=layers[0].eps)
+            x = torch.addcmul(bias.unsqueeze(1), x, weight.unsqueeze(1))
+        else:
+            x = torch.baddbmm(bias.unsqueeze(1), x, weight.mT)
+    skips: list[Any] = [network._modules.get("skip") for network in networks]
+    if skips[0] is None:
+        return x
+    return torch.baddbmm(x, given, torch.stack([skip.full_weight for skip in skips]).mT)

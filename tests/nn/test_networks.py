@@ -20,7 +20,15 @@ def build(settings: ArchitectureConfig, dims: Dimensions) -> tuple[nn.Module, nn
 
 @pytest.mark.parametrize(
     ("architecture", "shape"),
-    [("mlp", (7,)), ("mlp", (1, 28, 28)), ("conv", (1, 28, 28)), ("conv", (3, 32, 32)), ("conv", (1, 32, 32))],
+    [
+        ("mlp", (7,)),
+        ("mlp", (1, 28, 28)),
+        ("skip_mlp", (7,)),
+        ("skip_mlp", (1, 28, 28)),
+        ("conv", (1, 28, 28)),
+        ("conv", (3, 32, 32)),
+        ("conv", (1, 32, 32)),
+    ],
 )
 def test_every_architecture_maps_rows_to_latents_and_back(architecture: str, shape: tuple[int, ...]) -> None:
     encoder, decoder = build(ArchitectureConfig(name=architecture), dimensions(shape))
@@ -30,7 +38,7 @@ def test_every_architecture_maps_rows_to_latents_and_back(architecture: str, sha
     assert decoder(torch.randn(4, 5)).reconstruction.shape == (4, *shape)
 
 
-@pytest.mark.parametrize("architecture", ["mlp", "conv"])
+@pytest.mark.parametrize("architecture", ["mlp", "skip_mlp", "conv"])
 def test_every_output_depends_on_its_own_row_alone(architecture: str) -> None:
     networks = build(ArchitectureConfig(name=architecture), dimensions((1, 28, 28)))
     encoder, decoder = (network.double() for network in networks)
@@ -139,3 +147,34 @@ def test_a_registered_architecture_is_used_by_its_name(monkeypatch: pytest.Monke
 def test_an_unknown_architecture_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r"'resnet' for modality 'a'\. Available: conv, mlp"):
         DMVAE(DMVAEConfig(input_dims={"a": (3,)}, architectures={"a": {"name": "resnet"}}))
+
+
+def test_a_skip_connection_adds_a_linear_map_of_the_input_to_means() -> None:
+    networks = build(ArchitectureConfig(name="skip_mlp", hidden_dims=(8, 4)), dimensions((6,)))
+    encoder, decoder = (network.double() for network in networks)
+    x, z = torch.randn(5, 6, dtype=torch.float64), torch.randn(5, 5, dtype=torch.float64)
+    parts = encoder.heads.split(encoder.heads(encoder.body(x)))
+    shared, private = (x @ encoder.skip.weight.T).split([3, 2], dim=1)
+    output = encoder(x)
+    torch.testing.assert_close(output.embedding, parts.embedding + shared)
+    torch.testing.assert_close(output.style_embedding, parts.style_embedding + private)
+    torch.testing.assert_close(output.log_covariance, parts.log_covariance)
+    torch.testing.assert_close(output.style_log_covariance, parts.style_log_covariance)
+    torch.testing.assert_close(decoder(z).reconstruction, decoder.body(z) + z @ decoder.skip.weight.T)
+    assert [type(layer) for layer in encoder.body] == [nn.Linear, nn.LayerNorm, nn.SiLU] * 2
+    assert [type(layer) for layer in decoder.body] == [nn.Linear, nn.SiLU] * 2 + [nn.Linear]
+
+
+def test_without_hidden_layers_a_skip_connection_is_the_linear_map_itself() -> None:
+    settings, dims = ArchitectureConfig(name="skip_mlp", hidden_dims=()), dimensions((6,))
+    for place, plain in enumerate((MLPEncoder(settings, dims), MLPDecoder(settings, dims))):
+        built = build(settings, dims)[place]
+        assert {n: t.shape for n, t in built.state_dict().items()} == {
+            n: t.shape for n, t in plain.state_dict().items()
+        }
+
+
+def test_values_that_are_not_standardised_give_finite_variances() -> None:
+    encoder, _ = build(ArchitectureConfig(name="skip_mlp"), dimensions((6,)))
+    output = encoder(1e6 * torch.randn(100, 6))
+    assert float(output.log_covariance.detach().abs().max()) < 20

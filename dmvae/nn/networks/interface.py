@@ -1,6 +1,7 @@
 """The interface of encoders and decoders, and the layers that several of them use."""
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -62,11 +63,18 @@ class Heads(nn.Linear):
         return EncoderOutput(*self(features).split(self.sizes, dim=-1))
 
 
-def dense_layers(sizes: list[int], dropout: float) -> list[nn.Module]:
-    """Return a linear layer, a ReLU and, unless it is 0, dropout for every pair of neighbouring sizes."""
+def dense_layers(
+    sizes: list[int], dropout: float, activation: Callable[[], nn.Module] = nn.ReLU, layer_norm: bool = False
+) -> list[nn.Module]:
+    """Return a linear layer, the activation and what else is asked for, for every pair of neighbouring sizes.
+
+    Normalisation comes before the activation, dropout after it.
+    """
     layers: list[nn.Module] = []
     for in_size, out_size in itertools.pairwise(sizes):
-        layers += [nn.Linear(in_size, out_size), nn.ReLU()]
+        layers += [nn.Linear(in_size, out_size)]
+        layers += [nn.LayerNorm(out_size)] if layer_norm else []
+        layers += [activation()]
         layers += [nn.Dropout(dropout)] if dropout else []
     return layers
 

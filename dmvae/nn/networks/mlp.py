@@ -1,6 +1,9 @@
-"""Perceptrons, for values of any shape."""
+"""Perceptrons, alone or with a linear skip connection, for values of any shape."""
 
+import itertools
 import math
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -12,19 +15,51 @@ from dmvae.nn.networks.interface import DecoderOutput, Dimensions, EncoderOutput
 from dmvae.nn.networks.registry import register
 
 
-class MLPEncoder(nn.Module):
-    """A perceptron on the flattened row; categories are one-hot, padding is zero, counts are log(1 + x)."""
+class Skip(nn.Linear):
+    """A linear skip connection from a network's input to the means among its outputs; zero for the others.
 
-    def __init__(self, architecture: ArchitectureConfig, dims: Dimensions) -> None:
+    The posterior variance of a linear Gaussian model does not depend on x, and exp(log-variance) of values that are not
+    standardised would overflow.
+    """
+
+    def __init__(self, in_features: int, sizes: Sequence[int], are_means: Sequence[bool]) -> None:
+        super().__init__(in_features, sum(itertools.compress(sizes, are_means)), bias=False)
+        self.layout = tuple(zip(sizes, are_means, strict=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `(rows, in_features)` to all outputs."""
+        return F.linear(x, self.full_weight)
+
+    @property
+    def full_weight(self) -> Float[Tensor, "output input"]:
+        """The weight, with rows of zeros for outputs that are no means."""
+        means = iter(torch.split(self.weight, [size for size, is_mean in self.layout if is_mean]))
+        zeros = self.weight.new_zeros
+        parts = [next(means) if is_mean else zeros(size, self.in_features) for size, is_mean in self.layout]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+class MLPEncoder(nn.Module):
+    """A perceptron on the flattened row; categories are one-hot, padding is zero, counts are log(1 + x).
+
+    With `skip` it has SiLU for ReLU, layer normalisation, and a linear skip connection to the means: W f(x) + A x + b.
+    """
+
+    def __init__(self, architecture: ArchitectureConfig, dims: Dimensions, skip: bool = False) -> None:
         super().__init__()
         self.classes, self.pad, self.counts = dims.classes, dims.pad, dims.counts
         sizes = [math.prod(dims.shape) * (dims.classes or 1), *_hidden_dims(architecture)]
-        self.body = nn.Sequential(*dense_layers(sizes, architecture.dropout))
+        self.body = nn.Sequential(*dense_layers(sizes, architecture.dropout, nn.SiLU if skip else nn.ReLU, skip))
         self.heads = Heads(sizes[-1], dims)
+        # without hidden layers the whole is one linear map
+        self.skip = Skip(sizes[0], self.heads.sizes, (True, False, True, False)) if skip and len(sizes) > 1 else None
 
     def forward(self, x: Tensor) -> EncoderOutput:
         """Map `(rows, *shape)` to the posteriors' parameters."""
-        return self.heads.split(self.body(self.features(x)))
+        features = self.features(x)
+        output = self.heads(self.body(features))
+        output = output if self.skip is None else output + self.skip(features)
+        return EncoderOutput(*torch.split(output, self.heads.sizes, dim=-1))
 
     def features(self, x: Tensor) -> Float[Tensor, "row _"]:
         """Return rows in the form that the first layer takes."""
@@ -38,20 +73,24 @@ class MLPEncoder(nn.Module):
 
 
 class MLPDecoder(nn.Module):
-    """A perceptron from [z_shared, z_private] to the likelihood's parameters: the encoder's mirror."""
+    """A perceptron from [z_shared, z_private] to the likelihood's parameters: the encoder's mirror.
 
-    def __init__(self, architecture: ArchitectureConfig, dims: Dimensions) -> None:
+    With `skip` it has SiLU for ReLU and a linear skip connection: W f(z) + B z + b.
+    """
+
+    def __init__(self, architecture: ArchitectureConfig, dims: Dimensions, skip: bool = False) -> None:
         super().__init__()
         self.output_shape = dims.output_shape
-        sizes = [dims.shared_dim + dims.private_dim, *reversed(_hidden_dims(architecture))]
-        self.body = nn.Sequential(
-            *dense_layers(sizes, architecture.dropout),
-            start_at(nn.Linear(sizes[-1], math.prod(dims.output_shape)), dims),
-        )
+        sizes, size = [dims.shared_dim + dims.private_dim, *reversed(_hidden_dims(architecture))], dims.output_shape
+        layers = dense_layers(sizes, architecture.dropout, nn.SiLU if skip else nn.ReLU)
+        self.body = nn.Sequential(*layers, start_at(nn.Linear(sizes[-1], math.prod(size)), dims))
+        self.skip = Skip(sizes[0], (math.prod(size),), (True,)) if skip and len(sizes) > 1 else None
 
     def forward(self, z: Tensor) -> DecoderOutput:
         """Map `(rows, shared + private)` to `(rows, *output_shape)`."""
-        return DecoderOutput(self.body(z).unflatten(-1, self.output_shape))
+        output = self.body(z)
+        output = output if self.skip is None else output + self.skip(z)
+        return DecoderOutput(output.unflatten(-1, self.output_shape))
 
 
 def _hidden_dims(architecture: ArchitectureConfig) -> tuple[int, ...]:
@@ -59,3 +98,4 @@ def _hidden_dims(architecture: ArchitectureConfig) -> tuple[int, ...]:
 
 
 register("mlp", MLPEncoder, MLPDecoder)
+register("skip_mlp", partial(MLPEncoder, skip=True), partial(MLPDecoder, skip=True))
