@@ -80,6 +80,7 @@ class LikelihoodSpec:
         check_params: says what is wrong with parameters that are legal one by one; None if nothing is.
         suggest: says why values with these traits suggest it; None if they do not.
         suggested_params: parameters that go with a suggestion.
+        suggested_params_of_images: those for images, if they differ.
     """
 
     values: Values = "real"
@@ -87,6 +88,7 @@ class LikelihoodSpec:
     check_params: Callable[[Mapping[str, Any]], str | None] = _no_fault
     suggest: Callable[[ValueTraits], str | None] = _never
     suggested_params: Mapping[str, Any] = field(default_factory=dict)
+    suggested_params_of_images: Mapping[str, Any] | None = None
 
     def fault(self, params: Mapping[str, Any]) -> str | None:
         """Say what is wrong with parameters; None if nothing is."""
@@ -107,6 +109,17 @@ def _check_pad(params: Mapping[str, Any]) -> str | None:
     if pad is None or pad < classes:
         return None
     return f"pad must be one of the classes, 0 to {classes - 1}, but got {pad}."
+
+
+def _check_scale_floor(params: Mapping[str, Any]) -> str | None:
+    floor, scale = params.get("scale_floor"), params.get("scale", 1.0)
+    if floor is None:
+        return None
+    if scale not in SCALES_WITH_FLOOR:
+        return f"scale_floor has no effect on scale={scale!r}. Remove it, or set scale to one of {SCALES_WITH_FLOOR}."
+    if floor >= 1:
+        return f"scale_floor must be below 1, as it is a share of the training deviation, but got {floor}. Lower it."
+    return None
 
 
 def _suggest_normal(traits: ValueTraits) -> str | None:
@@ -130,13 +143,24 @@ def _suggest_counts(traits: ValueTraits, poisson: bool) -> str | None:
     return f"counts: whole numbers of 0 or more, their variance {traits.dispersion:.1f} times the mean"
 
 
-_SCALE = Param(words=("learned",))
+SCALES_WITH_FLOOR = ("learned_per_feature", "learned_per_modality")
+_SCALES = {"scale": Param(words=("learned", *SCALES_WITH_FLOOR)), "scale_floor": Param(minimum=0)}
 _COUNTS = {"size_factor": Param(), "rate": Param()}
 
 SPECS: dict[str, LikelihoodSpec] = {
-    "normal": LikelihoodSpec(params={"scale": _SCALE}, suggest=_suggest_normal, suggested_params={"scale": "learned"}),
+    "normal": LikelihoodSpec(
+        params=_SCALES,
+        check_params=_check_scale_floor,
+        suggest=_suggest_normal,
+        suggested_params={"scale": "learned_per_feature"},
+        suggested_params_of_images={"scale": "learned_per_modality"},
+    ),
     "laplace": LikelihoodSpec(
-        params={"scale": _SCALE}, suggest=_suggest_laplace, suggested_params={"scale": "learned"}
+        params=_SCALES,
+        check_params=_check_scale_floor,
+        suggest=_suggest_laplace,
+        suggested_params={"scale": "learned_per_feature"},
+        suggested_params_of_images={"scale": "learned_per_modality"},
     ),
     "bernoulli": LikelihoodSpec(
         values="unit",

@@ -6,7 +6,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, model_validator
 
 from dmvae.config.likelihoods import SPECS
-from dmvae.config.section import ModalityName, Section, Size
+from dmvae.config.section import Count, ModalityName, Section, Size
 
 Shape = tuple[Size, ...]
 Parameter = NonNegativeInt | NonNegativeFloat | str
@@ -19,8 +19,8 @@ class ArchitectureConfig(Section):
     """The networks of one modality: a registered architecture and its sizes."""
 
     name: str = "mlp"
-    """`mlp`, `conv` (images of 32x32 or 28x28), `sequence` (of classes), or a name registered with
-    `dmvae.nn.networks.register`."""
+    """`mlp` (a perceptron), `skip_mlp` (a perceptron with a linear skip connection, normalised layers and SiLU), `conv`
+    (images of 32x32 or 28x28), `sequence` (of classes), or a name registered with `dmvae.nn.networks.register`."""
     hidden_dims: Shape | None = None
     """Widths of the hidden layers in the order of the encoder; empty: one linear map. Default: (256,) for `mlp`,
     (64, 64) for `sequence`. `conv` has fixed widths."""
@@ -45,29 +45,34 @@ class DMVAEConfig(Section):
     """Dimension of the shared latent."""
     input_dims: dict[ModalityName, Shape] | None = None
     """Shape of one row of each modality; training takes it from the dataset."""
-    modalities_specific_dim: dict[ModalityName, Size] | Size = 2
-    """Dimension of the private latents."""
+    modalities_specific_dim: dict[ModalityName, Count] | Count = 2
+    """Dimension of the private latents; 0: the modality has none."""
     decoders_dist: dict[ModalityName, str] | None = None
     """Likelihood per modality: `normal` (default), `laplace`, `bernoulli`, `categorical`, `poisson`,
     `negative_binomial`, or a registered name. For counts, the decoder returns the log-mean at size factor 1."""
     decoder_dist_params: dict[ModalityName, dict[str, Parameter]] | None = None
-    """Parameters of the likelihoods. normal, laplace: `scale`, a number (default 1) or "learned". categorical:
-    `classes`, and `pad`, the class that fills up short rows and is ignored (default: none). negative_binomial:
-    `dispersion` r of the variance mu + mu^2 / r, a number or "learned" per feature (default). Counts: `size_factor`
-    for rows without one (default 1), and `rate`, the mean of an element at size factor 1, at which the decoder starts
-    (default 1 / elements); training takes both from the training rows."""
+    """Parameters of the likelihoods. normal, laplace: `scale`, a number (default 1), "learned_per_feature" or
+    "learned_per_modality", which start at the standard deviation of the training rows and stay above `scale_floor`
+    times it (default 0.05; 0: no floor), or "learned", one scale per modality that starts at 1 without a floor.
+    categorical: `classes`, and `pad`, the class that fills up short rows and is ignored (default: none).
+    negative_binomial: `dispersion` r of the variance mu + mu^2 / r, a number or "learned" per feature (default).
+    Counts: `size_factor` for rows without one (default 1), and `rate`, the mean of an element at size factor 1, at
+    which the decoder starts (default 1 / elements); training takes both from the training rows."""
     uses_likelihood_rescaling: bool = False
     rescale_factors: dict[ModalityName, NonNegativeFloat] | None = None
     """The paper's lambda per modality, with `uses_likelihood_rescaling`. Default: max_dim / prod(shape)."""
     beta: NonNegativeFloat = 1.0
     """Weight of the shared KL divergence of every source."""
     modalities_specific_betas: dict[ModalityName, NonNegativeFloat] | NonNegativeFloat | None = None
-    """Weights of the private KL divergences. Default: 1."""
+    """Weights of the private KL divergences. Default: 1. Modalities without a private latent have none."""
     sources: Literal["unimodal", "subsets"] = "unimodal"
     """Sources of the objective beside the joint posterior: each modality alone, as in the paper, or random subsets of
     what a row has, new in every step, which train prediction from several modalities."""
     num_subsets: Size = DEFAULT_SUBSETS
     """Number of random subsets, with `sources="subsets"`."""
+    cross: Literal["posterior", "prior"] = "posterior"
+    """Where a source takes the private latents of modalities outside it from: their `posterior`, as in the paper, which
+    lets a value reach its own reconstruction without z_s; or their `prior`, so that z_s has to predict the value."""
     architectures: dict[ModalityName, ArchitectureConfig] = Field(default_factory=dict)
     """Networks per modality. Default: an MLP with one hidden layer of 256."""
     custom_architectures: tuple[str, ...] = ()
@@ -85,6 +90,10 @@ class DMVAEConfig(Section):
             )
         if self.input_dims is None:
             return self
+        if self.cross == "prior" and len(self.input_dims) == 1:
+            raise ValueError(
+                f'cross="prior" needs two or more modalities, but got one: {list(self.input_dims)}. Remove cross.'
+            )
         if not self.input_dims:
             raise ValueError("input_dims must have at least one modality, but got {}.")
         if any(len(shape) == 0 for shape in self.input_dims.values()):
@@ -97,6 +106,7 @@ class DMVAEConfig(Section):
                 f"{self.n_modalities}. Leave it out."
             )
         self._check_names()
+        self._check_private()
         for name, dist in self.distributions.items():
             self._check_params(name, dist)
         return self
@@ -113,9 +123,22 @@ class DMVAEConfig(Section):
                 raise ValueError(f"Unknown modalities in {field}: {stray}. Available: {sorted(self.input_dims)}.")
         for field in ("modalities_specific_dim", "modalities_specific_betas", "rescale_factors"):
             value = getattr(self, field)
-            absent = sorted(self.input_dims.keys() - value.keys()) if isinstance(value, dict) else []
+            needed = set(self.input_dims)
+            if field == "modalities_specific_betas":
+                needed = {name for name, dim in self.private_dims.items() if dim}
+            absent = sorted(needed - value.keys()) if isinstance(value, dict) else []
             if absent:
                 raise ValueError(f"{field} is missing entries for {absent}.")
+
+    def _check_private(self) -> None:
+        betas = self.modalities_specific_betas
+        without = sorted(name for name, dim in self.private_dims.items() if dim == 0)
+        idle = [name for name in without if isinstance(betas, dict) and name in betas]
+        if idle or (betas is not None and len(without) == len(self.modalities)):
+            raise ValueError(
+                f"modalities_specific_betas weighs private latents, but {idle or without} have none "
+                "(modalities_specific_dim is 0). Remove their betas, or give them a dimension."
+            )
 
     def _check_params(self, name: str, dist: str) -> None:
         if dist not in SPECS:
@@ -150,8 +173,10 @@ class DMVAEConfig(Section):
 
     @property
     def private_betas(self) -> dict[str, float]:
-        """Weight of each private divergence."""
+        """Weight of each private divergence; 1 where there is no private latent."""
         betas = self.modalities_specific_betas
+        if isinstance(betas, dict):
+            return {name: betas.get(name, 1.0) for name in self.modalities}
         return self._per_modality(1.0 if betas is None else betas)
 
     @property

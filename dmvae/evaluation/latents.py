@@ -84,6 +84,8 @@ def probe_labels(train: Latents, test: Latents) -> dict[str, Proportion]:
 def fit_probes(train: Latents) -> dict[str, Classifier]:
     """Fit a logistic regression of the label on standardised latents, for `shared` and each modality.
 
+    A modality without a private latent has no probe.
+
     Raises:
         ValueError: if the rows have no labels.
         ImportError: if scikit-learn is not installed.
@@ -95,7 +97,7 @@ def fit_probes(train: Latents) -> dict[str, Classifier]:
     except ImportError as error:
         raise ImportError("scikit-learn not found. Run pip install 'dmvae[report]'.") from error
     probes = {}
-    for name in ("shared", *train.private):
+    for name in ("shared", *(name for name, z in train.private.items() if z.shape[1])):
         x, y = _labelled(train, name)
         probes[name] = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000)).fit(x, y)
     return probes

@@ -124,6 +124,12 @@ class DMVAE(nn.Module):
             row_loss = row_loss + 0.0 * torch.stack([p.sum() for p in self.parameters()]).sum()
         return DMVAEOutput(row_loss.sum() / max(len(batch), 1), row_loss, bound.terms)
 
+    def initialize_likelihoods(self, rows: MultimodalRows) -> None:
+        """Start what likelihoods learn at the values of training rows: scales at the features' deviations."""
+        batch = self._batch(rows)
+        for name, values in batch.data.items():
+            self.likelihoods[name].initialize(values[present(batch, name)])
+
     def observe(self, inputs: MultimodalRows, modalities: Modalities = "all") -> dict[str, Observed]:
         """Encode each modality of the rows that have it; modalities that no row has are left out."""
         names = self._names(modalities, "modalities")

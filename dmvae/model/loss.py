@@ -62,12 +62,12 @@ class Noise:
 
     shared: Float[Tensor, "source row shared"]
     private: Mapping[str, Float[Tensor, "source row _"]]
-    subsets: Float[Tensor, "subset row choice"] | None = None
+    subsets: Float[Tensor, "draw row choice"] | None = None
 
     @staticmethod
     def width(config: DMVAEConfig) -> int:
         """Return how many normals one row needs."""
-        choices = config.num_subsets * (1 + len(config.modalities)) if config.sources == "subsets" else 0
+        choices = _num_subset_draws(config) * (1 + len(config.modalities))
         return len(config.source_names) * (config.latent_dim + sum(config.private_dims.values())) + choices
 
     @classmethod
@@ -79,8 +79,15 @@ class Noise:
         shared, *private = torch.split(sources, list(dims.values()), dim=-1)
         subsets = None
         if config.sources == "subsets":
-            subsets = choices.reshape(len(normals), config.num_subsets, 1 + len(config.modalities)).transpose(0, 1)
+            shape = len(normals), _num_subset_draws(config), 1 + len(config.modalities)
+            subsets = choices.reshape(shape).transpose(0, 1)
         return cls(shared=shared, private=dict(zip(config.modalities, private, strict=True)), subsets=subsets)
+
+
+def _num_subset_draws(config: DMVAEConfig) -> int:
+    if config.sources != "subsets":
+        return 0
+    return -(-config.num_subsets // 2) if config.cross == "prior" else config.num_subsets
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,12 +130,15 @@ def multimodal_elbo_loss(
 ) -> LossOutput:
     """Compute the objective of every row.
 
-        ELBO_s   = sum_{i in A} lambda_i log p(x_i | z_s, z_pi) - beta KL(q_s || p) - sum_{i in A} beta_i KL(q_pi || p)
+        ELBO_s   = sum_{i in A} lambda_i log p(x_i | z_s, z_pi) - beta KL(q_s || p) - sum_{i in P} beta_i KL(q_pi || p)
         row loss = -(ELBO_joint + sum_{j in A} ELBO_j)   or   -(ELBO_joint + sum_k ELBO_{S_k})
 
     A is what the row has. The joint source is the product of the experts in A and the prior, source j is the raw
-    q(z_s | x_j), and source S_k is the product of the experts in a random subset of A and the prior. Private latents
-    are drawn independently for each source. A row without any modality has loss 0.
+    q(z_s | x_j), and source S_k is the product of the experts in a random subset of A and the prior.
+    Private latents are drawn independently for each source: from q(z_pi | x_i) for i in P, else from their prior.
+    With `cross="posterior"` P is A. With `cross="prior"` P is the source's members: what the decoder knows of a
+    modality outside the source comes from z_s alone. Subsets then come in pairs, each with its complement. With all
+    weights 1, each ELBO_s is a lower bound of log p(x_A) for any choice of q. A row without any modality has loss 0.
 
     Args:
         config: weights and dimensions.
@@ -140,8 +150,9 @@ def multimodal_elbo_loss(
 
     Source: Lee & Pavlovic 2021, with the shared divergence counted once per source.
     """
-    shared, here, present = _sources(config, observed, noise)
-    kl_shared = shared.kl_from_prior()  # 0 where a row has no such source, since the prior stands in its place
+    shared, members, present = _sources(config, observed, noise)
+    here = members.any(1)
+    kl_shared = shared.kl_from_prior()  # 0 where there is no source: the prior stands in its place
     z_shared = shared.sample(noise.shared)
     is_complete = len(observed) == len(config.modalities) and all(part.rows is None for part in observed.values())
     kl_private, log_p, names = [], [], list[str]()
@@ -149,10 +160,12 @@ def multimodal_elbo_loss(
         parts = [observed[name] for name in family]
         mean = stack([part.scatter(part.private.mean) for part in parts])
         private = DiagGaussian(mean, stack([part.scatter(part.private.log_var) for part in parts]))
-        kl_private.append(private.kl_from_prior())  # 0 where a row has no such modality
-        z_private = DiagGaussian(mean.unsqueeze(1), private.log_var.unsqueeze(1)).sample(
-            stack([noise.private[name] for name in family])
-        )
+        kl_private.append(private.kl_from_prior())  # 0 where the row has no such modality
+        own_noise = stack([noise.private[name] for name in family])
+        z_private = DiagGaussian(mean.unsqueeze(1), private.log_var.unsqueeze(1)).sample(own_noise)
+        if config.cross == "prior":
+            inside = torch.stack([members[:, config.modalities.index(name)] for name in family])
+            z_private = torch.where(inside.unsqueeze(-1), z_private, own_noise)  # the noise is a draw from the prior
         z = torch.cat((z_shared.expand(len(family), *z_shared.shape), z_private), dim=-1)
         pairs = None if is_complete else here & parts[0].present
         functions = [decoders[name] for name in family], [likelihoods[name] for name in family]
@@ -162,12 +175,13 @@ def multimodal_elbo_loss(
     kl_privates = _in_order(kl_private, order, config, kl_shared[0])
     log_ps = _in_order(log_p, order, config, kl_shared).transpose(0, 1)
     pairs = here.unsqueeze(1) & present
+    paid = members if config.cross == "prior" else pairs  # a draw from the prior has no divergence
     betas, weights = config.private_betas, config.reconstruction_weights
     kl_weights = kl_shared.new_tensor([[betas[name] * divergence_weight] for name in config.modalities])
     log_p_weights = kl_shared.new_tensor([[weights[name]] for name in config.modalities])
     cost = (
         config.beta * divergence_weight * kl_shared
-        + (pairs * (kl_weights * kl_privates)).sum(1)
+        + (paid * (kl_weights * kl_privates)).sum(1)
         - (log_p_weights * log_ps).sum(1)
     )
     return LossOutput(
@@ -193,8 +207,11 @@ def term_names(config: DMVAEConfig) -> tuple[str, ...]:
 
 def _sources(
     config: DMVAEConfig, observed: Mapping[str, Observed], noise: Noise
-) -> tuple[DiagGaussian, Bool[Tensor, "source row"], Bool[Tensor, "modality row"]]:
-    """Return the shared posterior of every source, which rows have it, and which rows have each modality."""
+) -> tuple[DiagGaussian, Bool[Tensor, "source modality row"], Bool[Tensor, "modality row"]]:
+    """Return the shared posterior of every source `(source, row, dim)`, its members, and who has what.
+
+    A source without members does not exist; the prior, or what an encoder says of nothing, stands in its place.
+    """
     zeros = torch.zeros_like(noise.shared[0])
     nowhere = torch.zeros(zeros.shape[0], dtype=torch.bool, device=zeros.device)
     parts = [observed.get(name) for name in config.modalities]
@@ -204,15 +221,15 @@ def _sources(
     joint = product_of_experts(means, log_vars, present)
     if config.sources == "subsets":
         assert noise.subsets is not None
-        members = [present, *choose_subsets(noise.subsets, present)]
-        products = [joint, *(product_of_experts(means, log_vars, subset) for subset in members[1:])]
+        subsets = choose_subsets(noise.subsets, present)
+        if config.cross == "prior":
+            subsets = with_complements(subsets, present)[: config.num_subsets]
+        products = [joint, *(product_of_experts(means, log_vars, subset) for subset in subsets)]
         means, log_vars = torch.stack([p.mean for p in products]), torch.stack([p.log_var for p in products])
-        return DiagGaussian(means, log_vars), torch.stack([subset.any(0) for subset in members]), present
-    return (
-        DiagGaussian(torch.cat((joint.mean[None], means)), torch.cat((joint.log_var[None], log_vars))),
-        torch.cat((present.any(0, keepdim=True), present)),
-        present,
-    )
+        return DiagGaussian(means, log_vars), torch.cat((present[None], subsets)), present
+    alone = torch.eye(len(present), dtype=torch.bool, device=present.device).unsqueeze(-1) & present
+    shared = DiagGaussian(torch.cat((joint.mean[None], means)), torch.cat((joint.log_var[None], log_vars)))
+    return shared, torch.cat((present[None], alone)), present
 
 
 def choose_subsets(
@@ -231,6 +248,17 @@ def choose_subsets(
     size = 1 + (number * largest).floor().long().clamp(max=largest - 1)
     chosen: Tensor = (ranks < size.unsqueeze(1)) & present
     return chosen
+
+
+def with_complements(
+    chosen: Bool[Tensor, "subset modality row"], present: Bool[Tensor, "modality row"]
+) -> Bool[Tensor, "both modality row"]:
+    """Put after each subset what it leaves of a row: every modality is inside one of the two and outside the other.
+
+    A row with one modality has nothing to predict, and no subsets.
+    """
+    some = chosen & (present.sum(0) > 1)
+    return torch.stack((some, present & some.any(1, keepdim=True) & ~some), dim=1).flatten(0, 1)
 
 
 def _families(observed: Mapping[str, Observed], decoders: Mapping[str, Decode]) -> list[tuple[str, ...]]:

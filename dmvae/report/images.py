@@ -84,6 +84,8 @@ def traversals(model: DMVAE, rows: Batch, scales: Scales) -> list[Picture]:
     for name in _images(model):
         for kind, middle in (("shared", encoded.z), ("private", encoded.modalities_z[name])):
             lines, titles = [], []
+            if middle.shape[1] == 0:  # a modality without a private latent
+                continue
             for place in range(min(middle.shape[1], 10)):
                 moved = middle.repeat(len(_STEPS), 1)
                 moved[:, place] = _STEPS.to(moved)

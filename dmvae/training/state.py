@@ -2,9 +2,9 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import nn
 
 from dmvae.config.training import OptimConfig, TrainConfig
 from dmvae.model.dmvae import DMVAE
@@ -65,11 +65,20 @@ def zero_terms(model: DMVAE) -> TermSums:
     return TermSums(names, zeros, zeros)
 
 
-def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
-    """Build a fused Adam or AdamW: one kernel for all parameters."""
-    if optim.algorithm == "adam":
-        return torch.optim.Adam(model.parameters(), lr=optim.learning_rate, fused=True)
-    return torch.optim.AdamW(model.parameters(), lr=optim.learning_rate, weight_decay=optim.weight_decay, fused=True)
+def build_optimizer(model: DMVAE, optim: OptimConfig) -> torch.optim.Optimizer:
+    """Build a fused Adam or AdamW: one kernel for all parameters of a group.
+
+    Parameters of likelihoods with a learning rate of their own (`Likelihood.rate_factor`) form a group without decay.
+    """
+    factors = {p: module.rate_factor for module in model.likelihoods.values() for p in module.parameters()}
+    groups: dict[float, dict[str, Any]] = {}
+    for parameter in model.parameters():
+        factor = factors.get(parameter, 1.0)
+        decay = optim.weight_decay if factor == 1.0 else 0.0
+        group = groups.setdefault(factor, {"params": [], "rate_factor": factor, "weight_decay": decay})
+        group["params"].append(parameter)
+    build = torch.optim.Adam if optim.algorithm == "adam" else torch.optim.AdamW
+    return build(list(groups.values()), lr=optim.learning_rate, fused=True)
 
 
 def learning_rate(optim: OptimConfig, done: int, total: int, halvings: int) -> float:

@@ -103,7 +103,7 @@ def train_epoch(
         done = state.position.epoch * steps_per_epoch + part.step
         rate = learning_rate(config.optim, done, total, state.halvings)
         for group in state.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("rate_factor", 1.0)
         state.optimizer.zero_grad(set_to_none=True)
         _seed_dropout(state, config, part)
         terms, culprits = _accumulate(state, part, config, collectives, done)

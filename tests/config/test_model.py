@@ -84,6 +84,16 @@ def test_one_number_holds_for_every_modality() -> None:
     assert config.private_betas == {"a": 0.5, "b": 0.5}
 
 
+def test_a_modality_without_a_private_latent_has_no_beta() -> None:
+    dims = {"input_dims": {"a": (4,), "b": (3,)}, "modalities_specific_dim": {"a": 0, "b": 2}}
+    assert DMVAEConfig(**dims, modalities_specific_betas=0.5).private_betas["b"] == 0.5
+    assert DMVAEConfig(**dims, modalities_specific_betas={"b": 0.5}).private_betas == {"a": 1.0, "b": 0.5}
+    with pytest.raises(ValueError, match="Remove their betas"):
+        DMVAEConfig(**dims, modalities_specific_betas={"a": 0.5, "b": 0.5})
+    with pytest.raises(ValueError, match="Remove their betas"):
+        DMVAEConfig(input_dims={"a": (4,), "b": (3,)}, modalities_specific_dim=0, modalities_specific_betas=2.0)
+
+
 @pytest.mark.parametrize("field", ["latent_dim", "beta", "input_dims"])
 def test_a_config_is_frozen(field: str) -> None:
     config = DMVAEConfig(**EVERYTHING)
@@ -106,6 +116,8 @@ def test_a_config_is_frozen(field: str) -> None:
         ({"modalities_specific_dim": {"image": 2, "text": 2}}, "code"),
         ({"modalities_specific_betas": {"image": 2, "text": 2}}, "code"),
         ({"modalities_specific_betas": {"image": 1, "text": 1, "code": -0.1}}, "modalities_specific_betas"),
+        ({"modalities_specific_dim": {"image": 0, "text": 2, "code": 1}}, r"betas.*\['image'\] have none"),
+        ({"cross": "posteriors"}, "cross"),
         ({"beta": -1.0}, "beta"),
         ({"beta": float("nan")}, "beta"),
         ({"beta": float("inf")}, "beta"),

@@ -64,6 +64,10 @@ def laplace(number: int) -> dict[str, object]:
         {"architectures": {name: {"hidden_dims": (5,) if name == "b" else (4,)} for name in NAMES}},
         {"modalities_specific_betas": {"a": 1.0, "b": 2.0, "c": 3.0}},
         {"sources": "subsets", "num_subsets": 2},
+        {"sources": "subsets", "cross": "prior"},
+        {"architectures": {name: {"name": "skip_mlp", "hidden_dims": (5, 4)} for name in NAMES}},
+        {"architectures": {name: {"name": "skip_mlp", "hidden_dims": ()} for name in NAMES}},
+        {"modalities_specific_dim": 0},
     ],
 )
 def test_the_objective_and_its_gradient_are_those_of_networks_run_alone(changes: dict[str, object]) -> None:
@@ -107,6 +111,18 @@ def test_only_plain_perceptrons_of_one_layout_run_together() -> None:
     retraced.register_full_backward_pre_hook(lambda *_: None)
     for network in (altered, watched, reparametrised, dropped, listened, retraced):
         assert layout(network) is None
+
+
+def test_perceptrons_with_skip_connections_run_together_and_apart_from_those_without() -> None:
+    plain = make_model()
+    skipping = make_model(architectures={key: {"name": "skip_mlp", "hidden_dims": (5, 4)} for key in NAMES})
+    for kind in ("encoders", "decoders"):
+        ours, others = getattr(skipping, kind), getattr(plain, kind)
+        assert layout(ours["a"]) == layout(ours["b"]) is not None
+        assert layout(ours["a"]) != layout(others["a"])
+        watched = copy.deepcopy(ours["a"])
+        watched.skip.register_forward_hook(lambda *_: None)
+        assert layout(watched) is None
 
 
 def test_a_model_whose_first_layer_is_reparametrised_still_runs() -> None:

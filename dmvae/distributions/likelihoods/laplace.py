@@ -1,4 +1,4 @@
-"""Laplace distributions with one scale."""
+"""Laplace distributions."""
 
 import math
 
@@ -14,9 +14,11 @@ from dmvae.distributions.likelihoods.registry import register
 class Laplace(LocationScale):
     """Independent Laplace distributions: -|x - y| / s - log(2 s)."""
 
+    scale_of_unit_deviation = math.sqrt(0.5)
+
     def log_prob(self, output: Tensor, value: Tensor) -> Float[Tensor, "..."]:
         """Return the log-density in nats, summed over the modality's elements."""
-        return self._log_density(self._sum((value - output).abs()), 1, math.log(2))
+        return self._log_density((value - output).abs(), 1, math.log(2))
 
     def score(self, output: Float[Tensor, "row ..."], value: Tensor) -> Float[Tensor, "row ..."]:
         """Return (x - y) / (s r), the score of the density smoothed near its kink; r as in `information`."""

@@ -25,6 +25,7 @@ class Likelihood(nn.Module):
         start: what the decoder's output should be close to before training.
         classes: the number of classes, if values are classes.
         pad: the class that fills up short rows, if there is one.
+        rate_factor: multiplies the learning rate of the likelihood's parameters.
     """
 
     support: ClassVar[str] = "finite numbers"
@@ -34,6 +35,7 @@ class Likelihood(nn.Module):
     start: float = 0.0
     classes: int | None = None
     pad: int | None = None
+    rate_factor: float = 1.0
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         super().__init__()
@@ -71,6 +73,9 @@ class Likelihood(nn.Module):
     def observe(self, value: Tensor, size_factors: Tensor | None) -> Tensor:
         """Return observed rows in the form that `log_prob`, `score` and `information` take: by default, the values."""
         return value
+
+    def initialize(self, value: Tensor) -> None:
+        """Start the likelihood's parameters, if any, from training rows `(rows, *shape)` that have the modality."""
 
     def is_density(self, value: Tensor) -> bool:
         """Tell whether `log_prob` is a log-density or log-probability of these values."""

@@ -1,4 +1,4 @@
-"""Normal distributions with one scale."""
+"""Normal distributions."""
 
 import math
 
@@ -17,7 +17,7 @@ class Normal(LocationScale):
 
     def log_prob(self, output: Tensor, value: Tensor) -> Float[Tensor, "..."]:
         """Return the log-density in nats, summed over the modality's elements."""
-        return self._log_density(self._sum(_squares(output, value)), 2, 0.5 * math.log(2 * math.pi))
+        return self._log_density(_squares(output, value), 2, 0.5 * math.log(2 * math.pi))
 
     def score(self, output: Float[Tensor, "row ..."], value: Tensor) -> Float[Tensor, "row ..."]:
         """Return (x - y) / s^2."""

@@ -9,6 +9,7 @@ from shutil import which
 from socket import gethostname
 from typing import Any
 
+import numpy as np
 import ray.train
 import ray.train.torch
 import torch
@@ -34,6 +35,7 @@ from dmvae.training.step import Collectives, NonFiniteLossError, WorkerBatch
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.float32}
 _BLOCK_ROWS = 256
+_INITIAL_ROWS = 4096  # the first of the training split, which are shuffled; the same for any number of workers
 
 
 @dataclass(frozen=True)
@@ -160,6 +162,9 @@ def build_state(config: TrainConfig, device: torch.device) -> TrainState:
     """Return the model and optimiser of a run before its first step."""
     torch.manual_seed(config.seed)  # every worker starts from the same weights
     model = DMVAE(config.model).to(device, _DTYPES[config.training.precision])
+    if any(True for module in model.likelihoods.values() for _ in module.parameters()):
+        split = open_dataset(config.data.dataset).split(config.data.train_split)
+        model.initialize_likelihoods(split.read(np.arange(min(_INITIAL_ROWS, len(split)))))
     if config.init_from is not None:
         model.load_state_dict(DMVAE.load(config.init_from).state_dict())
     if config.training.compile:
