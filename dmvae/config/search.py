@@ -66,10 +66,11 @@ class Domain(Section):
 
 
 DEFAULT_SPACE = {
+    "model.cross": Domain(values=("prior", "posterior")),
     "model.latent_dim": Domain(low=4, high=64, log=True),
-    "model.modalities_specific_dim": Domain(low=1, high=16, log=True),
+    "model.modalities_specific_dim": Domain(low=0, high=8),
     "model.beta": Domain(low=0.25, high=4.0, log=True),
-    "model.modalities_specific_betas": Domain(low=0.25, high=4.0, log=True),
+    "model.modalities_specific_betas": Domain(low=0.25, high=16.0, log=True),
     "optim.learning_rate": Domain(low=3e-4, high=1e-2, log=True),
 }
 """The space of a search that names none."""
@@ -230,7 +231,7 @@ def lay_over(
     """Return the base configuration with settings replaced by path, validated.
 
     A path can lead to one modality of a setting that is one number for all: `model.modalities_specific_dim.image` keeps
-    that number for the other modalities.
+    that number for the other modalities. Betas of private latents of dimension 0 are dropped.
 
     Raises:
         ValidationError: if a path does not exist or a value is invalid.
@@ -253,4 +254,16 @@ def lay_over(
             place[part] = below
             place = below
         place[last] = value
+    if "modalities_specific_dim" in tree.get("model", {}):
+        _remove_idle_betas(tree["model"])
     return TrainConfig.model_validate({**tree, "name": name})
+
+
+def _remove_idle_betas(model: dict[str, Any]) -> None:
+    """Drop the betas of private latents of dimension 0 from a model's settings; they would be refused."""
+    dims, betas = model["modalities_specific_dim"], model.get("modalities_specific_betas")
+    has_any = any(dims.values()) if isinstance(dims, dict) else dims
+    if isinstance(betas, dict) and isinstance(dims, dict):
+        model["modalities_specific_betas"] = {name: beta for name, beta in betas.items() if dims.get(name) != 0}
+    if not has_any:
+        model.pop("modalities_specific_betas", None)

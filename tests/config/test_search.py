@@ -99,3 +99,19 @@ def test_the_shipped_search_is_one() -> None:
     from dmvae.config.parsing import read_toml
 
     assert read_toml(SearchConfig, Path("jobs/configs/search.toml")).base.name == "digits"
+
+
+@pytest.mark.parametrize(
+    ("dims", "betas", "expected"),
+    [
+        (0, 2.0, None),
+        ({"a": 0, "b": 0}, {"a": 2.0, "b": 3.0}, None),
+        ({"a": 0, "b": 1}, {"a": 2.0, "b": 3.0}, {"b": 3.0}),
+        ({"a": 0, "b": 1}, 2.0, 2.0),
+        (3, 2.0, 2.0),
+    ],
+)
+def test_a_trial_has_no_betas_of_private_latents_that_it_lacks(dims: Any, betas: Any, expected: Any) -> None:
+    chosen = {"model.input_dims": {"a": (2,), "b": (3,)}, "model.modalities_specific_dim": dims}
+    laid = lay_over(TrainConfig.model_validate(BASE), chosen | {"model.modalities_specific_betas": betas}, "t")
+    assert laid.model.modalities_specific_betas == expected

@@ -2,12 +2,13 @@
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from dmvae.config.likelihoods import SPECS, ValueTraits, suggest
+from dmvae.config.likelihoods import SPECS, LikelihoodSpec, ValueTraits, suggest
 from dmvae.config.training import TrainConfig
 from dmvae.data.format.manifest import ModalityInfo
 from dmvae.data.inspection.profile import DatasetProfile
@@ -35,13 +36,14 @@ def suggest_likelihoods(profile: DatasetProfile) -> dict[str, LikelihoodSuggesti
 
 def _fit(info: ModalityInfo, values: ValueStats | None) -> LikelihoodSuggestion:
     if info.likelihood not in ("normal", "categorical"):  # the defaults of a manifest
-        return _suggestion(info.likelihood, "set in the dataset")
-    return _suggestion(*suggest(_traits(info, values)))
+        return _suggestion(info, info.likelihood, "set in the dataset")
+    return _suggestion(info, *suggest(_traits(info, values)))
 
 
-def _suggestion(likelihood: str, reason: str) -> LikelihoodSuggestion:
-    params = dict(SPECS[likelihood].suggested_params) if likelihood in SPECS else {}
-    return LikelihoodSuggestion(likelihood, reason, params)
+def _suggestion(info: ModalityInfo, likelihood: str, reason: str) -> LikelihoodSuggestion:
+    spec = SPECS.get(likelihood, LikelihoodSpec())
+    params = spec.suggested_params_of_images if _is_image(info) else None
+    return LikelihoodSuggestion(likelihood, reason, dict(spec.suggested_params if params is None else params))
 
 
 def _traits(info: ModalityInfo, values: ValueStats | None) -> ValueTraits:
@@ -75,34 +77,50 @@ def suggest_run(profile: DatasetProfile, dataset: str, likelihoods: dict[str, Li
     others = [name for name in ("val", *profile.splits) if name in profile.splits and name != profile.train]
     val = others[0] if others else profile.train
     sizes = {name: info.column.size for name, info in manifest.modalities.items()}
+    epochs = _between(5, round(_ROW_VISITS / train.rows), 200)
+    batch_size = _between(8, 2 ** round(math.log2(train.rows / 10)), 256)
+    steps = epochs * math.ceil(train.rows / batch_size)
     name = re.sub(r"[^A-Za-z0-9._-]", "-", dataset.rstrip("/").rpartition("/")[2]).lstrip("._-")
     tree: dict[str, Any] = {
         "name": f"{name or 'data'}-first",
         "data": {"dataset": dataset, "train_split": profile.train, "val_split": val},
         "model": {
-            "latent_dim": _between(2, math.ceil(math.log2(sum(sizes.values()))), 20),
+            "latent_dim": _latent_dim(manifest.modalities.values(), train.rows),
             "modalities_specific_dim": {
-                name: _between(1, int(math.log2(size) / 2), 10) for name, size in sizes.items()
+                name: _between(0, int(math.log2(size) / 2), 10) for name, size in sizes.items()
             },
+            **({"sources": "subsets", "cross": "prior"} if len(sizes) > 1 else {}),
             "decoders_dist": {name: fit.likelihood for name, fit in likelihoods.items()},
             **_unless_empty("decoder_dist_params", {name: fit.params for name, fit in likelihoods.items()}),
-            **_unless_empty("architectures", {name: _architecture(m) for name, m in manifest.modalities.items()}),
+            "architectures": {name: _architecture(m) for name, m in manifest.modalities.items()},
         },
-        "training": {
-            "epochs": _between(5, round(_ROW_VISITS / train.rows), 200),
-            "batch_size": _between(8, 2 ** round(math.log2(train.rows / 10)), 256),
-        },
+        "optim": {"learning_rate": 3e-3, "warmup_steps": min(100, steps // 10)},
+        "training": {"epochs": epochs, "batch_size": batch_size, "patience": max(5, epochs // 4)},
         "evaluation": {"split": "test" if "test" in others else val},
     }
     return TrainConfig.model_validate(tree)
 
 
+def _latent_dim(modalities: Iterable[ModalityInfo], num_rows: int) -> int:
+    """Return twice the root of the number of features, as far as the rows can tell so many apart.
+
+    Neighbouring pixels say nearly the same, so that sixteen count as one.
+    """
+    features = sum(info.column.size / (16 if _is_image(info) else 1) for info in modalities)
+    return _between(2, min(round(2 * math.sqrt(features)), num_rows // 10), 64)
+
+
+def _is_image(info: ModalityInfo) -> bool:
+    return len(info.shape) == 3
+
+
 def _architecture(info: ModalityInfo) -> dict[str, Any]:
-    """Return the settings of a network that differ from the default, one hidden layer of 256."""
-    if len(info.shape) == 3 and info.shape[1:] in ((28, 28), (32, 32)) and info.classes is None:
+    """Return the networks of a modality: convolutions for images of their sizes, otherwise perceptrons."""
+    if _is_image(info) and info.shape[1:] in ((28, 28), (32, 32)) and info.classes is None:
         return {"name": "conv"}
     inputs = info.column.size * (info.classes or 1)
-    return {"hidden_dims": [512, 256]} if inputs >= 2048 else {} if inputs > 16 else {"hidden_dims": [64]}
+    hidden_dims = [512, 256] if inputs >= 2048 else [256, 256] if inputs > 16 else [64, 64]
+    return {"name": "skip_mlp", "hidden_dims": hidden_dims}
 
 
 def _unless_empty(key: str, settings: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -298,6 +298,13 @@ def test_likelihoods_go_with_the_values(tmp_path: Path) -> None:
     assert result.run is not None
     run = TrainConfig.model_validate(tomllib.loads(result.run))
     assert run.model.architectures["picture"].name == "conv"
+    assert {run.model.architectures[name].name for name in data if name != "picture"} == {"skip_mlp"}
+    assert (run.model.sources, run.model.cross) == ("subsets", "prior")
+    scales = {name: run.model.dist_params(name).get("scale") for name in ("picture", "bell", "tail", "count")}
+    assert scales == {
+        "picture": "learned_per_modality", "bell": "learned_per_feature", "tail": "learned_per_feature", "count": None,
+    }  # fmt: skip
+    assert run.model.private_dims["tissue"] == 0, "a scalar has no private latent"
     dataset = open_dataset(tmp_path / "data")
     check_data(resolve(run, dataset), dataset)
 
@@ -305,6 +312,28 @@ def test_likelihoods_go_with_the_values(tmp_path: Path) -> None:
 def look(folder: Path, parts: Parts, **changes: Any) -> Inspection:
     where = write_dataset(folder / "data", parts)
     return inspect(InspectConfig(dataset=str(where), **changes), quiet)
+
+
+def test_sizes_of_what_is_proposed_grow_with_the_data(tmp_path: Path) -> None:
+    dims = []
+    for num, width in ((40, 8), (400, 8), (400, 80)):
+        data = {name: np.random.default_rng(0).normal(size=(num, width)).astype(np.float32) for name in ("a", "b")}
+        rows = Rows(np.arange(num), data, {name: np.ones(num, bool) for name in data})
+        parts = {"train": rows, "val": replace(rows.take(slice(0, 20)), ids=np.arange(10_000, 10_020))}
+        run = look(tmp_path / f"{num}-{width}", parts).run
+        assert run is not None
+        dims.append(TrainConfig.model_validate(tomllib.loads(run)).model.latent_dim)
+    assert dims == [4, 8, 25]
+
+
+def test_one_modality_is_proposed_no_prediction_of_others(tmp_path: Path) -> None:
+    parts = {
+        name: Rows(rows.ids, {"x": rows.data["x"]}, {"x": np.ones(len(rows.ids), bool)})
+        for name, rows in clean().items()
+    }
+    run = look(tmp_path, parts).run
+    assert run is not None
+    assert TrainConfig.model_validate(tomllib.loads(run)).model.sources == "unimodal"
 
 
 def test_what_is_proposed_trains(tmp_path: Path) -> None:
