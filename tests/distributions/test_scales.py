@@ -7,8 +7,9 @@ import torch
 
 from dmvae import DMVAE, Batch, DMVAEConfig
 from dmvae.config.training import OptimConfig
-from dmvae.distributions.likelihoods import Laplace, Normal
-from dmvae.training.loop import build_optimizer
+from dmvae.distributions.likelihoods.laplace import Laplace
+from dmvae.distributions.likelihoods.normal import Normal
+from dmvae.training.state import build_optimizer
 
 SHAPE = (2, 3)
 KINDS = {"normal": Normal, "laplace": Laplace}

@@ -11,9 +11,11 @@ from torch import Tensor
 from dmvae import DMVAE, Batch, DMVAEConfig
 from dmvae.data.reading.dataset import open_dataset
 from dmvae.model.loss import Noise, choose_subsets, with_complements
-from dmvae.platform.train.trainer import resolve
+from dmvae.platform.train.settings import resolve
 from dmvae.platform.train.worker import WorkerData
-from dmvae.training.loop import Collectives, TrainState, build_optimizer, train
+from dmvae.training.loop import train
+from dmvae.training.state import TrainState, build_optimizer
+from dmvae.training.step import Collectives
 from tests.linear_gaussian import exact_log_prob, linear_model, sample_rows
 from tests.model.test_loss import SHAPES, draw, every_pattern, rows_of, run, small_model
 from tests.runs import make_config, make_dataset
