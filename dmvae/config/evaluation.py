@@ -32,8 +32,9 @@ class EvaluationConfig(Section):
     """Also estimate the marginal NLL of each modality, and its conditional NLL given the others that a row has. With
     two modalities this is about three times the work, with M modalities 2 M + 1 times."""
     measures: tuple[Measure, ...] = ()
-    """What else to measure: `rivals` (the NLL of PCA), `coherence`, `probes` (of labels), `imputation` (beside
-    the training mean, ridge regression and PCA), `robustness` (all of it again as modalities are removed)."""
+    """What else to measure: `rivals` (the NLL of factor analysis and PCA), `coherence` (of images also a Fréchet
+    distance), `probes` (of labels, and clusters), `imputation` (beside the training mean, ridge regression, PCA, factor
+    analysis, nearest neighbours and gradient boosting), `robustness` (all of it again as modalities are removed)."""
 
 
 class EvaluateConfig(Section):

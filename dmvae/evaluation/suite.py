@@ -1,19 +1,22 @@
-"""What a model is worth: how well it predicts, what its latents hold, and rivals judged on the same rows."""
+"""What a model is worth: how well it predicts, what its latents hold, and baselines on the same rows."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain, combinations
+from itertools import chain, combinations, islice
 
 import numpy as np
 
-from dmvae.data.batch import Batch
+from dmvae.data.batch import Batch, has
 from dmvae.data.reading.loader import read_rows
 from dmvae.data.reading.split import Split
 from dmvae.distributions.gaussian_mixture import FittedPrior
-from dmvae.evaluation.baselines import ProbabilisticPCA
-from dmvae.evaluation.imputation import INTERVALS, held_out_errors, join, rival_errors, rivals
+from dmvae.evaluation.baselines import Ridge, fit_baselines
+from dmvae.evaluation.clustering import cluster_agreement
+from dmvae.evaluation.factor_analysis import FactorAnalysis, fit_factor_analysis
+from dmvae.evaluation.frechet import classifier_features, frechet_distance, sample_distance
+from dmvae.evaluation.imputation import INTERVALS, baseline_errors, held_out_errors, join
 from dmvae.evaluation.latents import collect, fit_probes, probe_labels, probe_share
 from dmvae.evaluation.masking import Mechanism, Removal, mask_modalities
 from dmvae.evaluation.metrics import (
@@ -28,7 +31,7 @@ from dmvae.evaluation.metrics import (
 from dmvae.model.dmvae import DMVAE
 
 MAX_FIT_ROWS = 8192
-"""Training rows that rivals, classifiers, probes and densities are fitted to, at most; the first ones, which
+"""Training rows that baselines, classifiers, probes and densities are fitted to, at most; the first ones, which
 `jobs.prepare` has mixed."""
 _BLOCK_ROWS = 1024
 _ALL_SUBSETS = 4  # modalities, above which coherence is from single ones and from all others
@@ -36,14 +39,15 @@ _ALL_SUBSETS = 4  # modalities, above which coherence is from single ones and fr
 
 @dataclass(frozen=True, eq=False)
 class EvaluationSuite:
-    """Judges one model on one split.
+    """Evaluates one model on one split.
 
     Attributes:
         model: in eval mode.
-        train: the rows that rivals and classifiers are fitted to.
-        split: the rows that are judged.
-        density: of the latents; figures with it stand beside those with the prior, under `density/`.
+        train: the rows that baselines and classifiers are fitted to.
+        split: the rows that it is evaluated on.
+        density: of the latents; metrics with it stand beside those with the prior, under `density/`.
         num_draws: per row, of imputations.
+        progress: called with a line for each baseline that is skipped.
     """
 
     model: DMVAE
@@ -51,27 +55,45 @@ class EvaluationSuite:
     split: Split
     density: FittedPrior | None = None
     num_draws: int = 100
+    progress: Callable[[str], None] = lambda text: None
 
-    def rivals(self, nll: np.ndarray) -> dict[str, float]:
-        """Fit probabilistic PCA with as many latent dimensions to the training rows and pair it with `nll` by row.
+    def baselines(self, nll: np.ndarray) -> dict[str, float]:
+        """Compare the density with linear models of the training rows, on the same rows.
+
+        `pca` is probabilistic PCA with as many dimensions as the model has latents, `factor_analysis` has the number of
+        factors that cross-validation chooses.
+
+        Args:
+            nll: the model's, of each row of the split, or of its first rows.
 
         Returns:
-            PCA's mean exact NLL in nats per row, how much higher it is than the model's, and that difference's
-            standard error over rows.
+            For each of them `NAME/nll`, its mean exact NLL in nats per row, `NAME/nll_minus_ours`, how much higher that
+            is than the model's, and `NAME/nll_minus_ours_se`, the standard error of that over rows; and
+            `factor_analysis/num_factors`.
 
         Raises:
-            ValueError: if `rivals_fault` has a reason.
+            ValueError: if `density_fault` has a reason.
         """
-        if self.rivals_fault:
-            raise ValueError(self.rivals_fault)
-        pca = ProbabilisticPCA.fit(_blocks(self.train), self._latent_dim)
-        theirs = -np.concatenate([pca.log_prob(batch).numpy() for batch in _blocks(self.split)])
-        difference = theirs - nll
-        return {
-            "pca/nll": float(theirs.mean()),
-            "pca/nll_minus_ours": float(difference.mean()),
-            "pca/nll_minus_ours_se": float(difference.std(ddof=1) / math.sqrt(len(difference))),
-        }
+        if self.density_fault:
+            raise ValueError(self.density_fault)
+        linear, metrics = {"factor_analysis": self.factor_analysis}, {}
+        if self._latent_dim < self._num_features:
+            linear["pca"] = FactorAnalysis.fit(
+                _blocks(self.train), self._latent_dim, "one", shrinkage=0.0, max_steps=1000, tolerance=1e-4
+            )
+        else:
+            self.progress(f"pca skipped: it needs fewer dimensions than the data, but the model has {self._latent_dim}")
+        for name, fit in linear.items():
+            if fit is not None:
+                batches = islice(_blocks(self.split), math.ceil(len(nll) / _BLOCK_ROWS))
+                theirs = -np.concatenate([fit.log_prob(batch).numpy() for batch in batches])[: len(nll)]
+                difference = theirs - nll
+                metrics[f"{name}/nll"] = float(theirs.mean())
+                metrics[f"{name}/nll_minus_ours"] = float(difference.mean())
+                metrics[f"{name}/nll_minus_ours_se"] = float(difference.std(ddof=1) / math.sqrt(len(difference)))
+        if self.factor_analysis is not None:
+            metrics["factor_analysis/num_factors"] = float(self.factor_analysis.weight.shape[1])
+        return metrics
 
     def coherence(self) -> dict[str, float]:
         """Count how often predictions show the row's label, and samples from the prior one label in all modalities.
@@ -79,16 +101,18 @@ class EvaluationSuite:
         Returns:
             `coherence/FROM/TO` for a draw and `coherence_mean/FROM/TO` for the posteriors' means, FROM being a
             modality or several (`a.b`); `joint_coherence`; each classifier's accuracy on real rows, the ceiling, as
-            `classifier/M`, and their product, about the ceiling of the joint, as `classifier/all`.
+            `classifier/M`, and their product, about the ceiling of the joint, as `classifier/all`. Of images also
+            `frechet/M`, the Fréchet distance of samples to the rows in the margins of the classifier, and
+            `frechet_real/M`, that of training rows, the floor.
 
         Raises:
             ValueError: if the rows have no labels.
         """
-        figures = {
+        metrics = {
             f"classifier/{name}": classifier_accuracy(classifier, self._rows(), name).rate
             for name, classifier in self.classifiers.items()
         }
-        figures["classifier/all"] = math.prod(figures.values())
+        metrics["classifier/all"] = math.prod(metrics.values())
         for prefix, density in self._densities:
             for target, classifier in self.classifiers.items():
                 for source in self._sources(target):
@@ -96,37 +120,69 @@ class EvaluationSuite:
                         share = conditional_coherence(
                             self.model, self._rows(), classifier, source, target, means, density=density
                         )
-                        figures[f"{prefix}{key}/{'.'.join(source)}/{target}"] = share.rate
-            figures[f"{prefix}joint_coherence"] = joint_coherence(self.model, self.classifiers, density=density).rate
-        return figures
+                        metrics[f"{prefix}{key}/{'.'.join(source)}/{target}"] = share.rate
+            metrics[f"{prefix}joint_coherence"] = joint_coherence(self.model, self.classifiers, density=density).rate
+        return metrics | self._frechet()
+
+    def _frechet(self) -> dict[str, float]:
+        metrics, rows = {}, first_rows(self.split)
+        for name in self._float_modalities:
+            if len(self.model.config.shapes[name]) < 2:
+                continue
+            classifier, real = self.classifiers[name], rows.data[name][has(rows, name)]
+            train = self.fit_rows.data[name][has(self.fit_rows, name)]
+            features = (classifier_features(classifier, values) for values in (train, real))
+            metrics[f"frechet_real/{name}"] = frechet_distance(*features)
+            for prefix, density in self._densities:
+                distance = sample_distance(self.model, name, classifier, real, density=density)
+                metrics[f"{prefix}frechet/{name}"] = distance
+        return metrics
 
     def probes(self) -> dict[str, float]:
-        """Return the share of rows whose label a linear classifier reads off each block of latents, `probe/BLOCK`.
+        """Return how much the latents tell of the label.
+
+        Returns:
+            `probe/BLOCK`, the share of rows whose label a linear classifier reads off a block of latents, and the
+            agreement of clusters of the shared latents with the labels: `clustering/adjusted_rand_index` and
+            `clustering/normalized_mutual_information`.
 
         Raises:
             ValueError: if the rows have no labels.
         """
         check_labels(self.train, self.split)
         train, test = collect(self.model, [self.fit_rows], True), collect(self.model, self._rows(), True)
-        return {f"probe/{name}": share.rate for name, share in probe_labels(train, test).items()}
+        metrics = {f"probe/{name}": share.rate for name, share in probe_labels(train, test).items()}
+        return metrics | {f"clustering/{name}": value for name, value in cluster_agreement(train, test).items()}
 
     def imputation(self) -> dict[str, float]:
-        """Return `imputation/M/rmse` of held-out values from the others, its coverage, and the rivals'."""
-        figures = {}
-        competitors = rivals(self.fit_rows, self._latent_dim)
+        """Predict held-out values from the others.
+
+        Returns:
+            `imputation/M/rmse`, the model's error, and `imputation/M/coverage50` and `.../coverage90` of its intervals;
+            for each baseline `imputation/M/NAME`, its error, `imputation/M/NAME_minus_ours`, how much higher that is
+            than the model's, and `imputation/M/NAME_minus_ours_se`, the standard error of that over rows.
+        """
+        metrics = {}
+        baselines, left_out = fit_baselines(self.fit_rows, self._latent_dim, self.factor_analysis)
+        for baseline, reason in left_out.items():
+            self.progress(f"{baseline} skipped: {reason}")
         for name in self._float_modalities:
+            ours = {}
             for prefix, density in self._densities:
-                errors = held_out_errors(self.model, self._rows(), name, self.num_draws, density)
-                figures[f"{prefix}imputation/{name}/rmse"] = errors.rmse
-                for share, inside in zip(INTERVALS, errors.coverage, strict=True):
+                ours[prefix] = held_out_errors(self.model, self._rows(), name, self.num_draws, density)
+                metrics[f"{prefix}imputation/{name}/rmse"] = ours[prefix].rmse
+                for share, inside in zip(INTERVALS, ours[prefix].coverage, strict=True):
                     if not math.isnan(inside):
-                        figures[f"{prefix}imputation/{name}/coverage{share:.0%}".removesuffix("%")] = inside
-            for rival, imputer in competitors.items():
-                figures[f"imputation/{name}/{rival}"] = rival_errors(imputer, self._rows(), name).rmse
-        return figures
+                        metrics[f"{prefix}imputation/{name}/coverage{share:.0%}".removesuffix("%")] = inside
+            for baseline, imputer in baselines.items():
+                errors = baseline_errors(imputer, self._rows(), name)
+                place = f"imputation/{name}/{baseline}"
+                metrics[place] = errors.rmse
+                metrics[f"{place}_minus_ours"], metrics[f"{place}_minus_ours_se"] = errors.minus(ours[""])
+        return metrics
 
     def robustness(self, removal: Removal) -> dict[str, float]:
-        """Judge imputation, coherence and probes from what is left when modalities are removed.
+        """Measure imputation, coherence and probes from what is left when modalities are removed.
 
         Returns:
             `missing/HOW/RATE/rmse/M`, `.../coverage90/M`, `.../rmse_ridge/M` and, with labels, `.../coherence/M` and
@@ -134,16 +190,16 @@ class EvaluationSuite:
             percent. A row that has lost everything counts: it is predicted without any knowledge of it. For the NLL
             see `dmvae.platform.evaluate.nll_table`.
         """
-        figures = {}
-        ridge = rivals(self.fit_rows, self._latent_dim)["ridge"]
+        metrics = {}
+        ridge = Ridge(self.fit_rows)
         probes = fit_probes(collect(self.model, [self.fit_rows], True)) if self.has_labels else {}
         for place, hide in removal.each():
             for name in self._float_modalities:
                 errors = held_out_errors(self.model, self._rows(), name, 20, self.density, hide=hide)
-                figures[f"{place}/rmse/{name}"] = errors.rmse
+                metrics[f"{place}/rmse/{name}"] = errors.rmse
                 if not math.isnan(errors.coverage[-1]):
-                    figures[f"{place}/coverage90/{name}"] = errors.coverage[-1]
-                figures[f"{place}/rmse_ridge/{name}"] = rival_errors(ridge, self._rows(), name, hide).rmse
+                    metrics[f"{place}/coverage90/{name}"] = errors.coverage[-1]
+                metrics[f"{place}/rmse_ridge/{name}"] = baseline_errors(ridge, self._rows(), name, hide).rmse
             for name, classifier in self.classifiers.items() if self.has_labels else ():
                 shares = (
                     predicted_class_share(
@@ -151,12 +207,12 @@ class EvaluationSuite:
                     )
                     for batch in self._rows()
                 )
-                figures[f"{place}/coherence/{name}"] = sum(shares, Proportion()).rate
+                metrics[f"{place}/coherence/{name}"] = sum(shares, Proportion()).rate
             left = collect(self.model, map(hide, self._rows()), True) if probes else None
             for name, probe in probes.items() if left else ():
                 assert left is not None
-                figures[f"{place}/probe/{name}"] = probe_share(probe, left, name, count_all=True).rate
-        return figures
+                metrics[f"{place}/probe/{name}"] = probe_share(probe, left, name, count_all=True).rate
+        return metrics
 
     def removal(self, rates: Iterable[float]) -> Removal:
         """Return how modalities are removed at each rate: at random, and by label where there are labels."""
@@ -198,15 +254,26 @@ class EvaluationSuite:
         return tuple(name for name in self.model.config.modalities if infos[name].dtype != "int64")
 
     @property
-    def rivals_fault(self) -> str:
-        """Why PCA's density cannot be compared with the model's; empty if it can."""
+    def density_fault(self) -> str:
+        """Why linear densities cannot be compared with the model's; empty if they can."""
         config = self.model.config
         others = sorted({dist for dist in config.distributions.values() if dist not in ("normal", "laplace")})
         if others or self._float_modalities != config.modalities:
-            return f"probabilistic PCA is a density of floats, and cannot be compared with {others or ['integers']}"
-        if self._latent_dim >= sum(map(math.prod, config.shapes.values())):
-            return f"probabilistic PCA has fewer latent dimensions than the data; the model has {self._latent_dim}"
+            return f"they are densities of floating-point values, but the model has {others or ['integers']}"
         return ""
+
+    @cached_property
+    def factor_analysis(self) -> FactorAnalysis | None:
+        """Factor analysis of the floating-point modalities of the training rows; None below two features."""
+        if sum(math.prod(self.model.config.shapes[name]) for name in self._float_modalities) < 2:
+            return None
+        others = set(self.model.config.modalities) - set(self._float_modalities)
+        rows = (mask_modalities(batch, *others) for batch in _blocks(self.train))
+        return fit_factor_analysis(rows, mask_modalities(self.fit_rows, *others))
+
+    @property
+    def _num_features(self) -> int:
+        return sum(map(math.prod, self.model.config.shapes.values()))
 
     def _sources(self, target: str) -> Iterator[tuple[str, ...]]:
         others = [name for name in self.model.config.modalities if name != target]
@@ -241,6 +308,6 @@ def check_labels(*splits: Split) -> None:
     without_any = [split.name for split in splits if not has_labels(split)]
     if without_any:
         raise ValueError(
-            f"coherence and probes compare classes, so the splits have labels; {without_any} of {splits[0].where} "
-            "has none. Leave these measures out."
+            f"Cannot compute coherence or probes: splits {without_any} of {splits[0].where} have no labels. "
+            "Remove these measures."
         )

@@ -12,6 +12,7 @@ from dmvae.data.batch import Batch, has
 from dmvae.distributions.gaussian_mixture import FittedPrior
 from dmvae.evaluation.latents import Latents
 from dmvae.evaluation.masking import mask_modalities
+from dmvae.evaluation.standings import standings
 from dmvae.model.dmvae import DMVAE
 from dmvae.model.nll.estimate import KHAT_LIMIT, NLLEstimate
 from dmvae.report.html_report import Figure, Picture, is_image
@@ -115,6 +116,27 @@ def coherence_matrix(metrics: Mapping[str, float]) -> Picture:
                       for key, value in metrics.items() if key.endswith("joint_coherence"))  # fmt: skip
     text = f"One draw per row, recognised by classifiers fitted to real rows. Samples whose modalities agree: {joint}."
     return Picture("coherence", "Coherence", text, figure)
+
+
+def baseline_comparison(figures: Mapping[str, float]) -> Picture:
+    """Draw the error of each predicted modality beside those of the baselines, and say who wins."""
+    found = standings(figures)
+    shown = [standing for standing in found if standing.measure.startswith("prediction")]
+    figure = Figure(figsize=(10, 1.2 + 2.2 * max(len(shown), 1)), layout="constrained")
+    for axes, standing in zip(np.atleast_1d(figure.subplots(max(len(shown), 1), 1)), shown, strict=False):
+        place = f"imputation/{standing.measure.removeprefix('prediction of ')}/"
+        errors = {name[len(place) : -len("_minus_ours")]: figures[name.removesuffix("_minus_ours")]
+                  for name in figures if name.startswith(place) and name.endswith("_minus_ours")}  # fmt: skip
+        lines = sorted({"this model": standing.ours, **errors}.items(), key=lambda line: line[1], reverse=True)
+        colours = ["C3" if name == "this model" else "C0" for name, _ in lines]
+        axes.barh([name for name, _ in lines], [value for _, value in lines], color=colours, height=0.7)
+        for number, (_, value) in enumerate(lines):
+            axes.text(value, number, f" {value:.3g}", va="center", size=7)
+        axes.set_title(f"{standing.measure}: {standing.verdict}", fontsize=9)
+        axes.tick_params(labelsize=7)
+        axes.spines[["top", "right"]].set_visible(False)
+    text = "Root mean square error from the other modalities, in the values' unit as read; smaller is better. "
+    return Picture("baselines", "Beside the baselines", text + ". ".join(map(str, found)) + ".", figure)
 
 
 def missing_patterns(

@@ -4,7 +4,7 @@
 
 Two datasets: the demo's paired digits, and scikit-learn's digits cut into four views of 16 pixels. Of each run the
 epoch of the best validation loss is judged, on complete test rows; the table has the mean over training seeds and their
-spread, and the rivals on the same rows. `imputation` is the error of a modality from the others on the scale of the
+spread, and the baselines on the same rows. `imputation` is the error of a modality from the others on the scale of the
 values as they are read, `nll` that of 100 rows with 500 draws, `flagged` the share of these that are not to be trusted.
 """
 
@@ -24,7 +24,9 @@ from dmvae.data.batch import Batch
 from dmvae.data.preparation.prepare import prepare
 from dmvae.data.reading.dataset import open_dataset
 from dmvae.distributions.gaussian_mixture import FittedPrior
-from dmvae.evaluation.imputation import held_out_errors, rival_errors, rivals
+from dmvae.evaluation.baselines import fit_baselines
+from dmvae.evaluation.factor_analysis import fit_factor_analysis
+from dmvae.evaluation.imputation import baseline_errors, held_out_errors
 from dmvae.evaluation.latents import collect, fit_density, probe_labels
 from dmvae.evaluation.metrics import (
     Classifier,
@@ -136,10 +138,10 @@ def make_views(folder: Path, missing: float = 0.3) -> Path:
     return prepare_dataset(folder / "views", source)
 
 
-def prepare_dataset(folder: Path, source: dict[str, Any]) -> Path:
+def prepare_dataset(folder: Path, source: dict[str, Any], scaling: dict[str, str] | None = None) -> Path:
     """Prepare a dataset unless it is there."""
     if not (folder / "dataset.json").is_file():
-        config = PrepareConfig.model_validate({"dataset": str(folder), "source": source})
+        config = PrepareConfig.model_validate({"dataset": str(folder), "source": source, "scaling": scaling or {}})
         prepare(config, progress=lambda text: None)
     return folder
 
@@ -185,7 +187,7 @@ def run(data: str, folder: Path, seeds: int, epochs: int) -> list[dict[str, Any]
 
 
 def print_table(data: str, records: list[dict[str, Any]], judge: Judge, latent_dim: int) -> None:
-    """Print means over seeds, the spread behind, and the rivals."""
+    """Print means over seeds, the spread behind, and the baselines."""
     names = [name for name in records[0] if name not in ("settings", "latents", "seed")]
     print(f"\n{data}: mean over {1 + max(r['seed'] for r in records)} seeds (standard deviation over seeds)")
     print(f"| {'settings':<8} | {'latents':<8} | " + " | ".join(f"{name:>14}" for name in names) + " |")
@@ -195,9 +197,12 @@ def print_table(data: str, records: list[dict[str, Any]], judge: Judge, latent_d
             mine = [r for r in records if (r["settings"], r["latents"]) == (settings, latents)]
             cells = [f"{np.mean([r[n] for r in mine]):>6.3f} ({np.std([r[n] for r in mine]):.3f})" for n in names]
             print(f"| {settings:<8} | {latents:<8} | " + " | ".join(f"{cell:>14}" for cell in cells) + " |")
-    for rival, imputer in rivals(judge.train, latent_dim).items():
-        errors = [rival_errors(imputer, judge.test, name).rmse for name in judge.test.data]
-        print(f"rival {rival:<6} imputation {np.mean(errors):.3f}")
+    baselines, left_out = fit_baselines(judge.train, latent_dim, fit_factor_analysis([judge.train], judge.train))
+    for baseline, imputer in baselines.items():
+        errors = [baseline_errors(imputer, judge.test, name).rmse for name in judge.test.data]
+        print(f"baseline {baseline:<18} imputation {np.mean(errors):.3f}")
+    for baseline, reason in left_out.items():
+        print(f"baseline {baseline:<18} left out: {reason}")
     ceilings = {name: round(classifier_accuracy(c, judge.test, name).rate, 3) for name, c in judge.classifiers.items()}
     print(f"classifiers on real rows (the ceiling of coherence): {ceilings}\n", flush=True)
 

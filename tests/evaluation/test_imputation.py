@@ -1,17 +1,28 @@
-"""Held-out values: errors and intervals against the closed form, and rivals that are what they say."""
+"""Held-out values: errors and intervals against the closed form, and baselines that are what they say."""
 
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from dmvae import DMVAE, Batch
-from dmvae.evaluation.baselines import ProbabilisticPCA
 from dmvae.evaluation.elbo import negative_elbo
-from dmvae.evaluation.imputation import Ridge, held_out_errors, rival_errors, rivals
+from dmvae.evaluation.imputation import Errors, baseline_errors, held_out_errors
 from dmvae.evaluation.masking import mask_modalities, remove
 from tests.linear_gaussian import exact_log_prob, linear_model, sample_rows
+
+
+class Recall:
+    """Gives known values of rows, which it tells by their ids."""
+
+    def __init__(self, rows: Batch, values: torch.Tensor) -> None:
+        self.values = dict(zip(rows.ids.tolist(), values, strict=True))  # type: ignore[union-attr]
+
+    def __call__(self, part: Batch) -> torch.Tensor:
+        return torch.stack([self.values[number] for number in part.ids.tolist()])  # type: ignore[union-attr]
+
 
 SHAPES = {"a": (4,), "b": (2, 2), "c": (3,)}
 
@@ -43,39 +54,35 @@ def test_errors_add_and_never_read_the_target(model: DMVAE) -> None:
     assert math.isclose(again.squares, whole.squares)
     assert rows.masks is not None
     assert again.rows == int(rows.masks["b"].sum())
-    with pytest.raises(ValueError, match="got 'x'"):
+    with pytest.raises(ValueError, match="Unknown modality 'x'"):
         held_out_errors(model, rows, "x")
 
 
-def test_rivals_rank_as_their_information_does(model: DMVAE) -> None:
-    train, test = sample_rows(model, 1500, seed=1, missing=0.3), sample_rows(model, 400, seed=2)
-    errors = {name: rival_errors(rival, test, "a").rmse for name, rival in rivals(train, 5).items()}
-    assert errors["pca"] < errors["mean"]
-    assert errors["ridge"] < 0.95 * errors["mean"]
+def test_errors_of_two_predictions_are_paired_by_row(model: DMVAE) -> None:
+    rows = replace(sample_rows(model, 400, missing=0.2), ids=torch.arange(400))
+    truth = rows.data["a"]
+    assert rows.masks is not None
+    noise = torch.randn(400, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    # both are wrong by the same noise, the second by a hundredth more
+    errors = [
+        baseline_errors(lambda part, name, s=s: Recall(rows, truth + s * noise)(part), rows, "a") for s in (1, 1.01)
+    ]
+    difference, se = errors[1].minus(errors[0])
+    assert difference == pytest.approx(0.01 * errors[0].rmse)
+    assert se < 0.1 * difference
+    swapped, same = errors[0].minus(errors[1])
+    assert (swapped, same) == pytest.approx((-difference, se))
 
 
-def test_pca_predicts_the_conditional_mean(model: DMVAE) -> None:
-    rows = sample_rows(model, 500, missing=0.3)
-    pca = ProbabilisticPCA.fit(rows, 4)
-    covariance = pca.weight @ pca.weight.T + pca.noise_variance * torch.eye(11, dtype=torch.float64)
-    own = torch.arange(4)
-    rest = torch.arange(4, 11)
-    test = sample_rows(model, 5, seed=3)
-    x = torch.cat([test.data["b"].flatten(1), test.data["c"]], dim=1)
-    gain = covariance[own][:, rest] @ torch.linalg.inv(covariance[rest][:, rest])
-    torch.testing.assert_close(pca.predict(test, "a"), pca.mean[own] + (x - pca.mean[rest]) @ gain.T)
-    alone = mask_modalities(test, "b", "c")
-    torch.testing.assert_close(pca.predict(alone, "a"), pca.mean[own].expand(5, -1))
+def test_the_standard_error_of_a_difference_is_its_spread_over_samples_of_rows() -> None:
+    rng = np.random.default_rng(0)
 
+    def difference() -> tuple[float, float]:
+        first, second = rng.gamma(2.0, size=(2, 200))
+        return Errors(600, first).minus(Errors(600, 1.5 * second))
 
-def test_ridge_fits_what_each_row_has_and_falls_back_on_the_mean(model: DMVAE) -> None:
-    train = sample_rows(model, 300, missing=0.3)
-    ridge = Ridge(train)
-    assert train.masks is not None
-    mean = train.data["a"][train.masks["a"]].mean(0)
-    nothing = mask_modalities(sample_rows(model, 3), "b", "c")
-    torch.testing.assert_close(ridge(nothing, "a"), mean.expand(3, -1))
-    assert ridge(sample_rows(model, 3), "a").shape == (3, 4)
+    drawn = np.array([difference() for _ in range(500)])
+    assert drawn[:, 1].mean() == pytest.approx(drawn[:, 0].std(), rel=0.1)
 
 
 def test_removal_has_its_rate_grows_and_belongs_to_the_row(model: DMVAE) -> None:

@@ -13,6 +13,7 @@ from dmvae.data.reading.dataset import Dataset, open_dataset
 from dmvae.data.storage.location import is_uri
 from dmvae.distributions import noise
 from dmvae.evaluation.latents import fit_density
+from dmvae.evaluation.standings import standings
 from dmvae.evaluation.suite import EvaluationSuite
 from dmvae.model.dmvae import DMVAE, MODEL_CONFIG, MODEL_WEIGHTS
 from dmvae.platform.cluster import local_cluster
@@ -67,7 +68,7 @@ def evaluate_split(
     with local(model) as folder:
         loaded, split = DMVAE.load(folder), dataset.split(config.split)
         check_measures(loaded.config, config, dataset, train_split)
-        suite = EvaluationSuite(loaded, dataset.split(train_split), split)
+        suite = EvaluationSuite(loaded, dataset.split(train_split), split, progress=progress)
         removal = suite.removal(extras.missing_rates) if "robustness" in config.measures else None
         task = Task(model, dataset.where, config, extras.device, removal)
         store = None if extras.output is None else RowStore(extras.output, _key(folder, task, dataset))
@@ -80,6 +81,8 @@ def evaluate_split(
             density.save(extras.output)
         suite = replace(suite, density=density)
     metrics = table.summary() | _measure(suite, table, task, progress)
+    for standing in standings(metrics):
+        progress(str(standing))
     return {f"{config.split}/{name}": value for name, value in metrics.items()}
 
 
@@ -89,12 +92,12 @@ def _measure(suite: EvaluationSuite, table: NLLTable, task: Task, progress: Call
     for measure in task.config.measures:
         progress(f"computing {measure}")
         if measure == "rivals":
-            fault = suite.rivals_fault or (
+            fault = suite.density_fault or (
                 "" if task.config.modalities is None else "evaluation.modalities leaves some out"
             )
-            metrics |= {} if fault else suite.rivals(table.columns["nll"])
+            metrics |= {} if fault else suite.baselines(table.columns["nll"])
             if fault:
-                progress(f"rivals skipped: {fault}")
+                progress(f"linear densities skipped: {fault}")
         elif measure == "robustness":
             assert task.removal is not None
             metrics |= suite.robustness(task.removal)

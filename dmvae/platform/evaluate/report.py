@@ -13,6 +13,7 @@ from dmvae.data.reading.dataset import Dataset, open_dataset
 from dmvae.data.reading.split import Split
 from dmvae.data.scaling import Scale
 from dmvae.evaluation.latents import collect, fit_density
+from dmvae.evaluation.standings import standings
 from dmvae.evaluation.suite import EvaluationSuite, first_rows
 from dmvae.model.dmvae import DMVAE, MODEL_CONFIG
 from dmvae.platform.evaluate.checks import check_fit
@@ -43,7 +44,7 @@ def report(config: ReportConfig, progress: Callable[[str], None]) -> Path:
     curves = run_dir / "tracking" / "metrics.jsonl"
     if curves.is_file():
         pictures.append(charts.training_curves(curves))
-    suite = EvaluationSuite(model, dataset.split(config.train_split), split, num_draws=20)
+    suite = EvaluationSuite(model, dataset.split(config.train_split), split, num_draws=20, progress=progress)
     if config.density_components:
         progress("fitting a density to the latents of the training rows")
         suite = replace(suite, density=fit_density(model, suite.fit_rows, config.density_components))
@@ -81,9 +82,15 @@ def _predictions(suite: EvaluationSuite, rows: Batch, dataset: Dataset) -> list[
 
 
 def _metrics(suite: EvaluationSuite, rows: Batch, num_draws: int, progress: Callable[[str], None]) -> list[Picture]:
-    """Draw the quality of the NLL estimate, coherence if there are labels, and robustness."""
+    """Draw the quality of the NLL estimate, the baselines, coherence if there are labels, and robustness."""
     progress(f"NLL of {min(len(rows), _NLL_ROWS)} rows, {num_draws} draws each")
-    pictures = [charts.weight_diagnostics(suite.model.joint_nll(rows[:_NLL_ROWS], num_draws))]
+    estimate = suite.model.joint_nll(rows[:_NLL_ROWS], num_draws)
+    pictures = [charts.weight_diagnostics(estimate)]
+    progress("fitting baselines")
+    metrics = {} if suite.density_fault else suite.baselines(estimate.nll.cpu().double().numpy())
+    metrics |= suite.imputation()
+    if standings(metrics):
+        pictures.append(charts.baseline_comparison(metrics))
     if suite.has_labels:
         progress("computing coherence")
         pictures.append(charts.coherence_matrix(suite.coherence()))

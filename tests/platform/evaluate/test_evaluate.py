@@ -150,9 +150,13 @@ def test_measures_are_computed_with_the_prior_and_the_density(labelled: Path, tm
         model, labelled, tmp_path / "out", density_components=2, missing_rates=[0.0, 0.5],
         evaluation={"split": "test", "measures": measures},
     )  # fmt: skip
-    metrics = evaluate(config, quiet)
+    lines: list[str] = []
+    metrics = evaluate(config, lines.append)
     for name in (
-        "pca/nll", "coherence/image/table", "joint_coherence", "density/joint_coherence", "classifier/image",
+        "pca/nll", "factor_analysis/nll_minus_ours_se", "imputation/image/ridge_completed",
+        "imputation/table/nearest_neighbours_minus_ours", "imputation/table/gradient_boosting_minus_ours_se",
+        "clustering/adjusted_rand_index", "frechet/image", "density/frechet/image",
+        "coherence/image/table", "joint_coherence", "density/joint_coherence", "classifier/image",
         "probe/shared", "imputation/table/rmse", "imputation/table/coverage90", "imputation/table/ridge",
         "density/imputation/image/rmse", "missing/label/50/rmse/table", "missing/random/0/coherence/image",
         "missing/random/50/probe/shared", "missing/label/50/coverage90/table", "missing/random/50/nll",
@@ -160,6 +164,11 @@ def test_measures_are_computed_with_the_prior_and_the_density(labelled: Path, tm
     ):  # fmt: skip
         assert np.isfinite(metrics[f"test/{name}"]), name
     assert metrics["test/imputation/table/ridge"] < metrics["test/imputation/table/mean"]
+    assert metrics["test/frechet_real/image"] < metrics["test/frechet/image"]
+    assert "test/frechet/table" not in metrics
+    # an untrained model loses everywhere, and the output says so
+    said = [line for line in lines if "the model loses" in line]
+    assert [line.split(":")[0] for line in said] == ["NLL", "prediction of image", "prediction of table"]
     assert metrics["test/missing/random/0/probe/shared"] >= metrics["test/missing/random/50/probe/shared"]
     assert (tmp_path / "out" / "density.safetensors").is_file()
 
@@ -248,7 +257,7 @@ def test_categories_are_evaluated_and_drawn(tmp_path: Path) -> None:
         (["--evaluation.num-draws", "1"], ["num_draws", "2", "got 1"]),
         (["--evaluation.split", "tset"], ["no split 'tset'", "train"]),
         (["--evaluation.modalities", "middle"], ["evaluation.modalities", "['middle']", "'left'"]),
-        (["--evaluation.measures", "coherence"], ["labels", "has none"]),
+        (["--evaluation.measures", "coherence"], ["no labels", "Remove these measures"]),
         (["--density-components", "3"], ["has no effect without evaluation.measures"]),
     ],
 )
@@ -283,7 +292,8 @@ def test_a_report_is_one_page_that_holds_its_pictures(labelled: Path, tmp_path: 
     folder = tmp_path / "run" / "report"
     page = (folder / "report.html").read_text()
     files = {file.stem for file in folder.glob("*.png")}
-    assert {"curves", "map", "weights", "coherence", "missing", "imputed-table", "traversal-shared-image"} <= files
+    drawn = {"curves", "map", "weights", "baselines", "coherence", "missing", "imputed-table", "traversal-shared-image"}
+    assert drawn <= files
     assert page.count("data:image/png;base64,") == len(files)
     assert 'src="http' not in page
 

@@ -44,7 +44,7 @@ def test_the_dataset_fills_in_shapes_and_likelihoods(dataset: Path, tmp_path: Pa
         ({"evaluation": {"split": "holdout"}}, ["holdout", "test"]),
         ({"data": {"dataset": "/nowhere"}}, ["/nowhere"]),
         ({"init_from": "/nowhere"}, ["/nowhere", "model.json"]),
-        ({"evaluation": {"measures": ["coherence"]}}, ["labels", "has none"]),
+        ({"evaluation": {"measures": ["coherence"]}}, ["no labels", "Remove these measures"]),
         ({"evaluation": {"modalities": ["middle"]}}, ["evaluation.modalities", "middle"]),
         ({"training": {"monitor": "log_likelihood/joint/left"}}, ["log_likelihood/joint/left"]),
         ({"model": {"decoders_dist": {"left": "categorical"}}}, ["'left' is float32", "integers"]),
