@@ -1,10 +1,11 @@
-"""The reference implementation as the other side: MultiVae's DMVAE around the same layers and the same weights."""
+"""The reference implementation as the other side: MultiVae's models around the same layers and the same weights."""
 
 import copy
 import importlib
 import subprocess
 import sys
 import types
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -52,25 +53,43 @@ class _StandIn(types.ModuleType):
         return type(name, (), {})
 
 
+PEERS = ("DMVAE", "MVTCAE", "MMVAEPlus", "MoPoE")
+_JOINT = ("MVTCAE", "MoPoE")  # one latent, without private parts
+
+
 def reference(model: DMVAE) -> Any:
     """Return MultiVae's model of the same configuration, with copies of our networks."""
+    return peer("DMVAE", model, {})
+
+
+def peer(kind: str, model: DMVAE, scales: Mapping[str, float]) -> Any:
+    """Return a model of MultiVae around copies of our networks, with its own settings otherwise.
+
+    Args:
+        kind: one of `PEERS`; those with one latent take our shared and private outputs together.
+        model: whose private latents all have one size, unless it is for `DMVAE`.
+        scales: of the normal likelihoods; 1 where there is none.
+    """
     models = importlib.import_module("multivae.models")
     model = copy.deepcopy(model)
     for layers in (*model.encoders.values(), *model.decoders.values()):
         layers.to(memory_format=torch.contiguous_format)  # as its users have them; how ours are laid out is our doing
-    encoders = {name: _encoder(copy.deepcopy(network), model, name) for name, network in model.encoders.items()}
+    joint, private = kind in _JOINT, model.config.private_dims
+    encoders = {name: _encoder(copy.deepcopy(network), model, name, joint) for name, network in model.encoders.items()}
     decoders = {name: _decoder(copy.deepcopy(network), model, name) for name, network in model.decoders.items()}
-    config = models.DMVAEConfig(
+    own = {"DMVAE": private, "MMVAEPlus": max(private.values())}
+    config = getattr(models, f"{kind}Config")(
         n_modalities=len(encoders),
-        latent_dim=model.config.latent_dim,
+        latent_dim=model.config.latent_dim + (max(private.values()) if joint else 0),
         input_dims=dict(model.config.shapes),
-        modalities_specific_dim=model.config.private_dims,
         decoders_dist=model.config.distributions,
+        **({"modalities_specific_dim": own[kind]} if kind in own else {}),
+        **({"decoder_dist_params": {name: {"scale": scale} for name, scale in scales.items()}} if scales else {}),
     )
-    return models.DMVAE(config, encoders, decoders)
+    return getattr(models, kind)(config, encoders, decoders)
 
 
-def _encoder(network: torch.nn.Module, model: DMVAE, name: str) -> Any:
+def _encoder(network: torch.nn.Module, model: DMVAE, name: str, joint: bool) -> Any:
     architectures = importlib.import_module("multivae.models.nn.base_architectures")
     outputs = importlib.import_module("pythae.models.base.base_utils")
 
@@ -79,9 +98,15 @@ def _encoder(network: torch.nn.Module, model: DMVAE, name: str) -> Any:
             super().__init__()
             self.network = network
             self.latent_dim, self.style_dim = model.config.latent_dim, model.config.private_dims[name]
+            if joint:
+                self.latent_dim, self.style_dim = self.latent_dim + self.style_dim, 0
 
         def forward(self, x: torch.Tensor) -> Any:
-            return outputs.ModelOutput(**vars(self.network(x)))
+            out = vars(self.network(x))
+            if joint:
+                parts = ("embedding", "log_covariance")
+                out = {part: torch.cat((out[part], out[f"style_{part}"]), dim=-1) for part in parts}
+            return outputs.ModelOutput(**out)
 
     return Encoder()
 
