@@ -118,17 +118,17 @@ def _inspect(config: Any) -> None:
         _print(line)
     _print("")
     for finding in found.findings:
-        _print(f"{finding.level:<6} {finding.text}")
+        _print(f"{finding.level:<8} {finding.text}")
     if config.output is None and found.run is not None:
         _print(f"\n{found.run}")
     if found.run is not None:
         file = "CONFIG.toml" if config.output is None else Path(config.output) / "train.toml"
         _print(f"next   {command('train')} {file}")
-    wrong, doubtful = found.count("wrong"), found.count("check")
+    errors, warnings = found.count("error"), found.count("warning")
     unchecked = "" if config.verify else " (checksums not verified: add --verify)"
-    if wrong:
-        raise UserError(f"The dataset has {wrong} error(s) and {doubtful} warning(s){unchecked}.")
-    _print(f"No errors; {doubtful} warning(s){unchecked}.")
+    if errors:
+        raise UserError(f"The dataset has {errors} error(s) and {warnings} warning(s){unchecked}.")
+    _print(f"No errors; {warnings} warning(s){unchecked}.")
 
 
 def _train(config: Any) -> None:

@@ -58,7 +58,7 @@ def inspect(config: InspectConfig, progress: Callable[[str], None]) -> Inspectio
         try:
             dataset.verify()
         except DatasetError as error:
-            faults.append(Finding("wrong", str(error)))
+            faults.append(Finding("error", str(error)))
     profile = profile_dataset(dataset, progress)
     findings = [*faults, *list_findings(profile)]
     fits = suggest_likelihoods(profile)
@@ -71,7 +71,7 @@ def inspect(config: InspectConfig, progress: Callable[[str], None]) -> Inspectio
         run = _toml(suggest_run(profile, config.dataset, fits), fits, config.dataset)
     except ValueError as error:
         run = None
-        if not any(finding.level == "wrong" for finding in findings):
+        if not any(finding.level == "error" for finding in findings):
             raise AssertionError("a dataset that cannot be trained on must have a finding") from error
     if folder is not None:
         _write(folder, profile, run, progress)

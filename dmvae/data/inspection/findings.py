@@ -23,42 +23,42 @@ class Finding:
     """One finding, in words.
 
     Attributes:
-        level: `wrong` spoils training or its metrics, `check` may do so, `note` is a fact.
+        level: an `error` spoils training or its metrics, a `warning` may do so, a `note` is a fact.
         text: the finding with an example, and the fix.
     """
 
-    level: Literal["wrong", "check", "note"]
+    level: Literal["error", "warning", "note"]
     text: str
 
 
 def list_findings(profile: DatasetProfile) -> list[Finding]:
     """Return all findings, the most serious first."""
     found = [*_rows(profile), *_modalities(profile), *_labels(profile), *_missingness(profile), *_duplicates(profile)]
-    return sorted(found, key=lambda finding: ("wrong", "check", "note").index(finding.level))
+    return sorted(found, key=lambda finding: ("error", "warning", "note").index(finding.level))
 
 
 def _rows(profile: DatasetProfile) -> Iterator[Finding]:
     all_splits = profile.dataset.manifest.splits
     if profile.train != "train":
         yield Finding(
-            "check", f"There is no split 'train'; the largest split, {profile.train!r}, is used for training."
+            "warning", f"There is no split 'train'; the largest split, {profile.train!r}, is used for training."
         )
     if len(profile.splits) == 1:
-        yield Finding("check", f"Only {profile.train!r} has rows: there are none left to validate or test on.")
+        yield Finding("warning", f"Only {profile.train!r} has rows: there are none left to validate or test on.")
     for name in sorted(all_splits.keys() - profile.splits.keys()):
-        yield Finding("check", f"{name}: split has no rows.")
+        yield Finding("warning", f"{name}: split has no rows.")
     for name, split in profile.splits.items():
         if split.first_empty >= 0:
             empty = sum(count for kind, count in split.patterns.counts.items() if not any(kind))
             yield Finding(
-                "wrong",
+                "error",
                 f"{name}: {empty:,} rows have no modality, the first with id "
                 f"{profile.id_of(name, split.first_empty)}. Remove them from the source.",
             )
         later = repeated(split.hashes.ids)
         if later.any():
             yield Finding(
-                "wrong",
+                "error",
                 f"{name}: {int(later.sum()):,} rows repeat the id of an earlier row, the first with id "
                 f"{profile.id_of(name, int(later.argmax()))}. Make ids unique in the source.",
             )
@@ -69,13 +69,13 @@ def _modalities(profile: DatasetProfile) -> Iterator[Finding]:
         train = profile.splits[profile.train].values.get(name)
         if train is None:
             yield Finding(
-                "wrong", f"{name}: no row of {profile.train} has this modality, so it cannot be learned. Remove it."
+                "error", f"{name}: no row of {profile.train} has this modality, so it cannot be learned. Remove it."
             )
         if info.classes == 1:
-            yield Finding("wrong", f"{name}: categorical with a single class; all values are 0. Remove it.")
+            yield Finding("error", f"{name}: categorical with a single class; all values are 0. Remove it.")
         if info.classes is not None and info.classes > MAX_CLASSES:
             yield Finding(
-                "check",
+                "warning",
                 f"{name}: integers are classes, and this makes {info.classes:,} classes. Convert measurements and "
                 f"counts to float32 in the source, and remove identifiers.",
             )
@@ -100,7 +100,7 @@ def _invalid_values(profile: DatasetProfile, name: str, info: ModalityInfo) -> I
             continue
         if values.non_finite:
             yield Finding(
-                "wrong",
+                "error",
                 f"{name}: {values.non_finite:,} observed rows of {split_name} have NaN or infinity, the first with id "
                 f"{profile.id_of(split_name, values.first_non_finite)}. Correct these rows, or set them to null.",
             )
@@ -109,7 +109,7 @@ def _invalid_values(profile: DatasetProfile, name: str, info: ModalityInfo) -> I
         for position, value, is_out in zip(at, ends, (ends[0] < 0, ends[1] >= (info.classes or np.inf)), strict=True):
             if info.classes is not None and is_out:
                 yield Finding(
-                    "wrong",
+                    "error",
                     f"{name}: classes must be between 0 and {info.classes - 1}, but got {value:.0f} in {split_name}, "
                     f"id {profile.id_of(split_name, position)}. Correct the source.",
                 )
@@ -124,13 +124,13 @@ def _unseen_classes(profile: DatasetProfile, name: str) -> Iterator[Finding]:
         unseen = np.flatnonzero((values.classes > 0) & (train.classes == 0))
         if len(unseen):
             text = f"{name}: {len(unseen)} classes of {split_name} never occur in {profile.train}: {_list(unseen)}."
-            yield Finding("check", text)
+            yield Finding("warning", text)
 
 
 def _constant(name: str, info: ModalityInfo, values: ValueStats) -> Iterator[Finding]:
     constant = int(values.is_constant.sum())
     if constant and values.rows > 1:
-        level: Literal["check", "note"] = "note" if info.dtype == "uint8" else "check"
+        level: Literal["warning", "note"] = "note" if info.dtype == "uint8" else "warning"
         remedy = "" if info.dtype == "uint8" else " They carry no information; remove them from the source."
         yield Finding(level, f"{name}: {constant:,} of {len(values.low):,} features are constant.{remedy}")
 
@@ -138,7 +138,7 @@ def _constant(name: str, info: ModalityInfo, values: ValueStats) -> Iterator[Fin
 def _zero_rows(name: str, values: ValueStats) -> Iterator[Finding]:
     if values.zero_rows and len(values.low) > 1:
         yield Finding(
-            "note" if values.are_binary else "check",
+            "note" if values.are_binary else "warning",
             f"{name}: {values.zero_rows:,} observed rows are all zero. If that means missing, set them to null.",
         )
 
@@ -162,7 +162,7 @@ def _outliers(profile: DatasetProfile, name: str, info: ModalityInfo, values: Va
         if (part := split.values.get(name)) and (part.high if is_high else part.low)[worst] == value
     )
     yield Finding(
-        "check",
+        "warning",
         f"{name}: {features:,} of {len(far):,} features have outliers, {limit:.0f} or more standard deviations from "
         f"the mean. The furthest is {value:.4g}, {far[worst]:.0f} standard deviations from {values.mean[worst]:.4g}: "
         f"element {worst} of id {profile.id_of(split_name, position)} in {split_name}. Check the source.",
@@ -175,7 +175,7 @@ def _scale(name: str, info: ModalityInfo, values: ValueStats) -> Iterator[Findin
     mean, std = values.overall
     if std and (abs(mean) > 10 * std or not 0.01 <= std <= 100):
         yield Finding(
-            "check",
+            "warning",
             f"{name}: not scaled, with mean {mean:.4g} and standard deviation {std:.4g}; networks learn best from "
             f"values near 1. Prepare the dataset with scaling.{name} = 'standardise'.",
         )
@@ -190,7 +190,7 @@ def _shift(profile: DatasetProfile, name: str) -> Iterator[Finding]:
         (mean, std), (other_mean, other_std) = train.overall, values.overall
         if abs(other_mean - mean) > std or not std <= 4 * other_std or not other_std <= 4 * std:
             yield Finding(
-                "check",
+                "warning",
                 f"{name}: the splits differ, with mean {other_mean:.4g} and standard deviation {other_std:.4g} in "
                 f"{split_name}, but {mean:.4g} and {std:.4g} in {profile.train}. Check that both have the same units.",
             )
@@ -202,13 +202,13 @@ def _labels(profile: DatasetProfile) -> Iterator[Finding]:
         negative = [label for label in split.labels.counts if label < 0]
         if negative:
             yield Finding(
-                "wrong",
+                "error",
                 f"{name}: labels must be 0 or more, or null, but got {_list(np.array(negative))}. Set them to null.",
             )
         unseen = sorted(split.labels.counts.keys() - known.counts.keys())
         if unseen and known.counts and not known.others:
             text = f"{name}: {len(unseen)} labels never occur in {profile.train}: {_list(np.array(unseen))}."
-            yield Finding("check", text)
+            yield Finding("warning", text)
 
 
 def _missingness(profile: DatasetProfile) -> Iterator[Finding]:
@@ -224,7 +224,7 @@ def _missingness(profile: DatasetProfile) -> Iterator[Finding]:
     ]
     if apart:
         yield Finding(
-            "check",
+            "warning",
             f"{len(apart)} pairs of modalities are never observed together in {profile.train}: {', '.join(apart[:5])}"
             f"{', ...' if len(apart) > 5 else ''}. The model can only relate them through other modalities.",
         )
@@ -259,7 +259,7 @@ def _shared_rows(profile: DatasetProfile, shared: SharedRows) -> Iterator[Findin
         whole = "all" if shared.ids.all() else f"{int(shared.ids.sum()):,}"
         text = f"{whole} ids of {split} also occur in {other}{', with the same values' if same.any() else ''}."
         fix = " If these are different rows, give them new ids; otherwise the model is evaluated on training rows."
-        yield Finding("check" if may_leak else "note", text + (fix if may_leak else ""))
+        yield Finding("warning" if may_leak else "note", text + (fix if may_leak else ""))
     copied = shared.contents & ~shared.ids
     if may_leak and (copied & alike).any():
         yield _leak(profile, shared, copied & alike, "also occur, with another id,")
@@ -271,7 +271,7 @@ def _shared_rows(profile: DatasetProfile, shared: SharedRows) -> Iterator[Findin
         if count and values is not None and values.bits >= DISTINCTIVE_BITS:
             observed = int((profile.splits[split].hashes.values[name] > 0).sum())
             yield Finding(
-                "check" if may_leak else "note",
+                "warning" if may_leak else "note",
                 f"{name}: {count:,} of {observed:,} rows of {split} have the same values as rows of {other} with "
                 f"another id.{' Unless values repeat naturally, this is leakage.' if may_leak else ''}",
             )
@@ -280,7 +280,7 @@ def _shared_rows(profile: DatasetProfile, shared: SharedRows) -> Iterator[Findin
 def _leak(profile: DatasetProfile, shared: SharedRows, rows: Array, how: str) -> Finding:
     first = profile.id_of(shared.split, int(rows.argmax()))
     return Finding(
-        "wrong",
+        "error",
         f"Leakage: {int(rows.sum()):,} of {len(rows):,} rows of {shared.split} {how} in {shared.other}, the first with "
         f"id {first}. Keep copies of a row in one split.",
     )

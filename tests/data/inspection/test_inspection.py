@@ -146,17 +146,17 @@ FAULTS: list[tuple[str, Change, list[str]]] = [
     (
         "ids twice",
         lambda p: p | {"val": replace(p["val"], ids=np.where(p["val"].ids == 20_007, 20_003, p["val"].ids))},
-        ["wrong val: 1 rows repeat the id of an earlier row, the first with id 20003"],
+        ["error val: 1 rows repeat the id of an earlier row, the first with id 20003"],
     ),
     (
         "rows that are in train, too",
         lambda p: p | {"test": join(p["test"], p["train"].take(slice(7, 17)))},
-        ["wrong Leakage: 10 of 70 rows of test also occur, with the same id, in train, the first with id 10007"],
+        ["error Leakage: 10 of 70 rows of test also occur, with the same id, in train, the first with id 10007"],
     ),
     (
         "copies under other ids",
         lambda p: p | {"test": join(p["test"], replace(p["train"].take(slice(7, 17)), ids=np.arange(10)))},
-        ["wrong Leakage: 10 of 70 rows of test also occur, with another id, in train, the first with id 0"],
+        ["error Leakage: 10 of 70 rows of test also occur, with another id, in train, the first with id 0"],
     ),
     (
         "one modality's values again",
@@ -171,12 +171,12 @@ FAULTS: list[tuple[str, Change, list[str]]] = [
                 ),
             )
         },
-        ["check x: 10 of", "rows of test have the same values as rows of train with another id"],
+        ["warning x: 10 of", "rows of test have the same values as rows of train with another id"],
     ),
     (
         "ids that start again",
         lambda p: p | {"test": replace(p["test"], ids=p["train"].ids[:60])},
-        ["check all ids of test also occur in train. If these are different rows, give them new ids"],
+        ["warning all ids of test also occur in train. If these are different rows, give them new ids"],
     ),
     (
         "copies in one split",
@@ -187,48 +187,48 @@ FAULTS: list[tuple[str, Change, list[str]]] = [
         "an outlier",
         lambda p: p | {"val": with_values(p["val"], "x", put((p["val"].present["x"].argmax(), 2), 1e6))},
         [
-            "check x: 1 of 6 features have outliers", "The furthest is 1e+06", "element 2 of id 2000", "in val",
-            "check x: not scaled", "check x: the splits differ",
+            "warning x: 1 of 6 features have outliers", "The furthest is 1e+06", "element 2 of id 2000", "in val",
+            "warning x: not scaled", "warning x: the splits differ",
         ],
     ),
     (
         "a constant feature",
         lambda p: {name: with_values(rows, "x", put((slice(None), 4), 0.5)) for name, rows in p.items()},
-        ["check x: 1 of 6 features are constant"],
+        ["warning x: 1 of 6 features are constant"],
     ),
     (
         "rows of zeros",
         lambda p: p | {"train": with_values(p["train"], "x", put(np.flatnonzero(p["train"].present["x"])[:4], 0))},
-        ["check x: 4 observed rows are all zero. If that means missing, set them to null.", "note train: "],
+        ["warning x: 4 observed rows are all zero. If that means missing, set them to null.", "note train: "],
     ),
     (
         "another unit",
         lambda p: p | {"val": with_values(p["val"], "x", lambda x: np.multiply(x, 9, out=x))},
-        ["check x: the splits differ", "in val, "],
+        ["warning x: the splits differ", "in val, "],
     ),
     (
         "values that are far from 1",
         lambda p: {name: with_values(rows, "x", lambda x: np.add(x, 500, out=x)) for name, rows in p.items()},
-        ["check x: not scaled", "scaling.x = 'standardise'"],
+        ["warning x: not scaled", "scaling.x = 'standardise'"],
     ),
     (
         "modalities that never meet",
         lambda p: p
         | {"train": replace(p["train"], present=p["train"].present | {"y": ~p["train"].present["x"]})},
-        ["check 1 pairs of modalities are never observed together in train: x and y", "note train: no row has all"],
+        ["warning 1 pairs of modalities are never observed together in train: x and y", "note train: no row has all"],
     ),
     (
         "a label that train has not",
         lambda p: p | {"test": replace(p["test"], labels=np.full(60, 7))},
-        ["check test: 1 labels never occur in train: 7."],
+        ["warning test: 1 labels never occur in train: 7."],
     ),
     (
         "a modality that train has not",
         lambda p: p | {"train": replace(p["train"], present={"x": np.zeros(300, bool), "y": np.ones(300, bool)})},
-        ["wrong x: no row of train has this modality", "note train: no row has all modalities"],
+        ["error x: no row of train has this modality", "note train: no row has all modalities"],
     ),
-    ("no rows to choose by", lambda p: {"train": p["train"]}, ["check Only 'train' has rows"]),
-    ("no train", lambda p: {"a": p["val"], "b": p["train"]}, ["check There is no split 'train'; the largest split"]),
+    ("no rows to choose by", lambda p: {"train": p["train"]}, ["warning Only 'train' has rows"]),
+    ("no train", lambda p: {"a": p["val"], "b": p["train"]}, ["warning There is no split 'train'; the largest split"]),
 ]  # fmt: skip
 
 
@@ -237,7 +237,7 @@ def test_a_fault_is_found_and_nothing_else(change: Change, words: list[str], tmp
     found = told(profile_of(tmp_path, change(clean())))
     for word in words:
         assert any(word in text for text in found), found
-    assert len(found) == sum(word.startswith(("wrong ", "check ", "note ")) for word in words), found
+    assert len(found) == sum(word.startswith(("error ", "warning ", "note ")) for word in words), found
 
 
 def test_integers_that_can_hardly_be_classes_are_told(tmp_path: Path) -> None:
@@ -245,7 +245,7 @@ def test_integers_that_can_hardly_be_classes_are_told(tmp_path: Path) -> None:
     rows = Rows(np.arange(50), {"number": numbers}, {"number": np.ones(50, bool)})
     found = told(profile_of(tmp_path, {"train": rows.take(slice(0, 40)), "val": rows.take(slice(40, 50))}))
     assert any(
-        "check number: integers are classes, and this makes 49,000,000,000,001 classes." in text for text in found
+        "warning number: integers are classes, and this makes 49,000,000,000,001 classes." in text for text in found
     )
 
 
@@ -262,9 +262,9 @@ def test_what_shards_of_strangers_hold_is_told_where_it_breaks_a_law(tmp_path: P
     first = content.index(np.int64(5).tobytes() * 2)
     shard.write_bytes(content[: first + 8] + np.int64(-5).tobytes() + content[first + 16 :])
     found = told(profile_dataset(open_dataset(tmp_path), quiet))
-    assert "wrong x: 1 observed rows of train have NaN or infinity, the first with id 5" in " ".join(found)
-    assert "wrong c: classes must be between 0 and 77, but got 78 in train, id 0" in " ".join(found)
-    assert "wrong train: labels must be 0 or more, or null, but got -5." in " ".join(found)
+    assert "error x: 1 observed rows of train have NaN or infinity, the first with id 5" in " ".join(found)
+    assert "error c: classes must be between 0 and 77, but got 78 in train, id 0" in " ".join(found)
+    assert "error train: labels must be 0 or more, or null, but got -5." in " ".join(found)
 
 
 def test_likelihoods_go_with_the_values(tmp_path: Path) -> None:
