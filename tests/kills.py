@@ -80,8 +80,8 @@ def start_driver(
         "from pathlib import Path\n"
         "from dmvae.config.training import TrainConfig\n"
         "from dmvae.platform.train.trainer import train_run\n"
-        "say = lambda text: print(text, flush=True)\n"
-        f"train_run(TrainConfig.model_validate_json(Path({str(file)!r}).read_text()), say)\n"
+        "log = lambda text: print(text, flush=True)\n"
+        f"train_run(TrainConfig.model_validate_json(Path({str(file)!r}).read_text()), log)\n"
     )
     here = address or ray.get_runtime_context().gcs_address
     environment = {**os.environ, "RAY_ADDRESS": here, **(variables or {})}

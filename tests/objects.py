@@ -1,4 +1,4 @@
-"""A real S3-compatible server, and a wire to it that counts what is asked for and can be cut."""
+"""An S3-compatible server, and a connection to it that counts requests and can be cut."""
 
 import re
 import socket
@@ -19,12 +19,12 @@ CREDENTIALS = {
 
 
 class Wire:
-    """Passes bytes on to a server and back.
+    """Forward bytes to a server and back.
 
     Attributes:
-        asked: how often a block of an object was asked for, by (object, range).
-        cuts: so many connections are cut after 5,000 bytes of an answer.
-        is_down: nobody gets through.
+        asked: how often a block of an object was requested, by (object, range).
+        cuts: how many more connections are cut after 5,000 bytes of an answer.
+        is_down: whether connections are refused.
     """
 
     def __init__(self, port: int) -> None:

@@ -76,7 +76,7 @@ def make_config(folder: Path, dataset: Path | str, name: str = "run", **changes:
 
 
 def migrate(database: Path) -> None:
-    """Make an MLflow database as a copy of an empty one: MLflow's own way there takes two seconds of a processor."""
+    """Create an MLflow database as a copy of an empty one, which takes far less time than MLflow does."""
     if not database.exists():
         database.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(_empty_database(), database)
@@ -91,7 +91,7 @@ def _empty_database() -> Path:
 
 
 def finish_here(config: TrainConfig) -> Path:
-    """Leave what a finished run of `jobs.train` leaves, trained without Ray; return its folder.
+    """Write what a finished run of `jobs.train` writes, but train without Ray; return its folder.
 
     For tests of what comes after training: a group of Ray's workers takes twenty times as long as these few steps.
     """
@@ -104,26 +104,26 @@ def finish_here(config: TrainConfig) -> Path:
         state, logged = train_here(config)
         for kept in ("best", "last"):
             checkpoint.save(state, record, run_dir / kept)
-        figures = evaluate_split(
+        metrics = evaluate_split(
             str(run_dir / "best"), dataset, config.evaluation, config.data.train_split, 1, lambda line: None
         )
         with Outbox(tracked) as outbox:
-            outbox.log_metrics(figures, max(logged))
+            outbox.log_metrics(metrics, max(logged))
     (run_dir / "run.json").write_text(json.dumps(record))
-    result = {"epochs": config.training.epochs, "patience": None, "metrics": figures, "run_id": tracked.run_id}
+    result = {"epochs": config.training.epochs, "patience": None, "metrics": metrics, "run_id": tracked.run_id}
     (run_dir / "result.json").write_text(json.dumps(result))
     return run_dir
 
 
 def train_here(config: TrainConfig) -> tuple[TrainState, dict[int, dict[str, float]]]:
-    """Train in this process, without Ray or MLflow; return the end and the figures by step."""
+    """Train in this process, without Ray or MLflow; return the final state and the metrics by step."""
     resolved = resolve(config, open_dataset(config.data.dataset))
     dtype = torch.float64 if config.training.precision == "float64" else torch.float32
     torch.manual_seed(config.seed)
     model = DMVAE(resolved.model).to(dtype)
     state = TrainState(model, build_optimizer(model, resolved.optim))
-    figures: dict[int, dict[str, float]] = {}
+    metrics: dict[int, dict[str, float]] = {}
     for event in train(state, WorkerData(resolved, 0, 1, dtype), resolved, Collectives(model)):
         if isinstance(event, MetricsLogged):
-            figures.setdefault(event.global_step, {}).update(event.metrics)
-    return state, figures
+            metrics.setdefault(event.global_step, {}).update(event.metrics)
+    return state, metrics

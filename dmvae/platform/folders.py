@@ -28,7 +28,7 @@ class LocalFolder:
 
     @property
     def where(self) -> str:
-        """Its path, for a person."""
+        """Its path, for messages."""
         return str(self.root)
 
     @property

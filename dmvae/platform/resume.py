@@ -31,7 +31,7 @@ class ResumeRules:
 
         Args:
             file: the record, JSON.
-            now: what the record would say now.
+            now: the record with the settings requested.
             where: the folder or URI, for the message.
             remedy: what to do other than restoring the settings.
 

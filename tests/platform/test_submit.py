@@ -29,7 +29,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 
 class Cluster:
-    """A head of its own, and what a person does with it from a shell."""
+    """A cluster of one head node, and the commands that a user runs against it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.port = folder, free_port()
@@ -55,12 +55,12 @@ class Cluster:
         return done
 
     def submit(self, name: str, *command: str, wait: bool = True) -> subprocess.CompletedProcess[str]:
-        """Submit a job of this checkout, as the README says."""
+        """Submit a job of this checkout."""
         flags = ["--submission-id", name, "--working-dir", ".", *([] if wait else ["--no-wait"])]
         return self.run("job", "submit", *flags, "--", *command)
 
     def stop(self) -> None:
-        """End every process of this cluster, and no other."""
+        """Kill every process of this cluster."""
         parent = psutil.Process(self.head.pid)
         for one in (*parent.children(recursive=True), parent):
             one.kill()

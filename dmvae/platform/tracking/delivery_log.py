@@ -163,7 +163,7 @@ class DeliveryLog:
         self.num_rejected += len(rejected)
 
     def _run(self) -> None:
-        pause, is_away = _FIRST_RETRY_SECONDS, False
+        pause, is_unreachable = _FIRST_RETRY_SECONDS, False
         while time.monotonic() < self._deadline:
             if self.delivered:
                 if self._closing.is_set():
@@ -175,17 +175,17 @@ class DeliveryLog:
             try:
                 self._deliver_some()
             except (UnreachableError, OSError) as error:  # such as a full disk, which cannot take the offset
-                if not is_away:
+                if not is_unreachable:
                     _log.warning(
                         "Cannot reach MLflow (%s); metrics are kept in %s and delivered later", error, self.path
                     )
-                is_away = True
+                is_unreachable = True
                 time.sleep(0.2) if self._closing.is_set() else self._closing.wait(pause)
                 pause = min(2 * pause, _LAST_RETRY_SECONDS)
             else:
-                if is_away:
+                if is_unreachable:
                     _log.warning("MLflow answers again; delivering %s", self.path)
-                pause, is_away = _FIRST_RETRY_SECONDS, False
+                pause, is_unreachable = _FIRST_RETRY_SECONDS, False
 
 
 def _parse(line: bytes) -> Entry:

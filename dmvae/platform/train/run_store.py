@@ -58,7 +58,7 @@ class RunStore:
 
     @property
     def where(self) -> str:
-        """The run's folder or URI, for a person."""
+        """The run's folder or URI, for messages."""
         return self.folder.where
 
     @property
@@ -67,7 +67,7 @@ class RunStore:
         return not self._checkpoint_names()
 
     def download(self) -> None:
-        """Make the records in `run_dir` those at the URI; without a run there, remove what is left of an earlier one.
+        """Copy the records at the URI to `run_dir`; if the URI has no run, remove an earlier one from `run_dir`.
 
         Raises:
             StorageError: if the URI cannot be read or created.
@@ -126,7 +126,7 @@ class RunStore:
     def repair(self, log: Callable[[str], None]) -> list[Folder]:
         """Make the checkpoints consistent after a kill, and Ray's list agree with them; return them, oldest first.
 
-        What a kill left half written is removed. A damaged checkpoint is named and renamed.
+        What a kill left half written is removed. A damaged checkpoint is logged, and renamed to `broken_NAME`.
         """
         self._checkpoints.repair()
         for name in self._checkpoint_names():
@@ -202,12 +202,12 @@ class RunStore:
 
     def _publish(self, kept: str, names: list[str], log: Callable[[str], None]) -> None:
         for name in names:
-            with (self._checkpoints / name).fetch() as whole:
-                fault = LocalFolder(whole).fault()
+            with (self._checkpoints / name).fetch() as files:
+                fault = LocalFolder(files).fault()
                 if fault:
                     log(f"warning: Skipping a damaged checkpoint: {fault}")
                     continue
-                LocalFolder(self.run_dir / kept).put(whole)
+                LocalFolder(self.run_dir / kept).put(files)
             if not isinstance(self.folder, LocalFolder):
                 (self.folder / kept).put(self.run_dir / kept)
             return

@@ -1,4 +1,4 @@
-"""A run's settings: what the configuration leaves open is filled in from the dataset, and the whole is checked."""
+"""Resolve a run's settings: fill in from the dataset what the configuration leaves open, and check the result."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,7 @@
-"""Real runs whose MLflow goes away: no figure is lost or double, no step is slower, no dead run stays RUNNING."""
+"""Real runs during an outage of MLflow: no metric is lost or doubled, no step is slower, no dead run stays RUNNING.
+
+Acceptance only: outages of minutes. Short ones are in `test_tracking.py`.
+"""
 
 import itertools
 import json
@@ -51,7 +54,7 @@ def seconds_per_step(run_dir: Path, first: float, last: float) -> float:
 
 
 @pytest.mark.acceptance
-def test_a_run_ends_well_without_its_database_and_sync_brings_it_in(large: Path, tmp_path: Path) -> None:
+def test_a_run_finishes_without_its_database_and_sync_delivers_it(large: Path, tmp_path: Path) -> None:
     config = make_config(tmp_path, large, training={"epochs": 3})
     database, away, run_dir = tmp_path / "mlflow.db", tmp_path / "away.db", tmp_path / "runs" / "run"
 
@@ -82,7 +85,7 @@ def remote(folder: Path, dataset: Path, port: int, epochs: int) -> TrainConfig:
 
 
 @pytest.mark.acceptance
-def test_a_server_away_for_a_minute_costs_no_figure_and_no_time(large: Path, tmp_path: Path) -> None:
+def test_an_outage_of_a_minute_costs_no_metric_and_no_time(large: Path, tmp_path: Path) -> None:
     port, run_dir = free_port(), tmp_path / "runs" / "run"
     config = remote(tmp_path, large, port, epochs=400)
     with server(tmp_path, port):
@@ -107,9 +110,7 @@ def test_a_server_away_for_a_minute_costs_no_figure_and_no_time(large: Path, tmp
 
 
 @pytest.mark.acceptance
-def test_a_trainer_killed_while_the_server_is_away_loses_nothing_and_is_not_running_for_ever(
-    large: Path, tmp_path: Path
-) -> None:
+def test_a_trainer_killed_during_an_outage_loses_nothing_and_does_not_stay_running(large: Path, tmp_path: Path) -> None:
     port, run_dir = free_port(), tmp_path / "runs" / "run"
     config = remote(tmp_path, large, port, epochs=400)
     with server(tmp_path, port):

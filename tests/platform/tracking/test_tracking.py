@@ -78,7 +78,7 @@ def test_a_run_records_settings_data_metrics_and_files(database: TrackingConfig,
     ]
 
 
-def test_a_run_that_goes_on_keeps_its_id_and_repeats_no_step(database: TrackingConfig, tmp_path: Path) -> None:
+def test_a_resumed_run_keeps_its_id_and_repeats_no_step(database: TrackingConfig, tmp_path: Path) -> None:
     def train(steps: range, latent_dim: int) -> TrackedRun:
         with open_run(database, "resumed", tmp_path, {"latent_dim": latent_dim}) as run, Outbox(run) as outbox:
             log_steps(outbox, steps)
@@ -152,7 +152,7 @@ def test_one_process_at_a_time_works_on_a_run(database: TrackingConfig, tmp_path
     assert stored(run).info.status == "FINISHED"
 
 
-def test_everything_comes_in_after_trainer_and_database_went_away(database: TrackingConfig, tmp_path: Path) -> None:
+def test_sync_delivers_everything_after_trainer_and_database_are_gone(database: TrackingConfig, tmp_path: Path) -> None:
     here = Path(tracking_uri(database).removeprefix("sqlite:///"))
     away = here.with_suffix(".away")
     with process(sys.executable, "-c", TRAINER, str(database.uri), str(tmp_path / "runs/killed/tracking")) as trainer:
@@ -266,7 +266,7 @@ def test_a_configuration_with_a_password_is_refused_without_repeating_it() -> No
     assert "secret" not in str(raised.value)
 
 
-def test_what_a_node_kept_of_another_run_of_the_same_place_is_archive_other_run(tmp_path: Path) -> None:
+def test_an_outbox_of_an_earlier_run_at_the_same_uri_is_archived(tmp_path: Path) -> None:
     nowhere, place = "http://127.0.0.1:9", tmp_path / "tracking"
     with Outbox(TrackedRun(nowhere, "old", place), background=False) as outbox:
         outbox.log_metrics({"loss": 9.0}, 100)

@@ -1,4 +1,4 @@
-"""The run is the same run on any number of workers, and when that number changes in mid-epoch."""
+"""The loss curve does not depend on the number of workers, even if it changes within an epoch."""
 
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ def configure(folder: Path, dataset: Path, precision: str = "float64", **workers
 
 def assert_same_curves(run_dir: Path, straight: dict[int, dict[str, float]], tolerance: float) -> None:
     for name in ("train/loss", "train/kl_shared/joint", "val/loss"):
-        expected = {step: figures[name] for step, figures in straight.items() if name in figures}
+        expected = {step: metrics[name] for step, metrics in straight.items() if name in metrics}
         found = metrics_of(run_dir, name)
         assert list(found) == list(expected)
         assert len(found) >= STEPS or name == "val/loss"
@@ -39,7 +39,7 @@ def assert_same_curves(run_dir: Path, straight: dict[int, dict[str, float]], tol
 
 
 def run_from_two_to_one_to_three(folder: Path, dataset: Path, precision: str) -> list[str]:
-    """Stop a run on 2 workers in mid-epoch, go on with 1, stop it again, and end it with 3."""
+    """Stop a run on 2 workers within an epoch, resume it with 1, stop it again, and finish it with 3."""
     screen: list[str] = []
     for num, step in ((2, 12), (1, 40)):
         killer = KillAt(folder / "runs" / "run", step)
@@ -56,7 +56,7 @@ def test_a_run_on_two_then_one_then_three_workers_has_the_loss_curve_of_one(data
     screen = run_from_two_to_one_to_three(tmp_path, dataset, "float64")
     resumed = [line for line in screen if line.startswith("resuming after")]
     assert len(resumed) == 2
-    assert not any(line.endswith("and 0 steps") for line in resumed), "a change in mid-epoch"
+    assert not any(line.endswith("and 0 steps") for line in resumed), "both changes were within an epoch"
     assert_same_curves(tmp_path / "runs" / "run", straight, TOLERANCE["float64"])
 
 

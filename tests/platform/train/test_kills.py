@@ -81,10 +81,10 @@ def test_half_written_and_damaged_checkpoints_and_ray_s_torn_list_do_not_stop_a_
     assert str(broken / "model.safetensors") in warning
     epochs, steps = divmod(before, 27)
     assert f"resuming after {epochs} epochs and {steps} steps" in screen
-    state, figures = train_here(config)
+    state, metrics = train_here(config)
     ended = load_file(run_dir / "last" / "model.safetensors")
     assert all(torch.equal(tensor, ended[name]) for name, tensor in state.model.state_dict().items())
-    expected = {step: values["train/loss"] for step, values in figures.items() if "train/loss" in values}
+    expected = {step: values["train/loss"] for step, values in metrics.items() if "train/loss" in values}
     assert metrics_of(run_dir, "train/loss") == expected
     assert not list((run_dir / "checkpoints").glob(".checkpoint_*"))
 

@@ -1,4 +1,4 @@
-"""A run on an S3-compatible store: killed, gone on with on another node, judged and loaded from there."""
+"""A run on an S3-compatible store: killed, resumed on another node, evaluated and loaded from there."""
 
 import json
 from collections.abc import Iterator
@@ -34,7 +34,7 @@ def store() -> Iterator[dict[str, str]]:
         yield variables
 
 
-def test_a_run_on_s3_goes_on_where_nothing_of_it_was(
+def test_a_run_on_s3_resumes_on_a_node_that_has_never_seen_it(
     store: dict[str, str], dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     training = {"epochs": 6, "checkpoint_steps": 4}
@@ -65,8 +65,8 @@ def test_a_run_on_s3_goes_on_where_nothing_of_it_was(
     result = json.loads((place / "result.json").read() or "")
     asked = {"model": "s3://bucket/runs/run/best", "dataset": str(dataset), "output": str(tmp_path / "judged")}
     settings = config.evaluation.model_dump(mode="json")
-    figures = evaluate(EvaluateConfig.model_validate({**asked, "evaluation": settings}), lambda line: None)
-    assert figures["test/nll"] == pytest.approx(result["metrics"]["test/nll"], rel=1e-12)
+    metrics = evaluate(EvaluateConfig.model_validate({**asked, "evaluation": settings}), lambda line: None)
+    assert metrics["test/nll"] == pytest.approx(result["metrics"]["test/nll"], rel=1e-12)
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "three"))
     assert train_run(config, lambda line: None).was_finished

@@ -92,7 +92,7 @@ def test_a_broken_shard_stops_a_run_before_it_starts(fault: str, dataset: Path, 
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_run_does_not_go_on_with_another_dataset_or_model(dataset: Path, tmp_path: Path) -> None:
+def test_a_run_does_not_resume_with_another_dataset_or_model(dataset: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "runs" / "run"
     run_dir.mkdir(parents=True)
     opened = open_dataset(dataset)
@@ -137,7 +137,7 @@ def test_numbers_of_workers_that_cannot_be_are_refused(
         make_config(tmp_path, dataset, workers=workers)
 
 
-def test_a_modality_called_like_a_figure_is_refused(tmp_path: Path) -> None:
+def test_a_modality_with_the_name_of_a_metric_is_refused(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     source = tmp_path / "rows.npz"
     np.savez(source, loss=rng.normal(size=(60, 2)), other=rng.normal(size=(60, 2)))

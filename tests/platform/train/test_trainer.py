@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("cluster")
 
 
 class Screen(list[str]):
-    """What a person sees."""
+    """The lines that a user sees."""
 
     def __call__(self, text: str) -> None:
         self.append(text)
@@ -65,7 +65,7 @@ def test_two_workers_have_the_loss_curve_of_one(
         np.testing.assert_allclose(curve(two[0], name), expected, rtol=1e-9)
 
 
-def test_a_run_is_recorded_as_a_person_would_look_for_it(two: tuple[TrainSummary, Screen], dataset: Path) -> None:
+def test_a_record_has_settings_dataset_metrics_and_checkpoints(two: tuple[TrainSummary, Screen], dataset: Path) -> None:
     summary, screen = two
     client = MlflowClient(summary.tracking_uri)
     recorded = client.get_run(summary.run_id)
@@ -91,7 +91,7 @@ def test_a_run_is_recorded_as_a_person_would_look_for_it(two: tuple[TrainSummary
     assert any("epoch 6/6" in line and "rows/s" in line and "left" in line for line in screen)
 
 
-def test_the_test_figure_is_that_of_the_best_checkpoint_however_many_compute_it(
+def test_the_test_metric_is_that_of_the_best_checkpoint_on_any_number_of_workers(
     two: tuple[TrainSummary, Screen], dataset: Path, tmp_path: Path
 ) -> None:
     summary, _ = two
@@ -104,7 +104,7 @@ def test_the_test_figure_is_that_of_the_best_checkpoint_however_many_compute_it(
         np.testing.assert_array_equal(column, together.columns[name])
 
 
-def test_a_finished_run_says_so_and_goes_on_only_with_more_epochs(
+def test_a_finished_run_says_so_and_resumes_only_with_more_epochs(
     two: tuple[TrainSummary, Screen], dataset: Path
 ) -> None:
     summary, _ = two
@@ -134,7 +134,7 @@ def test_a_killed_worker_changes_no_bit_of_the_result(
         assert curve(straight, name) == curve(killed, name)
 
 
-def test_a_killed_driver_s_run_goes_on_by_the_same_command(dataset: Path, tmp_path: Path) -> None:
+def test_the_run_of_a_killed_driver_is_resumed_by_the_same_command(dataset: Path, tmp_path: Path) -> None:
     config = make_config(tmp_path, dataset, training={"epochs": 40, "checkpoint_steps": 2})
     run_dir = tmp_path / "runs" / "run"
     driver = start_driver(config, tmp_path)
@@ -144,14 +144,14 @@ def test_a_killed_driver_s_run_goes_on_by_the_same_command(dataset: Path, tmp_pa
     driver.wait()
     resumed, screen = run(config)
     assert any(line.startswith("resuming after") for line in screen)
-    state, figures = train_here(config)
+    state, metrics = train_here(config)
     assert all(torch.equal(tensor, last_weights(resumed)[name]) for name, tensor in state.model.state_dict().items())
     assert curve(resumed, "train/loss") == [
-        values["train/loss"] for values in figures.values() if "train/loss" in values
+        values["train/loss"] for values in metrics.values() if "train/loss" in values
     ]
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_at_once_with_its_place(dataset: Path, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_step(dataset: Path, tmp_path: Path) -> None:
     config = make_config(tmp_path, dataset, workers={"num": 2}, optim={"learning_rate": 1e200, "schedule": "constant"})
     with pytest.raises(RunError, match=r"epoch 1, step \d: terms .*rows, ids \["):
         train_run(config, Screen())
