@@ -83,8 +83,9 @@ class RunStore:
         outbox_dir = self.run_dir / "tracking"
         outbox_dir.mkdir(parents=True, exist_ok=True)
         for name, text in records.items():
-            (self.run_dir / name).unlink(missing_ok=True)
-            if text is not None:
+            if text is None:
+                (self.run_dir / name).unlink(missing_ok=True)
+            else:
                 LocalFolder(self.run_dir / name).write(text)
         if tracked is not None:
             archive_other_run(outbox_dir, json.loads(tracked)["run_id"])
