@@ -255,7 +255,7 @@ def test_categories_are_evaluated_and_drawn(tmp_path: Path) -> None:
     ("flags", "words"),
     [
         (["--evaluation.num-draws", "1"], ["num_draws", "2", "got 1"]),
-        (["--evaluation.split", "tset"], ["no split 'tset'", "train"]),
+        (["--evaluation.split", "tset"], ["Unknown split 'tset'", "train"]),
         (["--evaluation.modalities", "middle"], ["evaluation.modalities", "['middle']", "'left'"]),
         (["--evaluation.measures", "coherence"], ["no labels", "Remove these measures"]),
         (["--density-components", "3"], ["has no effect without evaluation.measures"]),
