@@ -27,6 +27,7 @@ from torch import Tensor
 
 from dmvae.distributions.gaussian import DiagGaussian
 from dmvae.distributions.noise import chain, standard_normal
+from dmvae.model.nll.full_gaussian import FullGaussian, cholesky_or_identity
 from dmvae.model.nll.importance import strata
 from dmvae.model.nll.log_joint import PatternRows
 
@@ -127,14 +128,16 @@ def gauss_newton(rows: PatternRows, mode: Float[Tensor, "row latent"], iteration
     damping = torch.zeros_like(mode[:, 0])
     for _ in range(iterations):
         energy, gradient, hessian = rows.linearise(mode)
-        root, _ = torch.linalg.cholesky_ex(hessian + torch.diag_embed(damping.unsqueeze(1) * _diagonal(hessian)))
+        root, _ = torch.linalg.cholesky_ex(
+            hessian + torch.diag_embed(damping.unsqueeze(1) * hessian.diagonal(dim1=-2, dim2=-1))
+        )
         moved = mode - torch.cholesky_solve(gradient.unsqueeze(-1), root).squeeze(-1)
         # false for a row without a finite step: a comparison with NaN is
         better = -rows.log_joint(moved.unsqueeze(1)).squeeze(1) < energy
         mode = torch.where(better.unsqueeze(1), moved, mode)
         damping = torch.where(better, damping / 3, (4 * damping).clamp(min=0.5))
     _, _, hessian = rows.linearise(mode)
-    return GaussianFit(mode, torch.cholesky_inverse(_cholesky(hessian)))
+    return GaussianFit(mode, torch.cholesky_inverse(cholesky_or_identity(hessian)))
 
 
 class GaussNewtonProposal:
@@ -197,60 +200,6 @@ class GaussNewtonProposal:
         spread = noise.new_tensor([SPREAD, WIDE_SPREAD, 1.0])[stratum].unsqueeze(-1)
         fitted = self._shared.sample(noise * spread.sqrt())
         return torch.where((stratum == _ENCODERS).unsqueeze(-1), self._encoder_shared.sample(noise), fitted)
-
-
-@dataclass(frozen=True, eq=False)
-class FullGaussian:
-    """Normals of every row with a full covariance, `factor` its Cholesky factor; a spread multiplies the covariance."""
-
-    mean: Float[Tensor, "row dim"]
-    factor: Float[Tensor, "row dim dim"]
-    inverse: Float[Tensor, "row dim dim"]
-
-    @classmethod
-    def from_covariance(
-        cls, mean: Float[Tensor, "row dim"], covariance: Float[Tensor, "row dim dim"]
-    ) -> "FullGaussian":
-        """Factor the covariances; the identity stands for one that is not positive definite."""
-        factor = _cholesky(covariance)
-        identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
-        return cls(mean, factor, torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False))
-
-    def sample(self, noise: Float[Tensor, "row draw dim"], spread: float = 1.0) -> Float[Tensor, "row draw dim"]:
-        """Return the mean plus standard-normal noise in the covariance times `spread`."""
-        return self.mean.unsqueeze(1) + math.sqrt(spread) * noise @ self.factor.mT
-
-    def log_density(self, z: Float[Tensor, "row draw dim"], spread: float) -> Float[Tensor, "row draw"]:
-        """Return the log-density in nats, covariances times `spread`."""
-        normaliser = z.shape[-1] * math.log(2 * math.pi * spread) + 2 * self.log_scale.unsqueeze(1)
-        return -0.5 * (self.distance(z) / spread + normaliser)
-
-    def distance(self, z: Float[Tensor, "row draw dim"]) -> Float[Tensor, "row draw"]:
-        """Return the squared distance from the mean in units of the covariance."""
-        return ((z - self.mean.unsqueeze(1)) @ self.inverse.mT).square().sum(-1)
-
-    @property
-    def log_scale(self) -> Float[Tensor, " row"]:
-        """Half the log-determinant of the covariance."""
-        return _diagonal(self.factor).log().sum(-1)
-
-    @property
-    def covariance(self) -> Float[Tensor, "row dim dim"]:
-        """The covariance."""
-        return self.factor @ self.factor.mT
-
-
-def _cholesky(matrix: Float[Tensor, "row dim dim"]) -> Float[Tensor, "row dim dim"]:
-    """Return the Cholesky factor; the identity for a matrix that is not positive definite or not finite."""
-    factor, info = torch.linalg.cholesky_ex(0.5 * (matrix + matrix.mT))
-    sound = (info == 0) & factor.isfinite().flatten(1).all(1)
-    return torch.where(
-        sound[:, None, None], factor, torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    )
-
-
-def _diagonal(matrix: Float[Tensor, "row dim dim"]) -> Float[Tensor, "row dim"]:
-    return matrix.diagonal(dim1=-2, dim2=-1)
 
 
 def _for_draws(gaussian: DiagGaussian) -> DiagGaussian:

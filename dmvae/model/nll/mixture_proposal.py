@@ -20,11 +20,11 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from dmvae.distributions.noise import chain
+from dmvae.model.nll.full_gaussian import FullGaussian
 from dmvae.model.nll.gauss_newton import (
     SPREAD,
     WIDE_SPREAD,
     EncoderProposal,
-    FullGaussian,
     encoder_means,
     gauss_newton,
     normals,
