@@ -18,7 +18,7 @@ class EvaluationConfig(Section):
     """The split to evaluate."""
     num_draws: Annotated[int, Field(ge=2)] = 1000
     """Importance samples per row (K): decoder evaluations per modality. With `refined`, rows with an unreliable
-    estimate take nine times as many."""
+    estimate take nine times as many, and rows that need annealing up to 310 times."""
     chunk: Size = 100
     """Draws decoded at a time; limits memory."""
     proposal: Literal["refined", "encoder"] = "refined"

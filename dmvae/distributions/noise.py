@@ -18,8 +18,9 @@ _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64
 _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
 
-VERSION = 2
-"""Changes when a key gives other values, so that estimates of one version are not resumed with another."""
+VERSION = 3
+"""Changes when a key gives other values or estimates use keys otherwise, so that estimates of one version are not
+resumed with another."""
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -2,7 +2,12 @@
 
     p(x_A) = E_q[ w ],   w = p(z_s) p(z_p) p(x_A | z_s, z_p) / q(z_s, z_p)
 
-with everything summed in logs while it streams: memory does not grow with the number of samples.
+Weights are summed in logs as they stream, so memory does not grow with their number. A row is estimated up to three
+times, each time afresh and only if the time before leaves doubt:
+
+    1. K decoder rows    draws from a Gauss-Newton fit (`gauss_newton`)
+    2. 8 K more          draws from a mixture of fits from several starts (`mixture_proposal`)
+    3. at most 300 K     chains from that mixture to the posterior (`annealing`)
 """
 
 import math
@@ -20,6 +25,7 @@ from dmvae.distributions.gaussian import DiagGaussian, product_of_experts
 from dmvae.distributions.likelihoods import Likelihood
 from dmvae.distributions.noise import chain, row_keys
 from dmvae.model.loss import Decode, Observed
+from dmvae.model.nll.annealing import PILOT_CHAINS, AnnealedSampler, annealing_cost, pilot_cost
 from dmvae.model.nll.gauss_newton import (
     EncoderProposal,
     GaussNewtonProposal,
@@ -37,21 +43,23 @@ KHAT_LIMIT = 0.7
 SE_LIMIT = 0.5
 """Above this the delta method's standard error, in nats, is itself unreliable."""
 AFRESH_KHAT = 0.3
-"""Above this a fit to one mode may have missed another, which its own weights hardly tell: look again."""
+"""Above this a row is estimated again: a fit to one mode may have missed another, which its weights hardly show."""
 PROPOSALS = ("refined", "encoder")
 
 _LONG = 10  # Gauss-Newton steps where draws are many
-_STEPS = (4, 2)  # and where they are fewer
+_STEPS = (4, 2, 1)  # and where they are fewer
 _MANY_DRAWS = 1000
 _ESCALATION = 8  # times K, for a row whose first estimate is doubtful
-_FIRST, _FIT, _SECOND = range(3)  # names of independent noise
+_ANNEALING = 300  # times K, at most, for one whose second estimate is not trusted
+_DRAWS_PER_CHAIN = 4  # of K, where that makes more chains than the fewest that can be trusted
+_FIRST, _FIT, _SECOND, _PLAN, _CHAINS = range(5)  # names of independent noise
 _CHUNK_ELEMENTS = 2**22  # decoder outputs held at once
 _MIN_WIDTH = 1024  # hidden layers are about as wide where the output is narrow
 
 
 @runtime_checkable
 class LatentModel(Protocol):
-    """What the estimators need of a model."""
+    """The part of a model that the estimators use."""
 
     config: DMVAEConfig
 
@@ -76,11 +84,12 @@ class NLLEstimate:
 
     Attributes:
         nll: the estimate; its expectation exceeds the truth by about se^2 / 2.
-        se: Monte Carlo standard error.
+        se: Monte Carlo standard error; NaN for a single draw.
         ess: effective sample size of the weights.
         khat: Pareto shape of the largest weights; NaN below 256 draws.
-        trusted: whether `se` can be believed: at least 256 draws, k-hat at most 0.7 and se at most 0.5.
-        decoder_rows: decoder rows spent, of the modality that took most; a derivative along one latent counts as one.
+        trusted: whether `se` is reliable: at least 256 draws, k-hat at most 0.7 and se at most 0.5.
+        decoder_rows: decoder rows spent, of the modality that took most. A derivative along one latent counts as one
+            row, a gradient in all latents as one beside the row that it is of.
         proposal: where the latents were drawn from, `refined` or `encoder`.
     """
 
@@ -93,7 +102,7 @@ class NLLEstimate:
     proposal: str
 
     @classmethod
-    def of_nothing(cls, num_rows: int, num_draws: int, proposal: str, device: torch.device) -> "NLLEstimate":
+    def for_empty_rows(cls, num_rows: int, num_draws: int, proposal: str, device: torch.device) -> "NLLEstimate":
         """Return the exact result for rows without any modality."""
         zeros = torch.zeros(num_rows, dtype=torch.float64, device=device)
         ess, khat = torch.full_like(zeros, num_draws), torch.full_like(zeros, math.nan)
@@ -108,7 +117,7 @@ class NLLEstimate:
 
 @dataclass(frozen=True)
 class _Budget:
-    """What a row may cost: decoder rows per modality, of which Gauss-Newton `steps` take a part; draws at once."""
+    """Decoder rows per modality and row, Gauss-Newton steps (whose cost is part of them) and draws decoded at once."""
 
     total: int
     steps: int
@@ -127,10 +136,10 @@ def joint_nll(
     """Estimate -log p(x_A) of every row by importance sampling, A being what the row has of `modalities`.
 
     `proposal="encoder"` draws from q(z_s | x_A) prod_i q(z_i | x_i). `"refined"` fits a Gaussian to each row's
-    posterior first (`dmvae.model.nll.gauss_newton`); a row whose weights then have k-hat above 0.3 or a standard error
-    above 0.5 is estimated afresh with 8 K, from fits to several modes (`dmvae.model.nll.mixture_proposal`). Where K is
-    too small for a fit (it would take more than half) the draws are from the encoders, and the result's `proposal`
-    says so.
+    posterior first (`dmvae.model.nll.gauss_newton`). A row whose weights then have k-hat above 0.3 or a standard error
+    above 0.5 is estimated afresh with 8 K, from fits to several modes (`dmvae.model.nll.mixture_proposal`). A row that
+    is still not trusted is estimated a last time by annealing (`dmvae.model.nll.annealing`). Where K is too small for a
+    fit (it would take more than half) the draws are from the encoders, and the result's `proposal` says so.
 
     A row's estimate depends on (seed, its id) alone: not on its batch, the chunk or the process; without ids a
     row's place in the batch stands for it.
@@ -138,29 +147,29 @@ def joint_nll(
     Args:
         model: in eval mode.
         batch: rows on the model's device.
-        K: decoder rows per modality and row, at least 2; what a fit takes is part of it. A row that is estimated
-            afresh takes 9 K in all.
-        batch_size_K: draws decoded at once; bounds memory, and changes nothing else.
+        K: decoder rows per modality and row, the cost of a fit included. A row that is estimated afresh takes 9 K in
+            all, one that is annealed as much as its posterior needs, up to about 310 K.
+        batch_size_K: draws decoded at once, or chains; bounds memory, and changes nothing else.
         seed: of the draws.
         modalities: which to count.
         proposal: where latents are drawn from, `refined` or `encoder`.
 
     Raises:
-        ValueError: for K below 2, batch_size_K below 1 or an unknown proposal.
+        ValueError: for K or batch_size_K below 1 or an unknown proposal.
     """
-    if K < 2 or batch_size_K < 1:
-        raise ValueError(
-            f"an estimate needs K >= 2 draws per row in chunks of 1 or more; got K={K}, batch_size_K={batch_size_K}."
-        )
+    if K < 1 or batch_size_K < 1:
+        raise ValueError(f"K and batch_size_K must be at least 1, but got K={K}, batch_size_K={batch_size_K}.")
     if proposal not in PROPOSALS:
-        raise ValueError(f"proposal is one of {', '.join(PROPOSALS)}; got {proposal!r}.")
+        raise ValueError(f"Unknown proposal {proposal!r}. Available: {', '.join(PROPOSALS)}.")
     probes = 1 + model.config.latent_dim + max(model.config.private_dims[name] for name in modalities)
     budget = _Budget(K, _affordable_steps(K, probes) if proposal == "refined" else 0, min(K, batch_size_K))
-    estimate = NLLEstimate.of_nothing(len(batch), K, "refined" if budget.steps else "encoder", model.device)
+    estimate = NLLEstimate.for_empty_rows(len(batch), K, "refined" if budget.steps else "encoder", model.device)
     forward_mode = _forward_mode(model, modalities) if budget.steps else dict.fromkeys(modalities, False)
     ids = torch.arange(len(batch)) if batch.ids is None else batch.ids
     keys = chain(seed, row_keys(ids)).to(model.device)
-    at_once = _rows_at_once(model, modalities, max(budget.chunk, STARTS_AT_ONCE * probes if budget.steps else 1))
+    at_once = _rows_at_once(
+        model, modalities, max(budget.chunk, *((STARTS_AT_ONCE * probes, PILOT_CHAINS) if budget.steps else (1,)))
+    )
     for names, members in _patterns(batch, modalities):
         for start, num in pieces(len(members), at_once):
             chosen = members[start : start + num]
@@ -170,7 +179,7 @@ def joint_nll(
 
 
 def _affordable_steps(total: int, probes: int) -> int:
-    """Return the number of Gauss-Newton steps: the most that takes at most half of the budget; 0 if none does."""
+    """Return the most Gauss-Newton steps that take at most half of the budget; 0 if none do."""
     wanted = (_LONG, *_STEPS) if total >= _MANY_DRAWS else _STEPS
     return next((steps for steps in wanted if 2 * setup_cost(probes, steps) <= total), 0)
 
@@ -255,8 +264,28 @@ def _escalate(rows: PatternRows, first: _Budget) -> NLLEstimate:
     """Estimate rows afresh with eight times the budget, from a proposal that looks for several modes."""
     total = _ESCALATION * first.total
     components, num_draws = fit_mixture(rows, chain(rows.keys, _FIT), total, first.chunk)
-    spent = _Budget(total + first.total, first.steps, first.chunk)
-    return _average(rows, MixtureProposal(rows, components, num_draws), _SECOND, spent, "refined")
+    spent = replace(first, total=total + first.total)
+    second = _average(rows, MixtureProposal(rows, components, num_draws), _SECOND, spent, "refined")
+    hard = (~second.trusted).nonzero().squeeze(1)
+    if len(hard) == 0:
+        return second
+    return second.put(hard, _anneal(AnnealedSampler(rows, components).select(hard), first, spent.total))
+
+
+def _anneal(sampler: AnnealedSampler, budget: _Budget, spent: int) -> NLLEstimate:
+    """Estimate rows afresh by annealing; rows that need equally many moves run together."""
+    keys, num_chains = sampler.rows.keys, max(MIN_TRUSTED_DRAWS, budget.total // _DRAWS_PER_CHAIN)
+    plan = sampler.plan(chain(keys, _PLAN), num_chains, _ANNEALING * budget.total)
+    estimate = NLLEstimate.for_empty_rows(len(keys), num_chains, "refined", keys.device)
+    for num_moves in sorted(set(plan.num_moves.tolist())):
+        chosen = (plan.num_moves == num_moves).nonzero().squeeze(1)
+        part, its_plan = sampler.select(chosen), plan.select(chosen)
+        weights = WeightSummary(len(chosen), (num_chains,), keys.device)
+        for start, num in pieces(num_chains, budget.chunk):
+            weights.add(part.log_weights(its_plan, num_moves, chain(part.rows.keys, _CHAINS), start, num))
+        cost = spent + pilot_cost() + annealing_cost(num_chains, num_moves)
+        estimate = estimate.put(chosen, _summarise(weights, cost, "refined"))
+    return estimate
 
 
 def _average(rows: PatternRows, proposal: Proposal, stage: int, spent: _Budget, name: str) -> NLLEstimate:
@@ -266,6 +295,10 @@ def _average(rows: PatternRows, proposal: Proposal, stage: int, spent: _Budget, 
     for start, num in pieces(sum(proposal.counts), spent.chunk):
         latents, log_q = proposal.draw(keys, start, num)
         weights.add(rows.log_joint(latents) - log_q)
+    return _summarise(weights, spent.total, name)
+
+
+def _summarise(weights: WeightSummary, decoder_rows: int, name: str) -> NLLEstimate:
     se, khat = weights.standard_error(), weights.khat()
     return NLLEstimate(
         nll=-weights.log_mean(),
@@ -274,7 +307,7 @@ def _average(rows: PatternRows, proposal: Proposal, stage: int, spent: _Budget, 
         khat=khat,
         # false where k-hat is NaN
         trusted=(khat <= KHAT_LIMIT) & (se <= SE_LIMIT),
-        decoder_rows=torch.full_like(keys, spent.total),
+        decoder_rows=torch.full_like(se, decoder_rows, dtype=torch.int64),
         proposal=name,
     )
 

@@ -1,10 +1,10 @@
-"""Normals with full covariances, one for each row."""
+"""Normals with full covariances, one for each row, and their mixtures."""
 
 import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 
@@ -38,6 +38,10 @@ class FullGaussian:
         """Return the squared distance from the mean in units of the covariance."""
         return ((z - self.mean.unsqueeze(1)) @ self.inverse.mT).square().sum(-1)
 
+    def select(self, rows: Int64[Tensor, " chosen"]) -> "FullGaussian":
+        """Return the normals of some rows."""
+        return FullGaussian(self.mean[rows], self.factor[rows], self.inverse[rows])
+
     @property
     def log_scale(self) -> Float[Tensor, " row"]:
         """Half the log-determinant of the covariance."""
@@ -47,6 +51,41 @@ class FullGaussian:
     def covariance(self) -> Float[Tensor, "row dim dim"]:
         """The covariance."""
         return self.factor @ self.factor.mT
+
+
+@dataclass(frozen=True, eq=False)
+class Components:
+    """Mixtures of normals with full covariances, one for each row."""
+
+    weights: Float[Tensor, "row component"]
+    gaussians: tuple[FullGaussian, ...]
+
+    def select(self, rows: Int64[Tensor, " chosen"]) -> "Components":
+        """Return the mixtures of some rows."""
+        return Components(self.weights[rows], tuple(gaussian.select(rows) for gaussian in self.gaussians))
+
+    def sample(
+        self, noise: Float[Tensor, "row draw dim"], choice: Float[Tensor, "row draw 1"]
+    ) -> Float[Tensor, "row draw dim"]:
+        """Turn standard-normal noise into draws; that of `choice` chooses the component."""
+        # rounding may leave the last sum below 1
+        ends = self.weights.cumsum(1)[:, :-1].unsqueeze(1)
+        chosen = (torch.special.ndtr(choice) > ends).sum(-1, keepdim=True)
+        latents = noise
+        for number, gaussian in enumerate(self.gaussians):
+            latents = torch.where(chosen == number, gaussian.sample(noise), latents)
+        return latents
+
+    def log_density(self, z: Float[Tensor, "row draw dim"], spread: float) -> Float[Tensor, "row draw"]:
+        """Return the log-density in nats, covariances times `spread`."""
+        parts = torch.stack([gaussian.log_density(z, spread) for gaussian in self.gaussians], dim=-1)
+        return torch.logsumexp(parts + self.weights.log().unsqueeze(1), dim=-1)
+
+    @property
+    def heaviest_factor(self) -> Float[Tensor, "row dim dim"]:
+        """Cholesky factor of the component with the largest weight."""
+        factors = torch.stack([gaussian.factor for gaussian in self.gaussians], dim=1)
+        return factors[torch.arange(len(factors), device=factors.device), self.weights.argmax(1)]
 
 
 def cholesky_or_identity(matrix: Float[Tensor, "row dim dim"]) -> Float[Tensor, "row dim dim"]:

@@ -1,17 +1,19 @@
-"""Where the latents of an importance-sampling estimate are drawn from: the encoders, or a fit to each row's posterior.
+"""Proposals of the latents for importance sampling: the encoders' posteriors, and a fit to each row's posterior.
 
 Encoders are trained for the bound, so their posteriors are narrow: importance sampling from them misses most of
 p(x_A). The refined proposal is a Gaussian at the row's posterior mode, its covariance from the decoders' Jacobians
 (Gauss-Newton), in a mixture with a wider Gaussian and the encoders' posteriors.
 
     u = (z_s, z_i for i in A),   H = I + sum_i S_i' J_i' F_i J_i S_i,   S_i u = (z_s, z_i),   C = H^-1
-    r_i(z_i|z_s) = .85 N(m_i + C_is C_ss^-1 (z_s - m_s), 1.15 H_ii^-1) + .15 q(z_i | x_i)
-    q(u) = (.8 N(z_s; m_s, 1.15 C_ss) + .1 N(z_s; m_s, 2.5 C_ss)) prod_i r_i + .1 q(z_s | x_A) prod_i q(z_i | x_i)
+    r_i(z_i|z_s) = (1 - e) N(m_i + C_is C_ss^-1 (z_s - m_s), s H_ii^-1) + e q(z_i | x_i),   e = min(.15, .3 / |A|)
+    q(u) = (.8 N(z_s; m_s, s C_ss) + .1 N(z_s; m_s, w C_ss)) prod_i r_i + .1 q(z_s | x_A) prod_i q(z_i | x_i)
+
+with s slightly and w clearly above 1, the less so the more latents there are (`spreads`).
 
 Given z_s the private latents are independent in the model and hence under H, so this is a fit to the full covariance.
 The last component bounds the weights by ten times those of draws from the encoders alone (a defensive mixture).
 
-`dmvae.model.nll.mixture_proposal` is for rows whose posterior this does not fit.
+Rows whose posterior this does not fit go on to `dmvae.model.nll.mixture_proposal`.
 
 Source: Hesterberg 1995 for the mixture.
 """
@@ -31,11 +33,12 @@ from dmvae.model.nll.full_gaussian import FullGaussian, cholesky_or_identity
 from dmvae.model.nll.importance import strata
 from dmvae.model.nll.log_joint import PatternRows
 
-SPREAD = 1.15
-"""Factor on the fitted covariance: importance sampling wants a proposal somewhat wider than its target."""
-WIDE_SPREAD = 2.5
-PRIVATE_ENCODER_SHARE = 0.15
-_STRAYS_BELOW = NormalDist().inv_cdf(PRIVATE_ENCODER_SHARE)
+_SPREAD, _WIDE_SPREAD = (
+    0.4,
+    4.0,
+)  # what a fitted covariance is widened by, in standard deviations of the squared distance
+_MAX_SPREAD, _MAX_WIDE_SPREAD = 1.15, 2.5
+_ENCODER_SHARE, _MAX_ENCODER_SHARE = 0.3, 0.15  # of all private latents together, of one
 _ENCODERS = 2  # the last of the three strata
 
 
@@ -89,7 +92,7 @@ class EncoderProposal:
         return self._all.log_density(latents)
 
     def _noise(self, keys: Int64[Tensor, " row"], start: int, num: int) -> Float[Tensor, "row draw latent"]:
-        """Return what `normals` does for each latent; those of one dimension are drawn together."""
+        """Return the noise of all latents, like `normals` of each; those of one dimension are drawn together."""
         noise = torch.empty(len(keys), num, sum(self._dims), dtype=torch.float64, device=keys.device)
         parts = torch.split(noise, self._dims, dim=-1)
         for dim in set(self._dims):
@@ -112,6 +115,17 @@ class GaussianFit:
 def setup_cost(probes: int, iterations: int) -> int:
     """Return the decoder rows per modality and data row that `gauss_newton` takes."""
     return (iterations + 1) * probes + iterations
+
+
+def spreads(dim: int) -> tuple[float, float]:
+    """Return the factors on a fitted covariance of `dim` latents: of a proposal's main and of its wide component.
+
+    Importance sampling wants a proposal somewhat wider than its target. The squared distance of a draw from the mean is
+    dim, give or take sqrt(2 dim). The excess is in units of that: a factor that did not shrink would lose draws at a
+    rate that is exponential in dim.
+    """
+    unit = math.sqrt(2 / dim)
+    return min(_MAX_SPREAD, 1 + _SPREAD * unit), min(_MAX_WIDE_SPREAD, 1 + _WIDE_SPREAD * unit)
 
 
 def encoder_means(rows: PatternRows) -> Float[Tensor, "row latent"]:
@@ -152,6 +166,8 @@ class GaussNewtonProposal:
         self.counts: tuple[int, ...] = (num_draws - 2 * few, few, few)
         self._encoder_shared = _for_draws(rows.shared)
         self._terms = [(term.place, _for_draws(term.private)) for term in rows.terms]
+        self._spread, self._wide_spread = spreads(fit.mean.shape[1])
+        self._encoder_share = min(_MAX_ENCODER_SHARE, _ENCODER_SHARE / len(rows.terms))
         shared, *private = rows.blocks
         within = fit.covariance[:, shared, shared]
         self._shared = FullGaussian.from_covariance(fit.mean[:, shared], within)
@@ -173,21 +189,22 @@ class GaussNewtonProposal:
         offset = shared - self._shared.mean.unsqueeze(1)
         latents, log_encoders = [shared], self._encoder_shared.log_density(shared)
         log_fitted = torch.zeros_like(log_encoders)
+        strays_below = NormalDist().inv_cdf(self._encoder_share)
         for (place, encoder), gain, gaussian in zip(self._terms, self._gains, self._privates, strict=True):
             shift = offset @ gain
             noise = normals(keys, place, start, num, gaussian.mean.shape[1] + 1)
-            noise, strays = noise[..., :-1], noise[..., -1:] < _STRAYS_BELOW
-            z = torch.where(from_encoders | strays, encoder.sample(noise), gaussian.sample(noise, SPREAD) + shift)
+            noise, strays = noise[..., :-1], noise[..., -1:] < strays_below
+            z = torch.where(from_encoders | strays, encoder.sample(noise), gaussian.sample(noise, self._spread) + shift)
             log_encoder = encoder.log_density(z)
             log_fitted = log_fitted + torch.logaddexp(
-                gaussian.log_density(z - shift, SPREAD) + math.log(1 - PRIVATE_ENCODER_SHARE),
-                log_encoder + math.log(PRIVATE_ENCODER_SHARE),
+                gaussian.log_density(z - shift, self._spread) + math.log(1 - self._encoder_share),
+                log_encoder + math.log(self._encoder_share),
             )
             log_encoders = log_encoders + log_encoder
             latents.append(z)
         components = (
-            self._shared.log_density(shared, SPREAD) + log_fitted,
-            self._shared.log_density(shared, WIDE_SPREAD) + log_fitted,
+            self._shared.log_density(shared, self._spread) + log_fitted,
+            self._shared.log_density(shared, self._wide_spread) + log_fitted,
             log_encoders,
         )
         shares = offset.new_tensor(self.counts) / sum(self.counts)
@@ -197,7 +214,7 @@ class GaussNewtonProposal:
         self, keys: Int64[Tensor, " row"], start: int, stratum: Int64[Tensor, " draw"]
     ) -> Float[Tensor, "row draw shared"]:
         noise = normals(keys, 0, start, len(stratum), self._shared.mean.shape[1])
-        spread = noise.new_tensor([SPREAD, WIDE_SPREAD, 1.0])[stratum].unsqueeze(-1)
+        spread = noise.new_tensor([self._spread, self._wide_spread, 1.0])[stratum].unsqueeze(-1)
         fitted = self._shared.sample(noise * spread.sqrt())
         return torch.where((stratum == _ENCODERS).unsqueeze(-1), self._encoder_shared.sample(noise), fitted)
 

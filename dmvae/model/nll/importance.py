@@ -1,6 +1,6 @@
 """A stream of importance weights per row: its log-mean, standard error, effective sample size and Pareto shape.
 
-Weights arrive as logs and in chunks; what is kept does not grow with their number.
+Weights arrive as logs and in chunks. Memory does not grow with their number.
 """
 
 import math
@@ -11,8 +11,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 MIN_TRUSTED_DRAWS = 256
-"""Fewer weights than this say nothing about the tail they come from."""
-_MAX_TAIL = 1000  # so many largest weights give the shape to about 0.05, and memory stays flat
+"""Fewer weights than this say nothing about the tail of their distribution."""
+_MAX_TAIL = 1000  # enough for the shape to about 0.05; bounds memory
 
 
 def strata(counts: tuple[int, ...], start: int, num: int, device: torch.device) -> Int64[Tensor, " {num}"]:
@@ -27,7 +27,7 @@ def pieces(num: int, chunk: int) -> Iterator[tuple[int, int]]:
 
 
 class WeightSummary:
-    """What is kept of every row's log-weights: per stratum their sum and sum of squares, and the largest overall."""
+    """Running sums of every row's weights and of their squares per stratum, and the largest weights overall."""
 
     def __init__(self, rows: int, counts: tuple[int, ...], device: torch.device) -> None:
         self.counts = counts
@@ -41,7 +41,7 @@ class WeightSummary:
         self.largest = self.max.unsqueeze(1).expand(rows, tail + 1)
 
     def add(self, log_w: Float[Tensor, "row draw"]) -> None:
-        """Take in the next draws of every row."""
+        """Add the next draws of every row."""
         log_w = log_w.double()
         stratum = strata(self.counts, self.seen, log_w.shape[1], log_w.device)
         self.seen += log_w.shape[1]

@@ -15,7 +15,7 @@ from dmvae.nn.batched import decode_each, decoder_layout, group_by_layout
 
 Decode = Callable[[Tensor], Tensor]
 _CACHED_NUMBERS = 2**19
-"""Outputs of decoders at once: what stays in a core's cache is done sooner."""
+"""Decoder outputs computed at once: those that fit a core's cache are done sooner."""
 _DIFFERENCE = 1e-3  # step in a latent's unit, where a decoder has no forward-mode derivative
 
 
@@ -59,7 +59,7 @@ class ModalityTerm:
 
 @dataclass(frozen=True, eq=False)
 class PatternRows:
-    """Rows that have the same modalities A, with what the estimators need of them.
+    """Rows that have the same modalities A, as the estimators use them.
 
     Attributes:
         keys: names of the rows' noise.
@@ -84,7 +84,7 @@ class PatternRows:
 
     @property
     def blocks(self) -> tuple[slice, ...]:
-        """Where z_s, then each z_i, is in u."""
+        """The slices of z_s and of each z_i in u."""
         sizes = [part.mean.shape[1] for part in (self.shared, *(term.private for term in self.terms))]
         ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
         return tuple(slice(end - size, end) for size, end in zip(sizes, ends, strict=True))
@@ -149,13 +149,13 @@ def _log_likelihood(
 
 
 def has_forward_mode(decode: Decode, z: Float[Tensor, "row latent"]) -> bool:
-    """Tell whether a decoder has the derivatives that `ModalityTerm.linearise` wants, by trying it on `z`."""
+    """Tell whether a decoder has forward-mode derivatives, by trying it on `z`."""
     try:
         with warnings.catch_warnings():
             # on its first forward-mode derivative torch scripts decompositions of its own, and warns of doing so
             warnings.filterwarnings("ignore", message=".*torch.jit.script", category=DeprecationWarning)
             _push_forward(decode, z)
-    # torch's word for an operation without a forward-mode or batching rule; any other fault returns on the next call
+    # raised for an operation without a forward-mode or batching rule; any other error returns on the next call
     except RuntimeError:
         return False
     return True
@@ -175,7 +175,7 @@ def _push_forward(decode: Decode, z: Float[Tensor, "row latent"]) -> tuple[Tenso
 
 
 def _differences(decode: Decode, z: Float[Tensor, "row latent"]) -> tuple[Tensor, Tensor]:
-    """Return what `_push_forward` does, the derivatives by finite differences."""
+    """Return the output and its derivatives like `_push_forward`, by finite differences."""
     output = decode(z)
     steps = _DIFFERENCE * torch.eye(z.shape[1], dtype=z.dtype, device=z.device)
     moved = decode((z.unsqueeze(1) + steps).flatten(0, 1)).reshape(*z.shape, *output.shape[1:])

@@ -3,38 +3,38 @@
 One Gaussian at one mode misses what lies in the others, and its weights cannot tell. Here u = (z_s, z_i for i in A) and
 
     g(u; t) = sum_c a_c N(u; m_c, t C_c)
-    q(u)    = .6 g(u; 1.15) + .3 g(u; 2.5) + .1 q(z_s | x_A) prod_i q(z_i | x_i)
+    q(u)    = .6 g(u; s) + .3 g(u; w) + .1 q(z_s | x_A) prod_i q(z_i | x_i)
 
-with m_c, C_c from Gauss-Newton steps that begin at the encoders' means and at draws around them, and a_c by Laplace's
-approximation. Then, a few times, pilot draws from q re-estimate a, m and C by a step of weighted EM. The pilots'
-weights are not used: the proposal is fixed before the draws that count, which keeps the estimate of p(x_A) unbiased.
+with s and w as in `gauss_newton.spreads`, m_c and C_c from Gauss-Newton steps that begin at the encoders' means and at
+draws around them, and a_c by Laplace's approximation. Then, a few times, pilot draws from q re-estimate a, m and C by a
+step of weighted EM, m and C as far as the draws differ from the fit by more than their own noise. The pilots' weights
+are not used: the proposal is fixed before the draws that count, which keeps the estimate of p(x_A) unbiased.
 
-Source: Cappe et al. 2008 for the refit; Hesterberg 1995 for the defensive component.
+Source: Cappe et al. 2008 for the refit; Hesterberg 1995 for the defensive component; James and Stein 1961 and Ledoit
+and Wolf 2004 for the shrinkage.
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
 from dmvae.distributions.noise import chain
-from dmvae.model.nll.full_gaussian import FullGaussian
+from dmvae.model.nll.full_gaussian import Components, FullGaussian
 from dmvae.model.nll.gauss_newton import (
-    SPREAD,
-    WIDE_SPREAD,
     EncoderProposal,
     encoder_means,
     gauss_newton,
     normals,
     setup_cost,
+    spreads,
 )
 from dmvae.model.nll.importance import pieces, strata
 from dmvae.model.nll.log_joint import PatternRows
 
 STARTS_AT_ONCE = 4
-"""So many times its rows are linearised together."""
+"""Starts of every row that are linearised together."""
 _STARTS = 16
 _STEPS = 6
 _ROUNDS = 3
@@ -48,14 +48,6 @@ _START, _PILOT = range(2)  # names of independent noise
 _MIXED = -1  # and of the components' beside the encoders', which the modalities' places name
 
 
-@dataclass(frozen=True, eq=False)
-class Components:
-    """Weighted Gaussians of all latents u of every row."""
-
-    weights: Float[Tensor, "row component"]
-    gaussians: tuple[FullGaussian, ...]
-
-
 class MixtureProposal:
     """`Components`, the same wider, and the encoders' posteriors: three strata of fixed sizes."""
 
@@ -64,7 +56,7 @@ class MixtureProposal:
         wide, few = (max(2, round(share * num_draws)) for share in (0.3, 0.1))
         self.counts: tuple[int, ...] = (num_draws - wide - few, wide, few)
         self._components, self._encoders = components, EncoderProposal(rows, num_draws)
-        self._spreads = (SPREAD, WIDE_SPREAD)
+        self._spreads = spreads(rows.blocks[-1].stop)
 
     def draw(
         self, keys: Int64[Tensor, " row"], start: int, num: int
@@ -76,7 +68,7 @@ class MixtureProposal:
     def draw_with_shares(
         self, keys: Int64[Tensor, " row"], start: int, num: int
     ) -> tuple[Float[Tensor, "row draw latent"], Float[Tensor, "row draw"], Float[Tensor, "row draw component"]]:
-        """Return what `draw` does, and how likely each draw is each component's."""
+        """Return draws and their log-density like `draw`, and the probability that each is of each component."""
         latents = self._draw(keys, start, num)
         components, encoders = self._log_components(latents), self._log_encoders(latents)
         log_q = torch.logsumexp(torch.cat((components, encoders), dim=-1), dim=-1)
@@ -86,16 +78,10 @@ class MixtureProposal:
         stratum = strata(self.counts, start, num, keys.device)
         encoded, _ = self._encoders.draw(keys, start, num)
         noise = normals(keys, _MIXED, start, num, encoded.shape[-1] + 1)
-        noise, uniform = noise[..., :-1], torch.special.ndtr(noise[..., -1:])
-        # rounding may leave the last sum below 1
-        ends = self._components.weights.cumsum(1)[:, :-1].unsqueeze(1)
-        chosen = (uniform > ends).sum(-1, keepdim=True)
+        noise, choice = noise[..., :-1], noise[..., -1:]
         noise = noise * noise.new_tensor([*self._spreads, 1.0])[stratum].sqrt().unsqueeze(-1)
-        latents = encoded
-        for number, gaussian in enumerate(self._components.gaussians):
-            mine = (chosen == number) & (stratum < len(self._spreads)).unsqueeze(-1)
-            latents = torch.where(mine, gaussian.sample(noise), latents)
-        return latents
+        fitted = self._components.sample(noise, choice)
+        return torch.where((stratum < len(self._spreads)).unsqueeze(-1), fitted, encoded)
 
     def _log_components(self, latents: Float[Tensor, "row draw latent"]) -> Float[Tensor, "row draw component"]:
         total, dim, parts = sum(self.counts), latents.shape[-1], []
@@ -115,7 +101,7 @@ class MixtureProposal:
 
 
 def fit_mixture(rows: PatternRows, keys: Int64[Tensor, " row"], total: int, chunk: int) -> tuple[Components, int]:
-    """Fit components to each row's posterior with at most half of `total` decoder rows, and then pilots.
+    """Fit components to each row's posterior, with at most half of `total` decoder rows, and refit them to pilot draws.
 
     Returns:
         The components, and the decoder rows per modality and data row that are left.
@@ -178,16 +164,31 @@ def _refit(
 def _moved(
     gaussian: FullGaussian, latents: Float[Tensor, "row draw latent"], weights: Float[Tensor, "row draw"]
 ) -> FullGaussian:
-    """Match weighted draws, as far as their effective number can be believed."""
-    effective = weights.sum(1).square() / weights.square().sum(1).clamp(min=torch.finfo(torch.float64).tiny)
-    trust = (effective / (effective + latents.shape[-1])).unsqueeze(-1)
-    mean = (weights.unsqueeze(1) @ latents).squeeze(1)
-    centred = latents - mean.unsqueeze(1)
+    """Match the moments of weighted draws, as far as they differ from the Gaussian by more than their noise.
+
+    In the Gaussian's own units the mean of n effective draws has a squared distance of d / n from its expectation, and
+    their covariance S one of (tr(S)^2 + |S|^2) / n. Matched as they are, few draws of many latents spoil a fit.
+    """
+    num_effective = 1 / weights.square().sum(1).clamp(min=torch.finfo(torch.float64).tiny)
+    whitened = (latents - gaussian.mean.unsqueeze(1)) @ gaussian.inverse.mT
+    mean = (weights.unsqueeze(1) @ whitened).squeeze(1)
+    centred = whitened - mean.unsqueeze(1)
     sample = (centred * weights.unsqueeze(-1)).mT @ centred
-    trusted = trust.unsqueeze(-1)
+    # weights that are all 0, of a component that no draw belongs to, have no excess
+    identity = torch.eye(sample.shape[-1], dtype=sample.dtype, device=sample.device)
+    excess = sample - weights.sum(1)[:, None, None] * identity
+    noise = (sample.diagonal(dim1=-2, dim2=-1).sum(-1).square() + sample.square().sum((1, 2))) / num_effective
+    mean = mean * _beyond_noise(mean.square().sum(1), mean.shape[1] / num_effective).unsqueeze(-1)
+    excess = excess * _beyond_noise(excess.square().sum((1, 2)), noise)[:, None, None]
     return FullGaussian.from_covariance(
-        trust * mean + (1 - trust) * gaussian.mean, trusted * sample + (1 - trusted) * gaussian.covariance
+        gaussian.mean + (gaussian.factor @ mean.unsqueeze(-1)).squeeze(-1),
+        gaussian.covariance + gaussian.factor @ excess @ gaussian.factor.mT,
     )
+
+
+def _beyond_noise(distance: Float[Tensor, " row"], noise: Float[Tensor, " row"]) -> Float[Tensor, " row"]:
+    """Return the share of a squared distance that noise does not explain."""
+    return (1 - noise / distance.clamp(min=torch.finfo(torch.float64).tiny)).clamp(min=0)
 
 
 def temper(log_w: Float[Tensor, "row draw"], enough: float) -> Float[Tensor, "row draw"]:

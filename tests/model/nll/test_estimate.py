@@ -11,6 +11,10 @@ from torch import Tensor, nn
 
 from dmvae import DMVAE, Batch, DMVAEConfig
 from dmvae.distributions import likelihoods as likelihood
+from dmvae.distributions.likelihoods.bernoulli import Bernoulli
+from dmvae.distributions.likelihoods.categorical import Categorical
+from dmvae.distributions.likelihoods.laplace import Laplace
+from dmvae.distributions.likelihoods.normal import Normal
 from dmvae.model.nll import estimate as nll
 from dmvae.model.nll.estimate import NLLEstimate
 from dmvae.model.nll.gauss_newton import EncoderProposal, GaussNewtonProposal, encoder_means, gauss_newton
@@ -181,9 +185,9 @@ def rows_of(model: DMVAE, rows: int) -> Batch:
     data = {}
     for name, module in model.likelihoods.items():
         mean = module.mean(decoded[name])
-        if isinstance(module, likelihood.Categorical):
+        if isinstance(module, Categorical):
             data[name] = torch.distributions.Categorical(mean).sample()
-        elif isinstance(module, likelihood.Bernoulli):
+        elif isinstance(module, Bernoulli):
             data[name] = torch.bernoulli(mean)
         else:
             data[name] = mean + 0.4 * torch.randn_like(mean)
@@ -229,7 +233,7 @@ def test_known_score_and_information_are_the_derivatives_of_the_log_density(kind
 
 
 def test_learned_scale_enters_score_and_information():
-    fixed, learned = likelihood.Normal((3,), 0.5), likelihood.Normal((3,), "learned")
+    fixed, learned = Normal((3,), 0.5), Normal((3,), "learned")
     with torch.no_grad():
         learned.log_scale.fill_(math.log(0.5))
     x, y, tangents = torch.randn(2, 3), torch.randn(2, 3), torch.randn(2, 4, 3)
@@ -238,7 +242,7 @@ def test_learned_scale_enters_score_and_information():
 
 
 def test_smoothed_laplace_score_is_the_score_far_from_the_kink():
-    module, generic = likelihood.Laplace((3,), 0.1), likelihood.Likelihood
+    module, generic = Laplace((3,), 0.1), likelihood.Likelihood
     y = torch.zeros(1, 3, dtype=torch.float64)
     torch.testing.assert_close(module.score(y, y + 5), generic.score(module, y, y + 5), rtol=1e-3, atol=0)
     assert torch.all(module.score(y, y) == 0)
@@ -307,12 +311,21 @@ def test_an_empty_batch_has_an_empty_estimate(proposal):
 
 
 @pytest.mark.parametrize(
-    ("settings", "law"), [({"K": 1}, "K >= 2"), ({"batch_size_K": 0}, "K >= 2"), ({"proposal": "x"}, "one of")]
+    ("settings", "message"),
+    [({"K": 0}, "at least 1"), ({"batch_size_K": 0}, "at least 1"), ({"proposal": "x"}, "Unknown proposal")],
 )
-def test_impossible_settings_are_refused(settings, law):
+def test_impossible_settings_are_refused(settings, message):
     model = make(0, "good")
-    with pytest.raises(ValueError, match=law):
+    with pytest.raises(ValueError, match=message):
         model.joint_nll(sample_rows(model, 2), **settings)
+
+
+def test_a_single_draw_gives_an_estimate_without_an_error():
+    model = make(0, "good")
+    estimate = model.joint_nll(sample_rows(model, 3), K=1)
+    assert estimate.nll.isfinite().all()
+    assert estimate.se.isnan().all()
+    assert not estimate.trusted.any()
 
 
 def test_too_few_draws_for_a_fit_come_from_the_encoders_and_say_so():
@@ -396,7 +409,7 @@ def test_doubtful_rows_are_estimated_afresh_at_eight_times_the_cost(monkeypatch)
     again = model.joint_nll(batch, K=500)
     assert torch.all(again.decoder_rows == 9 * first.decoder_rows)
     assert torch.all((again.nll + exact_log_prob(model, batch)).abs() <= 4 * again.se)
-    assert again.se.square().sum() < 0.3 * first.se.square().sum()
+    assert again.se.square().sum() < 0.4 * first.se.square().sum()
     same(again, model.joint_nll(batch, K=500, batch_size_K=77))
 
 
