@@ -11,11 +11,14 @@ from torch import Tensor, nn
 from dmvae import DMVAE, Batch, DMVAEConfig
 from dmvae.config.likelihoods import LikelihoodSpec, Param, ValueTraits
 from dmvae.config.likelihoods import suggest as suggest_for
+from dmvae.data.format.manifest import ModalityInfo
 from dmvae.distributions.likelihoods import Likelihood, build, log_prob_each, register, registry
 from dmvae.distributions.likelihoods.bernoulli import Bernoulli
 from dmvae.distributions.likelihoods.categorical import Categorical
+from dmvae.distributions.likelihoods.counts import Counts
 from dmvae.distributions.likelihoods.laplace import Laplace
 from dmvae.distributions.likelihoods.normal import Normal
+from dmvae.model.predictor import ModalitySpec, Predictor
 
 SHAPE = (2, 3)
 
@@ -136,7 +139,7 @@ def test_only_integers_are_categories() -> None:
     )
     model = DMVAE(config)
     assert model.observe(Batch({"a": torch.zeros(2, 3, dtype=torch.uint8)}))["a"].values.dtype == torch.int64
-    with pytest.raises(ValueError, match=r"int64; got torch.float32 for 'a'"):
+    with pytest.raises(ValueError, match=r"'a' must be int64, but got torch.float32"):
         model(Batch({"a": torch.zeros(2, 3)}))
 
 
@@ -220,6 +223,32 @@ def test_a_spec_lets_configurations_and_data_know_a_likelihood_of_ones_own() -> 
         DMVAEConfig(input_dims={"a": (3,)}, decoders_dist={"a": "cauchy"}, decoder_dist_params={"a": {"width": 0}})
     assert suggest_for(ValueTraits("real", kurtosis=200.0)) == ("cauchy", "very heavy tails")
     assert suggest_for(ValueTraits("real", kurtosis=6.0))[0] == "laplace"
+
+
+class Geometric(Counts):
+    """Geometric counts of mean mu: x log mu - (x + 1) log(1 + mu)."""
+
+    def log_prob(self, output: Tensor, value: Tensor) -> Tensor:
+        counts, log_mean = self._split(output, value)
+        return (counts * log_mean - (counts + 1) * F.softplus(log_mean)).sum(-1)
+
+
+@pytest.mark.usefixtures("_own_registry")
+def test_counts_of_ones_own_need_one_class_and_one_spec() -> None:
+    register("geometric", Geometric, LikelihoodSpec(values="counts"))
+    info = ModalityInfo(shape=(3,), dtype="int64", likelihood="geometric")
+    assert info.classes is None, "the dataset takes integers for counts, not for classes"
+    torch.manual_seed(0)
+    model = DMVAE(DMVAEConfig(input_dims={"a": (3,)}, decoders_dist={"a": "geometric"}))
+    batch = Batch({"a": torch.tensor([[0, 4, 70], [1, 0, 2]])})
+    assert bool(model(batch).loss.isfinite())
+    served = Predictor(model, {"a": ModalitySpec(shape=(3,), dtype="int64", likelihood="geometric")})
+    rows = served.parse([{"a": [1.5, 0, 0]}])
+    with pytest.raises(ValueError, match=r"counts must be whole numbers of 0 or more, but got 1\.5"):
+        served.batch(rows)
+    means = model.means(model.predict(batch, return_mean=True)["a"], "a", batch)
+    shares = model.means(model.predict(batch, return_mean=True)["a"], "a") / means
+    torch.testing.assert_close(shares, (1 / batch.data["a"].sum(1, keepdim=True)).expand(2, 3))
 
 
 @pytest.mark.usefixtures("_own_registry")
