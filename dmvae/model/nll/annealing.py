@@ -193,7 +193,8 @@ def _power_of_two_below(number: int) -> int:
 def _spread(log_ratio: Float[Tensor, "row chain"]) -> Float[Tensor, " row"]:
     """Return the standard deviation, of the middle two thirds: a chain lost in a poor component says little."""
     low, high = log_ratio.quantile(log_ratio.new_tensor([0.16, 0.84]), dim=1).unbind()
-    return 0.5 * (high - low)
+    # more moves would not help a row without finite densities
+    return (0.5 * (high - low)).nan_to_num(nan=0.0)
 
 
 def _with_gradient(

@@ -15,7 +15,7 @@ from dmvae.model.nll.annealing import AnnealedSampler, annealing_cost, pilot_cos
 from dmvae.model.nll.full_gaussian import Components, FullGaussian
 from dmvae.model.nll.gauss_newton import EncoderProposal, GaussNewtonProposal, encoder_means, gauss_newton, spreads
 from dmvae.model.nll.importance import WeightSummary
-from dmvae.model.nll.log_joint import ModalityTerm, PatternRows
+from dmvae.model.nll.log_joint import ModalityTerm, PatternRows, has_forward_mode
 from dmvae.model.nll.mixture_proposal import MixtureProposal, fit_mixture
 from tests.linear_gaussian import exact_log_prob, linear_model, sample_rows
 
@@ -31,7 +31,8 @@ def without_graph() -> Iterator[None]:
 def rows_of(model: DMVAE, batch: Batch) -> PatternRows:
     """Gather complete rows as the estimators do."""
     keys = torch.arange(len(batch))
-    return nll._gather(model, batch, keys, model.config.modalities, keys, dict.fromkeys(model.config.modalities, True))
+    names = model.config.modalities
+    return nll._gather(model, batch, keys, names, keys, nll._forward_mode(model, names))
 
 
 def large() -> DMVAE:
@@ -150,6 +151,21 @@ def test_a_plan_gives_more_moves_to_a_worse_fit_and_keeps_to_its_budget() -> Non
     assert bool((betas[-1] == 1).all())
 
 
+def test_a_row_without_finite_densities_gets_the_fewest_moves_and_leaves_the_others_alone() -> None:
+    rows, _ = bent_rows(3, 4, bend=0.1, scale=0.7)
+    prior = FullGaussian.from_covariance(torch.zeros(3, 4).double(), torch.eye(4).double().repeat(3, 1, 1))
+    sampler = AnnealedSampler(rows, Components(torch.ones(3, 1, dtype=torch.float64), (prior,)))
+    before = sampler.plan(rows.keys, 256, 10**9)
+    rows.terms[0].values[1] = math.nan
+    plan = sampler.plan(rows.keys, 256, 10**9)
+    assert int(plan.num_moves[1]) == 8
+    others = torch.tensor([0, 2])
+    torch.testing.assert_close(plan.step_size[others], before.step_size[others])
+    log_w = sampler.log_weights(plan, 8, rows.keys, 0, 20)
+    assert bool(log_w[1].isnan().all())
+    assert bool(log_w[others].isfinite().all())
+
+
 class _Counted(torch.autograd.Function):
     """The identity, which has no forward-mode derivative and reports the rows that pass in either direction."""
 
@@ -212,7 +228,7 @@ def bent_rows(num: int, dim: int, bend: float, scale: float) -> tuple[PatternRow
     decode, z = Bent(bend), torch.randn(num, dim, dtype=torch.float64)
     x = decode(z) + scale * torch.randn_like(z)
     nothing = DiagGaussian(torch.zeros_like(z[:, :0]), torch.zeros_like(z[:, :0]))
-    term = ModalityTerm(1, x, nothing, decode, Normal((dim,), scale), torch.float64, True)
+    term = ModalityTerm(1, x, nothing, decode, Normal((dim,), scale), torch.float64, has_forward_mode(decode, z[:1]))
     grid = torch.linspace(-9, 9, 2001, dtype=torch.float64)
     log_weight = -0.5 * grid.square() - 0.5 * math.log(2 * math.pi) + math.log(float(grid[1] - grid[0]))
     noise = (x.unsqueeze(-1) - decode(grid)) / scale
