@@ -35,10 +35,11 @@ from dmvae.evaluation.latents import Latents, collect, fit_probes, probe_share
 from dmvae.evaluation.metrics import Classifier, Proportion, classifier_accuracy, conditional_coherence, fit_classifier
 from dmvae.evaluation.suite import first_rows
 from dmvae.model.dmvae import DMVAE
-from dmvae.platform.train.trainer import resolve
-from dmvae.platform.train.worker import WorkerData
+from dmvae.platform.train.settings import resolve
+from dmvae.platform.train.worker import WorkerData, build_state
 from dmvae.report.dataset_overview import inspect
-from dmvae.training.loop import Collectives, EpochEnded, TrainState, build_optimizer, train
+from dmvae.training.loop import EpochEnded, train
+from dmvae.training.step import Collectives
 from tests.benchmarks import multivae
 from tests.benchmarks.quality_table import make_views, prepare_dataset
 
@@ -104,16 +105,13 @@ def proposed(dataset: Path, epochs: int | None, seed: int) -> TrainConfig:
 
 def train_ours(config: TrainConfig) -> tuple[DMVAE, int]:
     """Train in this process; return the model of the best validation, and the number of steps."""
-    torch.manual_seed(config.seed)
-    model = DMVAE(config.model)
-    state, best = TrainState(model, build_optimizer(model, config.optim)), copy.deepcopy(model.state_dict())
-    steps = 0
-    for event in train(state, WorkerData(config, 0, 1, torch.float32), config, Collectives(model)):
+    state, best, steps = build_state(config, torch.device("cpu")), dict[str, Tensor](), 0
+    for event in train(state, WorkerData(config, 0, 1, torch.float32), config, Collectives(state.model)):
         steps = max(steps, event.global_step)
         if isinstance(event, EpochEnded) and event.improved:
-            best = copy.deepcopy(model.state_dict())
-    model.load_state_dict(best)
-    return model.eval(), steps
+            best = copy.deepcopy(state.model.state_dict())
+    state.model.load_state_dict(best)
+    return state.model.eval(), steps
 
 
 def train_peer(kind: str, arena: Arena, config: TrainConfig, steps: int) -> Any:
