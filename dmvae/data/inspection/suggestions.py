@@ -16,7 +16,9 @@ from dmvae.data.inspection.value_stats import ValueStats
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-_ROW_VISITS = 400_000  # epochs times training rows in a first run
+_ROW_VISITS = 200_000  # epochs times training rows of a first run
+_ROWS_PER_FEATURE = 10  # with fewer, networks of this size overfit
+_DROPOUT = 0.2
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ def suggest_run(profile: DatasetProfile, dataset: str, likelihoods: dict[str, Li
     epochs = _between(5, round(_ROW_VISITS / train.rows), 200)
     batch_size = _between(8, 2 ** round(math.log2(train.rows / 10)), 256)
     steps = epochs * math.ceil(train.rows / batch_size)
+    dropout = _DROPOUT if train.rows < _ROWS_PER_FEATURE * _num_features(manifest.modalities.values()) else 0.0
     name = re.sub(r"[^A-Za-z0-9._-]", "-", dataset.rstrip("/").rpartition("/")[2]).lstrip("._-")
     tree: dict[str, Any] = {
         "name": f"{name or 'data'}-first",
@@ -92,7 +95,7 @@ def suggest_run(profile: DatasetProfile, dataset: str, likelihoods: dict[str, Li
             **({"sources": "subsets", "cross": "prior"} if len(sizes) > 1 else {}),
             "decoders_dist": {name: fit.likelihood for name, fit in likelihoods.items()},
             **_unless_empty("decoder_dist_params", {name: fit.params for name, fit in likelihoods.items()}),
-            "architectures": {name: _architecture(m) for name, m in manifest.modalities.items()},
+            "architectures": {name: _architecture(m, dropout) for name, m in manifest.modalities.items()},
         },
         "optim": {"learning_rate": 3e-3, "warmup_steps": min(100, steps // 10)},
         "training": {"epochs": epochs, "batch_size": batch_size, "patience": max(5, epochs // 4)},
@@ -102,25 +105,27 @@ def suggest_run(profile: DatasetProfile, dataset: str, likelihoods: dict[str, Li
 
 
 def _latent_dim(modalities: Iterable[ModalityInfo], num_rows: int) -> int:
-    """Return twice the root of the number of features, as far as the rows can tell so many apart.
+    """Return twice the root of the number of features, at most one for every ten rows."""
+    return _between(2, min(round(2 * math.sqrt(_num_features(modalities))), num_rows // 10), 64)
 
-    Neighbouring pixels say nearly the same, so that sixteen count as one.
-    """
-    features = sum(info.column.size / (16 if _is_image(info) else 1) for info in modalities)
-    return _between(2, min(round(2 * math.sqrt(features)), num_rows // 10), 64)
+
+def _num_features(modalities: Iterable[ModalityInfo]) -> float:
+    """Return the number of features; sixteen pixels count as one, since neighbours have nearly the same values."""
+    return sum(info.column.size / (16 if _is_image(info) else 1) for info in modalities)
 
 
 def _is_image(info: ModalityInfo) -> bool:
     return len(info.shape) == 3
 
 
-def _architecture(info: ModalityInfo) -> dict[str, Any]:
+def _architecture(info: ModalityInfo, dropout: float) -> dict[str, Any]:
     """Return the networks of a modality: convolutions for images of their sizes, otherwise perceptrons."""
     if _is_image(info) and info.shape[1:] in ((28, 28), (32, 32)) and info.classes is None:
         return {"name": "conv"}
     inputs = info.column.size * (info.classes or 1)
     hidden_dims = [512, 256] if inputs >= 2048 else [256, 256] if inputs > 16 else [64, 64]
-    return {"name": "skip_mlp", "hidden_dims": hidden_dims}
+    settings = {"name": "skip_mlp", "hidden_dims": hidden_dims}
+    return settings | ({"dropout": dropout} if dropout else {})
 
 
 def _unless_empty(key: str, settings: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -315,15 +315,18 @@ def look(folder: Path, parts: Parts, **changes: Any) -> Inspection:
 
 
 def test_sizes_of_what_is_proposed_grow_with_the_data(tmp_path: Path) -> None:
-    dims = []
+    dims, dropouts = [], []
     for num, width in ((40, 8), (400, 8), (400, 80)):
         data = {name: np.random.default_rng(0).normal(size=(num, width)).astype(np.float32) for name in ("a", "b")}
         rows = Rows(np.arange(num), data, {name: np.ones(num, bool) for name in data})
         parts = {"train": rows, "val": replace(rows.take(slice(0, 20)), ids=np.arange(10_000, 10_020))}
         run = look(tmp_path / f"{num}-{width}", parts).run
         assert run is not None
-        dims.append(TrainConfig.model_validate(tomllib.loads(run)).model.latent_dim)
+        model = TrainConfig.model_validate(tomllib.loads(run)).model
+        dims.append(model.latent_dim)
+        dropouts.append(model.architectures["a"].dropout)
     assert dims == [4, 8, 25]
+    assert dropouts == [0.2, 0.0, 0.2], "with few rows for each feature"
 
 
 def test_one_modality_is_proposed_no_prediction_of_others(tmp_path: Path) -> None:
