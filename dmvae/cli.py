@@ -132,45 +132,46 @@ def _inspect(config: Any) -> None:
 
 
 def _train(config: Any) -> None:
+    from dmvae.platform.evaluate.evaluate import metric_lines
     from dmvae.platform.train.trainer import train_run
 
     summary = train_run(config, progress=_print)
     if summary.was_finished:
         _print("This run is already finished. Raise training.epochs to train it further, or choose another name.")
-    for name, value in summary.metrics.items():
-        _print(f"{name:<24} {value:.4f}")
+    for line in metric_lines(summary.metrics):
+        _print(line)
     _register_best(summary.run_dir, config.tracking)
-    _print(f"best checkpoint          {summary.where}/best")
-    _print(f"last checkpoint          {summary.where}/last")
-    _print(f"MLflow run               {summary.run_id} of experiment {config.tracking.experiment}")
-    if summary.tracking_uri.startswith("sqlite:"):
-        _print(f"look at it               mlflow ui --backend-store-uri {summary.tracking_uri}")
-    _print(
-        f"next                     {command('evaluate')} --model {summary.where}/best --dataset {config.data.dataset}"
-    )
+    _print_row("best checkpoint", f"{summary.where}/best")
+    _print_row("last checkpoint", f"{summary.where}/last")
+    _print_tracking(summary.run_id, summary.tracking_uri, config.tracking)
+    _print_row("next", f"{command('evaluate')} --model {summary.where}/best --dataset {config.data.dataset}")
 
 
 def _search(config: Any) -> None:
+    from dmvae.platform.evaluate.evaluate import metric_lines
     from dmvae.platform.tune.search import search
 
     found = search(config, progress=_print)
     for trial in found.best:
         values = "  ".join(f"{name} {trial.result.figures[name]:.4g}" for name in config.objectives if trial.result)
-        _print(f"{'best trial' if len(found.best) == 1 else 'on the Pareto front':<24} {trial.number}: {values}")
+        _print_row("best trial" if len(found.best) == 1 else "on the Pareto front", f"{trial.number}: {values}")
         for path, value in trial.params.items():
             _print(f"  {path:<40} {value}")
-    for name, value in found.retrained.metrics.items() if found.retrained else ():
-        _print(f"{name:<24} {value:.4f}")
-    _print(f"{'best configuration':<24} {found.study_dir / 'best.toml'}")
-    _print(
-        f"{'all trials':<24} {found.study_dir / 'trials.json'}; optuna-dashboard sqlite:///{found.study_dir}/optuna.db"
-    )
-    _print(f"{'MLflow run':<24} {found.run_id} of experiment {config.base.tracking.experiment}")
-    if found.tracking_uri.startswith("sqlite:"):
-        _print(f"{'look at it':<24} mlflow ui --backend-store-uri {found.tracking_uri}")
+    for line in metric_lines(found.retrained.metrics) if found.retrained else ():
+        _print(line)
+    _print_row("best configuration", found.study_dir / "best.toml")
+    dashboard = f"optuna-dashboard sqlite:///{found.study_dir}/optuna.db"
+    _print_row("all trials", f"{found.study_dir / 'trials.json'}; {dashboard}")
+    _print_tracking(found.run_id, found.tracking_uri, config.base.tracking)
     if found.retrained:
         _register_best(found.retrained.run_dir, config.base.tracking)
-        _print(f"{'best model':<24} {found.retrained.where}/best")
+        _print_row("best model", f"{found.retrained.where}/best")
+
+
+def _print_tracking(run_id: str, uri: str, tracking: Any) -> None:
+    _print_row("MLflow run", f"{run_id} of experiment {tracking.experiment}")
+    if uri.startswith("sqlite:"):
+        _print_row("look at it", f"mlflow ui --backend-store-uri {uri}")
 
 
 def _evaluate(config: Any) -> None:
@@ -192,16 +193,15 @@ def _report(config: Any) -> None:
 def _register_best(run_dir: Path, tracking: Any) -> None:
     """Register a finished run's best model, if the configuration names a registered model."""
     from dmvae.platform.serve.registry import RegistryError, register
-    from dmvae.platform.tracking.delivery_log import UnreachableError
 
     if tracking.register_as is None:
         return
     try:
         found = register(run_dir, tracking.register_as, tracking)
-    except (RegistryError, UnreachableError) as error:
+    except RegistryError as error:
         later = f"{command('register')} {run_dir} --name {tracking.register_as}"
         raise UserError(f"Training finished, but the model could not be registered: {error} Retry: {later}") from None
-    _print(f"registered               {found.uri}")
+    _print_row("registered", found.uri)
 
 
 def _register(config: Any) -> None:
@@ -251,6 +251,10 @@ def _sync(config: Any) -> None:
 def command(verb: str) -> str:
     """Return how to call a verb the way that this process was called."""
     return f"dmvae {verb}" if Path(sys.argv[0]).stem == "dmvae" else f"python -m jobs.{verb}"
+
+
+def _print_row(label: str, value: object) -> None:
+    _print(f"{label:<24} {value}")
 
 
 def _print(text: str) -> None:
