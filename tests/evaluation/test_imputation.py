@@ -103,7 +103,7 @@ def test_removal_has_its_rate_grows_and_belongs_to_the_row(model: DMVAE) -> None
     assert rows.labels is not None
     assert bool(by_label.masks["a"][rows.labels == 0].all())
     assert not bool(by_label.masks["a"][rows.labels == 9].any())
-    with pytest.raises(ValueError, match="rate=2"):
+    with pytest.raises(ValueError, match=r"rate must lie in .*, but got 2"):
         remove(rows, 2)
     with pytest.raises(ValueError, match="labelled rows"):
         remove(Batch(rows.data), 0.5, "label", 10)
