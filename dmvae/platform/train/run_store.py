@@ -133,7 +133,7 @@ class RunStore:
         for name in self._checkpoint_names():
             fault = (self._checkpoints / name).fault()
             if fault:
-                log(f"warning: Skipping a damaged checkpoint: {fault}")
+                log(f"warning: {fault} Skipping it.")
                 self._rename_damaged(name)
         reports = {name: report for name in self._checkpoint_names() if (report := self._report(name))}
         self._checkpoints.make()
@@ -206,7 +206,7 @@ class RunStore:
             with (self._checkpoints / name).fetch() as files:
                 fault = LocalFolder(files).fault()
                 if fault:
-                    log(f"warning: Skipping a damaged checkpoint: {fault}")
+                    log(f"warning: {fault} Skipping it.")
                     continue
                 LocalFolder(self.run_dir / kept).put(files)
             if not isinstance(self.folder, LocalFolder):

@@ -202,7 +202,7 @@ def _resume(state: TrainState, queue: Queue) -> None:
                 checkpoint.load(state, Path(folder))
         except checkpoint.CheckpointError as error:
             if is_rank_0:
-                queue.put(f"warning: Skipping a damaged checkpoint: {error}")
+                queue.put(f"warning: {error} Skipping it.")
             continue
         if is_rank_0:
             queue.put(f"resuming after {state.position.epoch} epochs and {state.position.step} steps")

@@ -103,7 +103,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_published(store: Ru
         save(store, 2, 2.0)
         assert "checkpoint_0000000002_001" in (store.folder / "checkpoints").names()
     (line,) = said
-    assert line.startswith("warning: Skipping a damaged checkpoint: ")
+    assert line.startswith("warning: Checkpoint ")
+    assert line.endswith("Skipping it.")
     assert "run.json" in line
 
 
