@@ -304,9 +304,10 @@ def test_likelihoods_go_with_the_values(tmp_path: Path) -> None:
     assert scales == {
         "picture": "learned_per_modality", "bell": "learned_per_feature", "tail": "learned_per_feature", "count": None,
     }  # fmt: skip
-    assert run.model.private_dims["tissue"] == 0, "a scalar has no private latent"
     dataset = open_dataset(tmp_path / "data")
-    check_data(resolve(run, dataset), dataset)
+    resolved = resolve(run, dataset)
+    assert resolved.model.private_dims["tissue"] == 0, "a scalar has no private latent"
+    check_data(resolved, dataset)
 
 
 def look(folder: Path, parts: Parts, **changes: Any) -> Inspection:
