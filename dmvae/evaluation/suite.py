@@ -256,8 +256,8 @@ class EvaluationSuite:
     @property
     def density_fault(self) -> str:
         """Why linear densities cannot be compared with the model's; empty if they can."""
-        config = self.model.config
-        others = sorted({dist for dist in config.distributions.values() if dist not in ("normal", "laplace")})
+        config, likelihoods = self.model.config, self.model.likelihoods
+        others = sorted({d for name, d in config.distributions.items() if not likelihoods[name].is_continuous})
         if others or self._float_modalities != config.modalities:
             return f"they are densities of floating-point values, but the model has {others or ['integers']}"
         return ""
