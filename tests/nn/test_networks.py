@@ -153,7 +153,7 @@ def test_a_skip_connection_adds_a_linear_map_of_the_input_to_means() -> None:
     networks = build(ArchitectureConfig(name="skip_mlp", hidden_dims=(8, 4)), dimensions((6,)))
     encoder, decoder = (network.double() for network in networks)
     x, z = torch.randn(5, 6, dtype=torch.float64), torch.randn(5, 5, dtype=torch.float64)
-    parts = encoder.heads.split(encoder.heads(encoder.body(x)))
+    parts = encoder.heads.split(encoder.body(x))
     shared, private = (x @ encoder.skip.weight.T).split([3, 2], dim=1)
     output = encoder(x)
     torch.testing.assert_close(output.embedding, parts.embedding + shared)

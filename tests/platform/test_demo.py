@@ -20,8 +20,8 @@ import pytest
 from mlflow import MlflowClient
 from ray import serve
 
-from dmvae.cli import read_toml
 from dmvae.config.data import PrepareConfig
+from dmvae.config.parsing import read_toml
 from dmvae.config.registry import ServeConfig
 from dmvae.config.search import SearchConfig
 from dmvae.config.tracking import TrackingConfig

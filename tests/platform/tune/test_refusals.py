@@ -49,7 +49,7 @@ def test_an_objective_that_the_data_cannot_give_is_refused(dataset: Path) -> Non
     opened = open_dataset(dataset)
     with pytest.raises(ValueError, match=r"Unknown objective 'loss'\. Available: imputation, conditional_nll"):
         search_objectives.check(opened, "train", "val", ("imputation", "loss"), 200)
-    with pytest.raises(ValueError, match="has none"):
+    with pytest.raises(ValueError, match="have no labels"):
         search_objectives.check(opened, "train", "val", ("coherence",), 200)
     with pytest.raises(ValueError, match="fewer than 16 have"):
         search_objectives.check(opened, "train", "val", ("imputation",), 16)
