@@ -19,6 +19,8 @@ from dmvae.model.dmvae import DMVAE
 from dmvae.training import checkpoint
 from tests.training.test_checkpoint import make_state
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted(file for folder in ("dmvae", "jobs") for file in (ROOT / folder).rglob("*.py"))
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "jsonpickle", "yaml"}

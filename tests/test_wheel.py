@@ -9,6 +9,8 @@ import pytest
 
 from tests.wheel import ROOT, build_wheel, install_wheel, outside
 
+pytestmark = pytest.mark.slow
+
 CONFIGS = sorted((ROOT / "jobs" / "configs").glob("*.toml"))
 
 

@@ -40,6 +40,7 @@ def test_baselines_beat_the_mean_and_linear_ones_are_best_on_linear_data(model: 
     assert linear < min(errors["nearest_neighbours"], errors["gradient_boosting"])
 
 
+@pytest.mark.slow
 def test_ridge_on_completed_rows_learns_where_no_two_rows_have_the_same_modalities_with_the_target() -> None:
     model = linear_model(dict.fromkeys("abcdef", (3,)), latent_dim=3)
     train, test = sample_rows(model, 400, seed=1, missing=0.75), sample_rows(model, 300, seed=2)

@@ -17,6 +17,8 @@ from dmvae.distributions.likelihoods import Likelihood
 from dmvae.distributions.likelihoods.negative_binomial import NegativeBinomial
 from tests.runs import make_config, train_here
 
+pytestmark = pytest.mark.slow
+
 Arrays = dict[str, np.ndarray]
 
 

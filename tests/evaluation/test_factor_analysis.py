@@ -14,6 +14,8 @@ from dmvae.evaluation.factor_analysis import FactorAnalysis, choose_num_factors
 from dmvae.evaluation.masking import mask_modalities
 from dmvae.evaluation.pattern_moments import FitData
 
+pytestmark = pytest.mark.slow
+
 
 def sample(rows: int = 400, latent_dim: int = 2, scale: float = 0.3, offset: float = 0.0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)

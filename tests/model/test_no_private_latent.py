@@ -32,6 +32,7 @@ def test_latents_have_no_dimension_and_decode(dims: dict[str, int]) -> None:
 
 @pytest.mark.parametrize("proposal", ["encoder", "refined"])
 @pytest.mark.parametrize("dims", DIMS, ids=["some", "all"])
+@pytest.mark.slow
 def test_the_nll_is_the_exact_evidence(dims: dict[str, int], proposal: str) -> None:
     model, batch = make(dims)
     estimate = model.joint_nll(batch, 3000, proposal=proposal)

@@ -31,6 +31,8 @@ from dmvae.platform.train.worker import build_state
 from dmvae.platform.tune.study import Trial, trials_of
 from dmvae.training import checkpoint
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 MADE = ROOT / "tests" / "fixtures" / "old_formats" / "made.tar.xz"
 MADE_IN = "/tmp/old_formats"

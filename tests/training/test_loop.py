@@ -50,6 +50,7 @@ def weights(state: TrainState) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in state.model.state_dict().items()}
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss_of_rows_not_trained_on(dataset: Path) -> None:
     _, events = run(configure(dataset, training={"epochs": 15}, optim={"learning_rate": 0.03}))
     figures = [event.metrics["val/loss"] for event in events if isinstance(event, EpochEnded)]

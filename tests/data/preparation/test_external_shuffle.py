@@ -24,6 +24,7 @@ def shuffled(rows: Rows, folder: Path, step: int, seed: int = 0) -> tuple[Rows, 
 
 
 @pytest.mark.parametrize("string_ids", [True, False])
+@pytest.mark.slow
 def test_the_order_depends_on_ids_and_seed_and_not_on_memory_or_chunks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, string_ids: bool
 ) -> None:

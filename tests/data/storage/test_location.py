@@ -27,6 +27,8 @@ from tests.data.storage.test_shard_cache import held
 from tests.objects import Wire, object_store
 from tests.runs import make_config, make_dataset, train_here
 
+pytestmark = pytest.mark.slow
+
 URI = "s3://bucket/sets/rows"
 
 

@@ -1,10 +1,13 @@
 """The reference that the NLL's estimators are held against is itself held against the closed form."""
 
+import pytest
 import torch
 
 from dmvae import Batch
 from tests.annealed import Tuning, annealed_log_prob, first_schedule
 from tests.linear_gaussian import exact_log_prob, linear_model, sample_rows
+
+pytestmark = pytest.mark.slow
 
 
 def test_annealing_is_the_closed_form_within_its_error() -> None:

@@ -19,6 +19,8 @@ from dmvae.model.nll.log_joint import ModalityTerm, PatternRows, has_forward_mod
 from dmvae.model.nll.mixture_proposal import MixtureProposal, fit_mixture
 from tests.linear_gaussian import exact_log_prob, linear_model, sample_rows
 
+pytestmark = pytest.mark.slow
+
 VIEWS = {f"view{number}": (30,) for number in range(6)}
 
 

@@ -24,6 +24,8 @@ from dmvae.model.nll.mixture_proposal import MixtureProposal, fit_mixture
 from dmvae.nn.networks import DecoderOutput
 from tests.linear_gaussian import exact_log_prob, linear_model, sample_rows
 
+pytestmark = pytest.mark.slow
+
 SHAPES = {"a": (3,), "b": (4,), "c": (2, 3)}
 PRIVATE = {"a": 1, "b": 2, "c": 1}
 SUBSETS = [names for size in (1, 2, 3) for names in itertools.combinations(SHAPES, size)]

@@ -23,6 +23,8 @@ from dmvae.platform.evaluate.row_store import BLOCK_ROWS, RowStore
 from dmvae.platform.evaluate.worker_pool import torch_device
 from tests.runs import make_dataset
 
+pytestmark = pytest.mark.slow
+
 
 def make_model(folder: Path, shapes: dict[str, tuple[int, ...]]) -> Path:
     torch.manual_seed(0)

@@ -25,7 +25,10 @@ from dmvae.platform.tracking.runs import DatasetRecord, format_params, open_run,
 from dmvae.platform.tracking.tracked_run import TrackedRun, scrub
 from dmvae.platform.train.run_store import RunStore
 
-pytestmark = pytest.mark.filterwarnings(r"ignore:The ``noload`` loader strategy is deprecated:DeprecationWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings(r"ignore:The ``noload`` loader strategy is deprecated:DeprecationWarning"),
+]
 
 PARAMS = {"optim": {"learning_rate": 1e-3}, "model": {"sizes": [4, 2]}, "many": {str(i): i for i in range(150)}}
 

@@ -20,6 +20,8 @@ from dmvae.training.state import TrainState, build_optimizer
 from dmvae.training.step import Collectives, WorkerBatch, train_epoch
 from tests.runs import make_config, make_dataset
 
+pytestmark = pytest.mark.slow
+
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 TOLERANCE = {"float64": 1e-9, "float32": 1e-4}
 CASES = ("a last batch of one row", "nothing observed by one", "nothing observed by any", "one modality nowhere")
