@@ -98,7 +98,7 @@ def limit_file_sizes(run_dir: Path, step: int, size: int) -> None:
 def test_a_disk_that_takes_no_more_stops_the_run_and_leaves_the_last_checkpoint_intact(
     large: Path, tmp_path: Path
 ) -> None:
-    changes: dict[str, Any] = {"training": {"epochs": 2, "checkpoint_steps": 5}, "workers": {"num": 2}, "model": WIDE}
+    changes: dict[str, Any] = {"training": {"epochs": 1, "checkpoint_steps": 5}, "workers": {"num": 2}, "model": WIDE}
     config, run_dir = make_config(tmp_path, large, **changes), tmp_path / "runs" / "run"
     limiter = threading.Thread(target=limit_file_sizes, args=(run_dir, 12, 100_000), daemon=True)
     limiter.start()

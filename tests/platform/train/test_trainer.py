@@ -153,7 +153,7 @@ def test_the_run_of_a_killed_driver_is_resumed_by_the_same_command(dataset: Path
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_step(dataset: Path, tmp_path: Path) -> None:
     config = make_config(tmp_path, dataset, workers={"num": 2}, optim={"learning_rate": 1e200, "schedule": "constant"})
-    with pytest.raises(RunError, match=r"epoch 1, step \d: terms .*rows, ids \["):
+    with pytest.raises(RunError, match=r"epoch 1, step \d \(terms: .*rows, ids \["):
         train_run(config, Screen())
     client = MlflowClient(config.tracking.uri)
     (recorded,) = client.search_runs([client.get_experiment_by_name("dmvae").experiment_id])
