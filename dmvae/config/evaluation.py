@@ -6,7 +6,6 @@ from pydantic import Field, model_validator
 
 from dmvae.config.section import Count, ModalityName, Name, Section, Seed, Size
 
-Measure = Literal["rivals", "coherence", "probes", "imputation", "robustness"]
 Device = Literal["auto", "cpu", "gpu"]
 Rate = Annotated[float, Field(ge=0, le=1)]
 
@@ -31,7 +30,7 @@ class EvaluationConfig(Section):
     each_modality: bool = False
     """Also estimate the marginal NLL of each modality, and its conditional NLL given the others that a row has. With
     two modalities this is about three times the work, with M modalities 2 M + 1 times."""
-    measures: tuple[Measure, ...] = ()
+    measures: tuple[str, ...] = ()
     """What else to measure: `rivals` (the NLL of factor analysis and PCA), `coherence` (of images also a Fréchet
     distance), `probes` (of labels, and clusters), `imputation` (beside the training mean, ridge regression, PCA, factor
     analysis, nearest neighbours and gradient boosting), `robustness` (all of it again as modalities are removed)."""

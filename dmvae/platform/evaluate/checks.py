@@ -11,7 +11,7 @@ from dmvae.data.reading.dataset import Dataset
 from dmvae.data.reading.loader import read_rows
 from dmvae.data.reading.split import Split
 from dmvae.distributions.likelihoods import Likelihood, build
-from dmvae.evaluation.suite import check_labels
+from dmvae.evaluation import measures
 from dmvae.model.dmvae import DMVAE
 
 
@@ -80,7 +80,7 @@ def check_measures(config: DMVAEConfig, evaluation: EvaluationConfig, dataset: D
     """Check that an evaluation can be run, before the work that precedes it.
 
     Raises:
-        ValueError: if a modality is unknown to the model, or a measure needs labels that the dataset lacks.
+        ValueError: if a modality or a measure is unknown, or a measure needs labels that the dataset lacks.
     """
     unknown = [name for name in evaluation.modalities or () if name not in config.modalities]
     if unknown:
@@ -89,8 +89,7 @@ def check_measures(config: DMVAEConfig, evaluation: EvaluationConfig, dataset: D
         )
     if evaluation.modalities == ():
         raise ValueError("evaluation.modalities must not be empty. Remove it to evaluate all modalities.")
-    if {"coherence", "probes"} & set(evaluation.measures):
-        check_labels(dataset.split(train_split), dataset.split(evaluation.split))
+    measures.check(evaluation.measures, dataset.split(train_split), dataset.split(evaluation.split))
 
 
 def check_fit(model: DMVAE, dataset: Dataset) -> None:

@@ -13,6 +13,7 @@ from dmvae.data.reading.dataset import Dataset, open_dataset
 from dmvae.data.storage.location import is_uri
 from dmvae.distributions import noise
 from dmvae.evaluation.latents import fit_density
+from dmvae.evaluation.measures import MEASURES, EvaluatedSplit
 from dmvae.evaluation.standings import standings
 from dmvae.evaluation.suite import EvaluationSuite
 from dmvae.model.dmvae import DMVAE, MODEL_CONFIG, MODEL_WEIGHTS
@@ -88,21 +89,11 @@ def evaluate_split(
 
 def _measure(suite: EvaluationSuite, table: NLLTable, task: Task, progress: Callable[[str], None]) -> dict[str, float]:
     """Return the metrics of every measure beside the NLL."""
+    evaluated = EvaluatedSplit(suite, table.columns["nll"], task.config.modalities is None, task.removal)
     metrics: dict[str, float] = {}
-    for measure in task.config.measures:
-        progress(f"computing {measure}")
-        if measure == "rivals":
-            fault = suite.density_fault or (
-                "" if task.config.modalities is None else "evaluation.modalities leaves some out"
-            )
-            metrics |= {} if fault else suite.baselines(table.columns["nll"])
-            if fault:
-                progress(f"linear densities skipped: {fault}")
-        elif measure == "robustness":
-            assert task.removal is not None
-            metrics |= suite.robustness(task.removal)
-        else:
-            metrics |= getattr(suite, measure)()
+    for name in task.config.measures:
+        progress(f"computing {name}")
+        metrics |= MEASURES[name].compute(evaluated)
     return metrics
 
 
