@@ -104,7 +104,7 @@ def test_artifacts_go_to_a_store_through_the_tracking_server(
 
 
 def test_a_study_at_a_uri_is_refused() -> None:
-    with pytest.raises(ValueError, match="a study keeps its trials in a folder"):
+    with pytest.raises(ValueError, match="A search cannot use a URI"):
         SearchConfig.model_validate({"name": "s", "trials": 1, "base": BASE, "runs_dir": "s3://bucket/runs"})
 
 
