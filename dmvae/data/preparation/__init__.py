@@ -1,5 +1,5 @@
 """Prepare a dataset from source files: read and check rows, assign splits, shuffle, and write shards.
 
 It imports `storage` and `format`, but not `reading`.
-`inspection` and the command line may import it; everyone may use `progress`.
+`inspection` and the command line may import it.
 """
