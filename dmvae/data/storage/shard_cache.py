@@ -141,7 +141,13 @@ class ShardCache:
 def _exclusive(path: Path) -> Iterator[BinaryIO | None]:
     """Yield the file, new or existing, under an exclusive lock; None if it was removed before the lock was free."""
     with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        # not a blocking lock: once renamed, the file is held by its readers, who may wait for a shard of ours
+        while _is_there(path, file.fileno()):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.01)
         yield file if _is_there(path, file.fileno()) else None
 
 
