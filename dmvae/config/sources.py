@@ -14,7 +14,7 @@ from dmvae.config.section import ModalityName, Section, Size
 class NpzSource(Section):
     """Arrays in one `.npz` file, with rows along the first axis.
 
-    Every array is a modality, except `id` (integers or strings), `label` (integers; negative means no label), `split`
+    Every array is a modality, except `id` (integers or strings), `label` (integers, of which negative ones mean no label, or names), `split`
     (strings), `size_factor` (positive numbers; NaN means none) and `mask.NAME` (boolean or 0/1; true where the row has
     modality NAME). Without a mask, a row of floats that are all NaN is missing.
 
@@ -53,7 +53,7 @@ class ParquetSource(Section):
     Attributes:
         path: the file or folder.
         id: the column of ids (integers or strings). Without it, rows are numbered from 0.
-        label: the column of labels (integers or null). Optional.
+        label: the column of labels (integers, names or null). Optional.
         split: the column of split names (strings). Optional.
         size_factor: the column of size factors for counts (positive numbers or null). Optional.
         group: the column that assigns each row to a group (integers or strings). All rows of a group go to one split.
@@ -90,7 +90,7 @@ class CsvSource(Section):
         modalities: the file and columns of each modality.
         id: the column of ids, in every file.
         rows: a file with the ids of all rows and, optionally, labels and splits. None takes every id in any file.
-        label: the column of labels in `rows` (integers or empty). Optional.
+        label: the column of labels in `rows` (integers, names or empty). Optional.
         split: the column of split names in `rows`. Optional.
         size_factor: the column of size factors for counts in `rows` (positive numbers or empty). Optional.
         group: the column in `rows` that assigns each row to a group (integers or strings). All rows of a group go to
@@ -131,7 +131,7 @@ class ImagesSource(Section):
         folder: the folder that file names are relative to.
         modalities: the column of file names of each modality; images are uint8 `(channels, height, width)`.
         id: the column of ids.
-        label: the column of labels (integers or empty). Optional.
+        label: the column of labels (integers, names or empty). Optional.
         split: the column of split names. Optional.
         group: the column that assigns each row to a group (integers or strings). All rows of a group go to one split.
     """
@@ -170,7 +170,7 @@ class H5muSource(Section):
     Attributes:
         path: the `.h5mu` file.
         modalities: what to read, by modality. None reads `X` of every modality, under its name in the file.
-        label: the column of `obs` with labels (integers, or categories, which are numbered). Optional.
+        label: the column of `obs` with labels (integers or names). Optional.
         split: the column of `obs` with split names (strings or categories). Optional.
         size_factor: the column of `obs` with size factors for counts. Optional.
         group: the column of `obs` that assigns each row to a group, such as the patient. All rows of a group go to

@@ -1,7 +1,7 @@
 """Charts of a trained model: training curves, latent maps, NLL diagnostics, coherence and missingness."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ def training_curves(metrics_file: Path) -> Picture:
     return Picture("curves", "Training", text, figure)
 
 
-def latent_map(latents: Latents, max_rows: int = 1000) -> Picture:
+def latent_map(latents: Latents, max_rows: int = 1000, label_name: Callable[[int], str] = str) -> Picture:
     """Draw z_s in two dimensions, coloured by label: principal components and t-SNE."""
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
@@ -61,7 +61,7 @@ def latent_map(latents: Latents, max_rows: int = 1000) -> Picture:
         for number, label in enumerate(np.unique(labels)):
             mine = labels == label
             colour = f"C{number % 10}"
-            name = "no label" if label < 0 or latents.labels is None else f"{label:.0f}"
+            name = "no label" if label < 0 or latents.labels is None else label_name(int(label))
             axes.scatter(flat[mine, 0], flat[mine, 1], s=9, color=colour, label=name)
         axes.set(title=title, xlabel="first coordinate (no unit)", ylabel="second coordinate (no unit)")
     axes.legend(title="label", fontsize=8, markerscale=2, loc="center left", bbox_to_anchor=(1.0, 0.5))

@@ -167,7 +167,8 @@ def _labels(profile: DatasetProfile) -> Iterator[str]:
     both = sum((split.labels for split in splits), CappedCounter())
     shown = sorted(label for label, _ in both.counts.most_common(_TOP))
     table = [["label", *profile.splits]]
-    table += [[f"{label}", *(f"{split.labels.counts[label]:,}" for split in splits)] for label in shown]
+    name_of = profile.dataset.manifest.label_name
+    table += [[name_of(label), *(f"{split.labels.counts[label]:,}" for split in splits)] for label in shown]
     labelled = [split.labels.counts.total() + split.labels.others for split in splits]
     if len(both.counts) > len(shown):
         rest = [

@@ -16,7 +16,8 @@ from dmvae.data.files import write_atomically
 from dmvae.data.format.schema import Columns, TensorColumn
 
 MANIFEST_NAME = "dataset.json"
-VERSION = 1
+VERSIONS = (1, 2)
+"""The second added names of features and labels. A dataset without them is still written as version 1."""
 
 
 class ModalityInfo(Section):
@@ -39,6 +40,7 @@ class ModalityInfo(Section):
         size_factor: for counts, the mean over the observed training rows of the size factor (of the row's total, if
             there is no column of size factors). Rows that lack the modality are decoded with it.
         rate: for counts, the mean of an element at size factor 1 over the observed training rows.
+        features: the name of each feature of a modality that is a vector.
     """
 
     shape: tuple[int, ...]
@@ -52,6 +54,7 @@ class ModalityInfo(Section):
     high: tuple[float, ...] | None = None
     size_factor: float | None = Field(default=None, gt=0)
     rate: float | None = Field(default=None, gt=0)
+    features: tuple[str, ...] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> "ModalityInfo":
@@ -89,6 +92,10 @@ class ModalityInfo(Section):
                 )
         if any(high < low for low, high in zip(self.low or (), self.high or (), strict=True)):
             raise ValueError("low must be at most high for every element.")
+        if self.features is not None and self.shape != (len(self.features),):
+            raise ValueError(
+                f"features must have one name for each feature, but got {len(self.features)} for shape {self.shape}."
+            )
         if self.std is not None and min(self.std) <= 0:
             raise ValueError(f"Standard deviations must be positive, but got {min(self.std)}.")
         return self
@@ -165,16 +172,18 @@ class Manifest(Section):
         size_factor: the type of the column of size factors; None without one.
         modalities: by name, in the order of the columns.
         splits: by name.
+        label_names: the name of each label 0, 1, ...; None if labels are numbers.
         origin: how the dataset was made. It does not describe the content, and is not part of the fingerprint.
     """
 
     format: Literal["dmvae-dataset"] = "dmvae-dataset"
-    version: Literal[1] = 1
+    version: Literal[1, 2] = 1
     id_type: Literal["int64", "string"]
     has_label: bool
     size_factor: Literal["float16", "float32", "float64"] | None = None
     modalities: dict[ModalityName, ModalityInfo] = Field(min_length=1)
     splits: dict[Name, SplitInfo] = Field(min_length=1)
+    label_names: tuple[str, ...] | None = None
     origin: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
@@ -192,6 +201,11 @@ class Manifest(Section):
                     f"{shard.observed}."
                 )
         return self
+
+    def label_name(self, label: int) -> str:
+        """Return how a label is written for people."""
+        names = self.label_names or ()
+        return names[label] if 0 <= label < len(names) else str(label)
 
     @property
     def input_dims(self) -> dict[str, tuple[int, ...]]:
@@ -215,7 +229,7 @@ class Manifest(Section):
         # manifests from before these fields existed keep their fingerprint
         content = self.model_dump(mode="json", exclude={"origin"})
         for part in (content, *content["modalities"].values()):
-            for field in ("size_factor", "rate", "low", "high"):
+            for field in ("size_factor", "rate", "low", "high", "features", "label_names"):
                 if part.get(field, 0) is None:
                     del part[field]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -256,10 +270,10 @@ def parse_manifest(text: bytes, path: str) -> Manifest:
         raise DatasetError(f"Cannot read manifest {path} as JSON: {error}. Prepare the dataset again.") from error
     if not isinstance(content, dict) or content.get("format") != "dmvae-dataset":
         raise DatasetError(f"{path} is not a manifest: it lacks format = 'dmvae-dataset'. Choose another folder.")
-    if content.get("version") != VERSION:
+    if content.get("version") not in VERSIONS:
         raise DatasetError(
-            f"Cannot read manifest {path}: expected version {VERSION}, got {content.get('version')!r}. "
-            f"Prepare the dataset again, or use the release that wrote it."
+            f"Cannot read manifest {path}: expected version {' or '.join(map(str, VERSIONS))}, got "
+            f"{content.get('version')!r}. Prepare the dataset again, or use the release that wrote it."
         )
     recorded = content.pop("fingerprint", None)
     try:

@@ -207,7 +207,8 @@ def _labels(profile: DatasetProfile) -> Iterator[Finding]:
             )
         unseen = sorted(split.labels.counts.keys() - known.counts.keys())
         if unseen and known.counts and not known.others:
-            text = f"{name}: {len(unseen)} labels never occur in {profile.train}: {_list(np.array(unseen))}."
+            names = np.array([profile.dataset.manifest.label_name(label) for label in unseen])
+            text = f"{name}: {len(unseen)} labels never occur in {profile.train}: {_list(names)}."
             yield Finding("warning", text)
 
 

@@ -1,6 +1,6 @@
 """Compute the manifest of a dataset from its shards, however they were written; every manifest is made here."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ def build_manifest(
     scaling: Mapping[str, Scaling] | None = None,
     likelihood: Mapping[str, str] | None = None,
     classes: Mapping[str, int] | None = None,
+    features: Mapping[str, Sequence[str]] | None = None,
+    label_names: Sequence[str] | None = None,
     origin: Mapping[str, Any] | None = None,
 ) -> Manifest:
     """Read every `folder/SPLIT/*.arrow`, shards in the order of their names, and describe them in a manifest.
@@ -40,6 +42,8 @@ def build_manifest(
             rows of the split `train`.
         likelihood: the likelihood to suggest for a modality; default `categorical` for int64, else `normal`.
         classes: the number of classes of a categorical modality; default: one more than the largest value in any split.
+        features: the names of the features of modalities that are vectors.
+        label_names: the name of each label 0, 1, ...; None if labels are numbers.
         origin: how the dataset was made, to be recorded.
 
     Raises:
@@ -63,7 +67,9 @@ def build_manifest(
         splits[split].append(_describe_shard(folder, shard))
         for rows in row_blocks(shard):
             statistics.add(shard, rows, split == "train")
+    features = dict(features or {})
     return Manifest(
+        version=2 if features or label_names else 1,
         id_type="int64" if first.columns.id_type == "int64" else "string",
         has_label=first.columns.has_label,
         size_factor=first.columns.size_factor,
@@ -76,10 +82,12 @@ def build_manifest(
                 scaling.get(name, "unit" if column.dtype == "uint8" else "none"),
                 statistics.scaled.get(name),
                 statistics.counts.get(name),
+                features.get(name),
             )
             for name, column in first.columns.modalities.items()
         },
         splits={name: SplitInfo(shards=tuple(shards)) for name, shards in splits.items()},
+        label_names=tuple(label_names) if label_names else None,
         origin=dict(origin or {}),
     )
 
@@ -218,6 +226,7 @@ def _describe_modality(
     scaling: str,
     statistics: RunningStats | None,
     counts: RunningStats | None,
+    features: Sequence[str] | None,
 ) -> ModalityInfo:
     if statistics is not None and not statistics.rows and column.dtype != "uint8":
         raise DatasetError(
@@ -236,5 +245,6 @@ def _describe_modality(
             **{statistic: tuple(getattr(statistics, statistic).tolist()) for statistic in needed},
             "size_factor": float(size_factor) or None,
             "rate": float(total / size_factor / column.size) if total else None,
+            "features": features,
         }
     )

@@ -48,12 +48,24 @@ def prepare(config: PrepareConfig, progress: Callable[[str], None] = print) -> P
         for note in stream.notes:
             progress(note)
         scan = Scan(config, stream, scratch / "rows", progress)
-        _write(scan, part, config.shard_megabytes << 20, progress)
+        names = stream.labels.names
+        if names:
+            progress(f"labels: {', '.join(f'{number} = {name}' for number, name in enumerate(names))}")
+        _write(scan, stream, part, config.shard_megabytes << 20, progress)
         scan.shuffle.remove()
         scratch.rmdir()
         progress("checking the shards")
         origin = config.model_dump(mode="json", exclude={"dataset", "replace"})
-        save_manifest(build_manifest(part, scaling=config.scaling, likelihood=config.likelihood, origin=origin), part)
+        features = {n: f for n, f in stream.features.items() if len(scan.columns.modalities[n].shape) == 1}
+        manifest = build_manifest(
+            part,
+            scaling=config.scaling,
+            likelihood=config.likelihood,
+            features=features,
+            label_names=names,
+            origin=origin,
+        )
+        save_manifest(manifest, part)
     progress(f"wrote {target}")
     return target
 
@@ -93,9 +105,10 @@ def read_source(source: Source, seed: int, scratch: Path) -> Stream:
     return stream
 
 
-def _write(scan: Scan, folder: Path, shard_bytes: int, progress: Callable[[str], None]) -> None:
+def _write(scan: Scan, stream: Stream, folder: Path, shard_bytes: int, progress: Callable[[str], None]) -> None:
     """Write the rows to the folders of their splits, in shuffled order."""
     means = {name: _training_mean(scan, name) for name in scan.to_fill}
+    labels = stream.labels.final
     observed = {split: dict.fromkeys(scan.columns.modalities, 0) for split in scan.names}
     written, done = Progress(progress, "wrote", len(scan.codes)), 0
     with ExitStack() as stack:
@@ -103,6 +116,8 @@ def _write(scan: Scan, folder: Path, shard_bytes: int, progress: Callable[[str],
         for rows, numbers in scan.shuffle.sorted():
             scan.check_unique(rows, numbers)
             filled, codes = _fill(rows, means), scan.codes[numbers]
+            if len(labels) and rows.labels is not None:
+                filled = replace(filled, labels=np.append(labels, -1)[rows.labels])
             for code, (split, writer) in enumerate(zip(scan.names, writers, strict=True)):
                 chosen = filled.take(codes == code)
                 writer.write(chosen)

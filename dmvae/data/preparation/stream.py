@@ -1,8 +1,9 @@
 """The rows of a source in chunks of a bounded size, so that a source may be larger than memory."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
+from dmvae.data.preparation.class_names import ClassNames
 from dmvae.data.preparation.rows import Rows
 
 CHUNK_BYTES = 16 << 20
@@ -44,11 +45,15 @@ class Stream:
         chunks: can be iterated once.
         num_rows: the number of rows to come; None if unknown before they are read.
         notes: lines to show to the user.
+        features: the names of the features of each modality that has some, in their order.
+        labels: the classes of labels that are no integers; known once all chunks are read.
     """
 
     chunks: Iterator[Chunk]
     num_rows: int | None = None
     notes: tuple[str, ...] = ()
+    features: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    labels: ClassNames = field(default_factory=ClassNames)
 
 
 def chunk_rows(row_bytes: int) -> int:

@@ -77,7 +77,7 @@ def _predictions(suite: EvaluationSuite, rows: Batch, dataset: Dataset) -> list[
         *charts.imputed_scatter(model, rows, density),
         *images.prior_samples(model, rows, density, scales),
         *images.traversals(model, rows, scales),
-        charts.latent_map(collect(model, rows, return_mean=True)),
+        charts.latent_map(collect(model, rows, return_mean=True), label_name=dataset.manifest.label_name),
     ]
 
 

@@ -46,7 +46,12 @@ def run_record(config: TrainConfig, manifest: Manifest) -> dict[str, Any]:
 def dataset_record(config: TrainConfig, dataset: Dataset) -> DatasetRecord:
     """Return what MLflow shows of a run's dataset."""
     manifest = dataset.manifest
-    profile = {name: {"rows": split.rows, "observed": split.observed} for name, split in manifest.splits.items()}
+    profile: dict[str, Any] = {
+        name: {"rows": split.rows, "observed": split.observed} for name, split in manifest.splits.items()
+    }
+    features = {name: info.features for name, info in manifest.modalities.items() if info.features is not None}
+    profile |= {"feature_names": features} if features else {}
+    profile |= {"label_names": manifest.label_names} if manifest.label_names else {}
     return DatasetRecord(dataset.name, manifest.fingerprint, dataset.where, profile)
 
 

@@ -232,7 +232,7 @@ def test_a_source_without_values_or_with_a_split_for_every_row_is_refused(tmp_pa
         ({"mask.x": np.ones((100, 2), dtype=bool)}, {}, r"'mask.x' must be boolean or 0/1, one for each row"),
         ({"word": np.zeros(99, dtype=int)}, {}, "same number of rows"),
         ({"x": np.array(["a"] * 100)}, {}, "must be of type uint8"),
-        ({"label": np.zeros(100)}, {}, "'label' must hold integers"),
+        ({"label": np.full(100, 0.5)}, {}, "Labels must be integers, text, .* got 0.5 in array 'label', row 0"),
         ({"id": np.zeros(100)}, {}, "'id' must hold strings or integers"),
         ({"x": np.array([None] * 100)}, {}, "of numbers and strings"),
         ({"x": np.array(1.0)}, {}, "'x' must have rows, but is a single number"),

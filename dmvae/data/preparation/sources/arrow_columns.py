@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 from dmvae.config.section import Section, check_modality_name
 from dmvae.config.sources import ColumnGroup
 from dmvae.data.errors import DatasetError
+from dmvae.data.preparation.class_names import ClassNames, are_names
 from dmvae.data.preparation.stream import SourceLocation
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -100,7 +101,7 @@ def read_modality(name: str, columns: Sequence[pa.Array], group: ColumnGroup, lo
     elif len(columns) == 1 and _is_list(kind):
         values, present = _read_lists(name, columns[0], location)
     else:
-        values, present = _read_numbers(name, columns, location)
+        values, present = _read_numbers(name, columns, group, location)
     if values.dtype.kind == "f":
         present = present & ~np.isnan(values).reshape(len(values), -1).all(axis=1)
     if group.dtype is not None:
@@ -128,18 +129,18 @@ def convert(name: str, values: Array, dtype: np.dtype[Any], location: SourceLoca
     return np.asarray(found)
 
 
-def read_row_column(field: str, column: pa.Array, location: SourceLocation) -> Array:
+def read_row_column(field: str, column: pa.Array, location: SourceLocation, names: ClassNames) -> Array:
     """Convert a column to the field of `Rows` with that name: `ids`, `labels`, `splits`, `groups` or `size_factors`.
 
-    A null label becomes -1, and a null size factor NaN.
+    A null label becomes -1, and a null size factor NaN. Labels that are no integers are numbered with `names`.
 
     Raises:
         DatasetError: if the column has another type, or a null that is not allowed.
     """
+    if field == "labels":
+        return _read_labels(column, location, names)
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
-    if field == "labels":
-        return _read_labels(column, location)
     if field == "size_factors":
         return _read_size_factors(column, location)
     what = field.removesuffix("s")
@@ -170,7 +171,13 @@ def check_size_factors(factors: Array, location: SourceLocation) -> Array:
     return factors
 
 
-def _read_labels(column: pa.Array, location: SourceLocation) -> Array:
+def _read_labels(column: pa.Array, location: SourceLocation, names: ClassNames) -> Array:
+    if are_names(column.type):
+        return names.encode(column)
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    if pa.types.is_decimal(column.type):
+        column = column.cast(pa.float64())
     if pa.types.is_null(column.type):
         return np.full(len(column), -1)
     if pa.types.is_floating(column.type):  # as pandas writes integers of which some are missing
@@ -182,7 +189,8 @@ def _read_labels(column: pa.Array, location: SourceLocation) -> Array:
         odd = [(row, found) for row, found in enumerate(column.to_pylist()) if not _is_whole(found)]
         row, found = odd[0] if odd else (0, column[:1].to_pylist()[0] if len(column) else None)
         raise DatasetError(
-            f"Labels must be integers or null, but got {found!r} in {location.of(row)}. Number the classes from 0."
+            f"Labels must be integers, text, booleans, dates or null, but got {found!r} in {location.of(row)}. "
+            f"Cast the column to one of them."
         )
     return np.asarray(pc.fill_null(column.cast(pa.int64()), -1).to_numpy(zero_copy_only=False))
 
@@ -199,6 +207,11 @@ def _is_whole(found: Any) -> bool:
     if isinstance(found, float):
         return math.isnan(found) or found.is_integer()
     return found is None or str(found).removeprefix("-").isdigit()
+
+
+def is_array(kind: pa.DataType) -> bool:
+    """Tell whether each value of an Arrow type holds all elements of a modality's row."""
+    return bool(pa.types.is_fixed_size_binary(kind) or isinstance(kind, pa.FixedShapeTensorType) or _is_list(kind))
 
 
 def _is_list(kind: pa.DataType) -> bool:
@@ -249,12 +262,14 @@ def _read_lists(name: str, column: pa.Array, location: SourceLocation) -> Values
     return values, present
 
 
-def _read_numbers(name: str, columns: Sequence[pa.Array], location: SourceLocation) -> Values:
+def _read_numbers(name: str, columns: Sequence[pa.Array], group: ColumnGroup, location: SourceLocation) -> Values:
     """Put numeric columns side by side; a row in which all are null is missing."""
     present = np.logical_or.reduce([column.is_valid().to_numpy(zero_copy_only=False) for column in columns])
     parts = []
     for column in columns:
         given = column.filter(pa.array(present)) if not present.all() else column
+        if pa.types.is_decimal(column.type) or (given.null_count and str(group.dtype).startswith("float")):
+            given = given.cast(pa.float64())
         known = _to_numpy(name, given, location)
         part = np.zeros(len(column), known.dtype)
         part[present] = known
@@ -278,7 +293,7 @@ def _to_numpy(name: str, column: pa.Array, location: SourceLocation) -> Array:
     if column.null_count:
         raise DatasetError(
             f"Modality {name!r} has {column.null_count} nulls among integers in {location.where}, from "
-            f"{location.unit} {location.first} on. Fill them in, or convert the column to floats."
+            f"{location.unit} {location.first} on. Set source.modalities.{name}.dtype to a float type, or fill them in."
         )
     return np.asarray(column.cast(pa.uint8() if kind == pa.uint8() else pa.int64()).to_numpy(False))
 

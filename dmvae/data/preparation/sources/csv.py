@@ -1,7 +1,7 @@
 """Rows from CSV or TSV: one file for each modality, joined on a column of ids."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ import pyarrow.csv as pacsv
 
 from dmvae.config.sources import CsvSource, CsvTable, ImagesSource
 from dmvae.data.errors import DatasetError
+from dmvae.data.preparation.class_names import ClassNames
 from dmvae.data.preparation.rows import Rows
 from dmvae.data.preparation.sources.arrow_columns import (
     Array,
@@ -42,7 +43,9 @@ def read(source: CsvSource, seed: int, scratch: Path) -> Stream:
     }
     ids = pc.unique(pa.concat_arrays([file.ids for file in files.values()])) if row_table is None else row_table.ids
     _check_join(files, ids, source)
-    return Stream(_chunks(files, ids, row_table, source), len(ids))
+    features = {name: file.features for name, file in files.items()}
+    labels = ClassNames() if row_table is None else row_table.labels
+    return Stream(_chunks(files, ids, row_table, source), len(ids), features=features, labels=labels)
 
 
 def _chunks(
@@ -74,6 +77,7 @@ class _ModalityFile:
         if floats or not self._read(source.id, columns, pa.int64()):
             self._read(source.id, columns, pa.float64())
         _check_ids(self.ids, group.path)
+        self.features = tuple(columns)
 
     @property
     def row_bytes(self) -> int:
@@ -126,12 +130,14 @@ class RowTable:
         table: all of it.
         ids: its column of ids, as strings.
         columns: the column of each field of `Rows`.
+        labels: the classes of labels that are no integers.
     """
 
     path: str
     table: pa.Table
     ids: pa.Array
     columns: dict[str, str]
+    labels: ClassNames = field(default_factory=ClassNames)
 
     def location(self, start: int) -> SourceLocation:
         """Return the location of rows that begin with number `start`; the header is line 1."""
@@ -140,9 +146,9 @@ class RowTable:
     def fields(self, part: slice) -> dict[str, Array]:
         """Return the fields of `Rows` that the table has, for some rows."""
         found = {}
-        for field, column in self.columns.items():
+        for name, column in self.columns.items():
             values = _one_array(self.table.column(column).slice(part.start, part.stop - part.start))
-            found[field] = read_row_column(field, _empty_as_null(values), self.location(part.start))
+            found[name] = read_row_column(name, _empty_as_null(values), self.location(part.start), self.labels)
         return found
 
 

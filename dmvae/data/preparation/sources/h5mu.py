@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from dmvae.config.sources import H5muModality, H5muSource
 from dmvae.data.errors import DatasetError
+from dmvae.data.preparation.class_names import ClassNames
 from dmvae.data.preparation.rows import Rows
 from dmvae.data.preparation.sources.arrow_columns import (
     Values,
@@ -44,11 +45,14 @@ def read(source: H5muSource, seed: int, scratch: Path) -> Stream:
     except ImportError as error:
         raise DatasetError("The source 'h5mu' needs h5py. Run pip install 'dmvae[h5mu]'.") from error
     with _open(h5py, source.path) as file:
-        fields, notes = _row_fields(file, source)
-        for name, settings in _modalities(file, source).items():
-            _Matrix(file, name, settings, source.path)
+        labels = ClassNames()
+        fields = _row_fields(file, source, labels)
+        features = {
+            name: _Matrix(file, name, settings, source.path).features
+            for name, settings in _modalities(file, source).items()
+        }
     ids = fields.pop("ids")
-    return Stream(_chunks(h5py, source, ids, fields), len(ids), notes)
+    return Stream(_chunks(h5py, source, ids, fields), len(ids), features=features, labels=labels)
 
 
 @contextmanager
@@ -85,21 +89,17 @@ def _modalities(file: Any, source: H5muSource) -> dict[str, H5muModality]:
     return found
 
 
-def _row_fields(file: Any, source: H5muSource) -> tuple[dict[str, Array], tuple[str, ...]]:
-    """Return ids, labels and the like of all observations, by field of `Rows`, and notes for the user."""
+def _row_fields(file: Any, source: H5muSource, labels: ClassNames) -> dict[str, Array]:
+    """Return ids, labels and the like of all observations, by field of `Rows`."""
     obs, where = file["obs"], f"{source.path}, obs"
-    location, notes = SourceLocation(where, 0, "observation"), []
-    fields = {"ids": read_row_column("ids", _column(obs, _index_name(obs), where), location)}
-    settings = ("label", "split", "size_factor", "group")
-    for field, column in find_row_columns(source, settings, obs, where).items():
-        values = _column(obs, column, where)
-        is_categorical = pa.types.is_dictionary(values.type)
-        if field == "labels" and is_categorical and not pa.types.is_integer(values.type.value_type):
-            names = enumerate(values.dictionary.to_pylist())
-            notes.append(f"labels: {', '.join(f'{number} = {name}' for number, name in names)}")
-            values = values.indices
-        fields[field] = read_row_column(field, values, location)
-    return fields, tuple(notes)
+    location = SourceLocation(where, 0, "observation")
+    columns = {"ids": _index_name(obs)} | find_row_columns(
+        source, ("label", "split", "size_factor", "group"), obs, where
+    )
+    return {
+        field: read_row_column(field, _column(obs, column, where), location, labels)
+        for field, column in columns.items()
+    }
 
 
 def _index_name(frame: Any) -> str:
@@ -155,6 +155,7 @@ class _Matrix:
         else:
             self._read, shape, kind = _sparse_reader(stored, where), stored.attrs["shape"], stored["data"].dtype
         self._features = _features(modality, name, settings.features, where)
+        self.features = _feature_names(modality, self._features, where)
         self.dtype = np.dtype(settings.dtype) if settings.dtype else kind if kind.kind == "f" else _FLOAT
         self.num_features = len(np.arange(int(shape[1]))[self._features])
         if not self.num_features:
@@ -206,6 +207,11 @@ def _features(modality: Any, name: str, column: str | None, where: str) -> Any:
     if not pa.types.is_boolean(chosen.type):
         raise DatasetError(f"Column {column!r} of var must be boolean, but is {chosen.type} in {where}. {remedy}")
     return np.flatnonzero(chosen.fill_null(False).to_numpy(zero_copy_only=False))
+
+
+def _feature_names(modality: Any, chosen: Any, where: str) -> tuple[str, ...]:
+    names = np.asarray(_column(modality["var"], _index_name(modality["var"]), where).to_pylist(), dtype=np.str_)
+    return tuple(names[chosen].tolist())
 
 
 def _positions(file: Any, modality: Any, key: str, ids: Array, where: str) -> Array:

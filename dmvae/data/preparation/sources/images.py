@@ -43,7 +43,7 @@ def read(source: ImagesSource, seed: int, scratch: Path) -> Stream:
                 f"No file named in column {image.column!r} of {source.table} exists in {source.folder}. "
                 f"Correct source.folder or source.modalities.{name}.column."
             )
-    return Stream(_chunks(pillow, source, files, row_table), len(row_table.ids))
+    return Stream(_chunks(pillow, source, files, row_table), len(row_table.ids), labels=row_table.labels)
 
 
 def _chunks(pillow: Any, source: ImagesSource, files: dict[str, list[Any]], row_table: RowTable) -> Iterator[Chunk]:

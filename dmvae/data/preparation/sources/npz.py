@@ -11,11 +11,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 
 from dmvae.config.sources import NpzSource
 from dmvae.data.errors import DatasetError
+from dmvae.data.preparation.class_names import ClassNames
 from dmvae.data.preparation.rows import Rows
-from dmvae.data.preparation.sources.arrow_columns import Array, check_size_factors, find_row_columns, shown
+from dmvae.data.preparation.sources.arrow_columns import (
+    Array,
+    check_size_factors,
+    find_row_columns,
+    read_row_column,
+    shown,
+)
 from dmvae.data.preparation.stream import Chunk, SourceLocation, Stream, chunk_rows
 
 # what zipfile and numpy raise on damaged files
@@ -45,7 +53,8 @@ def read(source: NpzSource, seed: int, scratch: Path) -> Stream:
         with zipfile.ZipFile(path) as file:
             members = {name.removesuffix(".npy"): _Member(file, name) for name in file.namelist()}
         layout = _layout(source, members)
-    return Stream(_chunks(path, members, layout), layout.num_rows)
+    labels = ClassNames()
+    return Stream(_chunks(path, members, layout, labels), layout.num_rows, labels=labels)
 
 
 @contextmanager
@@ -143,21 +152,21 @@ def _layout(source: NpzSource, members: dict[str, _Member]) -> _Layout:
     return _Layout(modalities, masks, fields, next(iter(lengths.values())), row_bytes)
 
 
-def _chunks(path: Path, members: dict[str, _Member], layout: _Layout) -> Iterator[Chunk]:
+def _chunks(path: Path, members: dict[str, _Member], layout: _Layout, labels: ClassNames) -> Iterator[Chunk]:
     step = chunk_rows(layout.row_bytes)
     with _readable(path), zipfile.ZipFile(path) as file:
         readers = {name: member.rows(file, step) for name, member in members.items()}
         for start in range(0, layout.num_rows, step):
             arrays = {name: next(reader) for name, reader in readers.items()}
             location = SourceLocation(str(path), start)
-            yield Chunk(_rows(arrays, layout, location), location)
+            yield Chunk(_rows(arrays, layout, location, labels), location)
 
 
-def _rows(arrays: dict[str, Array], layout: _Layout, location: SourceLocation) -> Rows:
+def _rows(arrays: dict[str, Array], layout: _Layout, location: SourceLocation, labels: ClassNames) -> Rows:
     modalities = {name: _modality(arrays[name]) for name in layout.modalities}
     num_rows = len(next(iter(arrays.values())))
     fields = {"ids": np.arange(location.first, location.first + num_rows)} | {
-        field: _field(field, name, arrays[name], location) for field, name in layout.fields.items()
+        field: _field(field, name, arrays[name], location, labels) for field, name in layout.fields.items()
     }
     present = {
         name: _mask(name, arrays[f"mask.{name}"]) if name in layout.masks else _not_all_nan(values)
@@ -166,10 +175,14 @@ def _rows(arrays: dict[str, Array], layout: _Layout, location: SourceLocation) -
     return Rows(data=modalities, present=present, **fields)
 
 
-def _field(field: str, name: str, array: Array, location: SourceLocation) -> Array:
+def _field(field: str, name: str, array: Array, location: SourceLocation, labels: ClassNames) -> Array:
     """Return an array as the field of `Rows` with that name."""
-    is_integer = array.dtype.kind in "iu"
-    if field == "labels" or (field in ("ids", "groups") and is_integer):
+    if field == "labels":
+        known = _check_kind(name, array, "iuSUbf", "integers, strings, booleans or whole numbers")
+        texts = np.char.decode(known, "utf-8") if known.dtype.kind == "S" else known
+        where = SourceLocation(f"array {name!r}", location.first)
+        return read_row_column(field, pa.array(texts.tolist() if texts.dtype.kind == "U" else texts), where, labels)
+    if field in ("ids", "groups") and array.dtype.kind in "iu":
         return _check_kind(name, array, "iu", "integers").astype(np.int64)
     if field == "size_factors":
         numbers = _check_kind(name, array, "fiu", "numbers").astype(np.float64)

@@ -13,11 +13,13 @@ import pyarrow.parquet as pq
 
 from dmvae.config.sources import ColumnGroup, ParquetSource
 from dmvae.data.errors import DatasetError
+from dmvae.data.preparation.class_names import ClassNames
 from dmvae.data.preparation.rows import Rows
 from dmvae.data.preparation.sources.arrow_columns import (
     Values,
     check_source_name,
     find_row_columns,
+    is_array,
     match_columns,
     read_modality,
     read_row_column,
@@ -41,7 +43,7 @@ def read(source: ParquetSource, seed: int, scratch: Path) -> Stream:
         files = files.replace_schema(_all_columns(files))
         layout = _layout(source, files)
         num_rows = files.count_rows()
-    return Stream(_chunks(source.path, layout), num_rows)
+    return Stream(_chunks(source.path, layout), num_rows, features=layout.features, labels=layout.labels)
 
 
 @contextmanager
@@ -81,11 +83,23 @@ class _Layout:
         files: all of them.
         modalities: the settings and the columns of each modality.
         row_columns: the column of each other field of `Rows`.
+        labels: the classes of labels that are no integers.
     """
 
     files: ds.FileSystemDataset
     modalities: dict[str, tuple[ColumnGroup, list[str]]]
     row_columns: dict[str, str]
+    labels: ClassNames
+
+    @property
+    def features(self) -> dict[str, tuple[str, ...]]:
+        """The names of the features of each modality that is made of columns of numbers."""
+        schema = self.files.schema
+        return {
+            name: tuple(columns)
+            for name, (_, columns) in self.modalities.items()
+            if not is_array(schema.field(columns[0]).type)
+        }
 
     def batches(self, columns: list[str], row_bytes: int) -> Iterator[tuple[SourceLocation, pa.RecordBatch]]:
         """Yield some columns of all files, one chunk of rows at a time.
@@ -128,7 +142,7 @@ def _layout(source: ParquetSource, files: ds.FileSystemDataset) -> _Layout:
         check_source_name(name, source.path): ColumnGroup(columns=_escaped(name)) for name in others
     }
     modalities = {name: (group, match_columns(name, group, others, source.path)) for name, group in groups.items()}
-    return _Layout(files, modalities, row_columns)
+    return _Layout(files, modalities, row_columns, ClassNames())
 
 
 def _escaped(name: str) -> str:
@@ -150,8 +164,8 @@ def _chunks(path: str, layout: _Layout) -> Iterator[Chunk]:
                 for name in shapes
             }
             fields = {"ids": np.arange(done, done + len(batch))} | {
-                field: read_row_column(field, batch.column(column), location)
-                for field, column in layout.row_columns.items()
+                name: read_row_column(name, batch.column(column), location, layout.labels)
+                for name, column in layout.row_columns.items()
             }
             data, present = ({name: pair[index] for name, pair in values.items()} for index in (0, 1))
             yield Chunk(Rows(data=data, present=present, **fields), location)

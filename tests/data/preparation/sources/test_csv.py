@@ -68,8 +68,8 @@ def test_ids_with_leading_zeros_stay_strings(tmp_path: Path) -> None:
         ({"blood": BLOOD, "people": "id,split\n3,train\n7,\n9,val\n"}, r"Missing split in .*people.csv, line 3"),
         ({"blood": "name,a\n1,2\n"}, r"Id column 'id' not found in .*blood.csv, which has name, a"),
         (
-            {"blood": BLOOD, "people": "id,label\n3,a\n7,b\n9,c\n"},
-            r"Labels must be integers or null, but got 'a' in .*people.csv, line 2",
+            {"blood": BLOOD, "people": "id,label\n3,1.5\n7,1\n9,0\n"},
+            r"Labels must be integers, text, .* but got 1.5 in .*people.csv, line 2",
         ),
     ],
 )

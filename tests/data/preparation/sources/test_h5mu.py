@@ -61,7 +61,8 @@ def test_observations_that_a_modality_does_not_have_are_missing_there(
     wanted = WANTED | {"rna": H5muModality(layer=layer)}
     source = H5muSource(path=path, modalities=wanted, label="type", group="donor", size_factor="depth")
     found = read_source(source, 0, Path())
-    assert found.notes == ("labels: 0 = T, 1 = B",)
+    assert found.labels.names == ("T", "B")
+    assert found.features == {"rna": tuple("01234"), "adt": tuple("012")}
     rows = collect(found)
     assert set(rows.ids.tolist()) == {*RNA, *ADT}
     assert rows.data["rna"].dtype == np.float32
