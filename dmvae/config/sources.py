@@ -14,9 +14,9 @@ from dmvae.config.section import ModalityName, Section, Size
 class NpzSource(Section):
     """Arrays in one `.npz` file, with rows along the first axis.
 
-    Every array is a modality, except `id` (integers or strings), `label` (integers, of which negative ones mean no label, or names), `split`
-    (strings), `size_factor` (positive numbers; NaN means none) and `mask.NAME` (boolean or 0/1; true where the row has
-    modality NAME). Without a mask, a row of floats that are all NaN is missing.
+    Every array is a modality, except `id` (integers or strings), `label` (integers, of which negative ones mean no
+    label, or names), `split` (strings), `size_factor` (positive numbers; NaN means none) and `mask.NAME` (boolean or
+    0/1; true where the row has modality NAME). Without a mask, a row of floats that are all NaN is missing.
 
     Attributes:
         path: the `.npz` file.
