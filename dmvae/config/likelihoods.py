@@ -6,11 +6,15 @@ without loading torch, so what both need stands here, one entry per likelihood.
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, get_args
 
-Values = Literal["real", "unit", "classes", "counts"]
-"""Any finite numbers; numbers in [0, 1]; whole numbers below a number of classes; whole numbers of 0 or more."""
+Values = Literal["real", "unit", "classes", "counts", "columns"]
+"""Any finite numbers; numbers in [0, 1]; whole numbers below a number of classes; whole numbers of 0 or more; a table
+whose columns differ in kind."""
+ColumnKind = Literal["real", "positive", "count", "binary", "category"]
+"""What a column of a table holds: any numbers; numbers above 0, modelled by their logarithm; whole numbers of 0 or
+more; one of two classes; one of several classes."""
 
 _HEAVY_TAILS = 4.2  # kurtosis: the geometric mean of a normal's 3 and a Laplace distribution's 6
 _POISSON_DISPERSION = 1.5  # variance over mean; 1 of a Poisson distribution
@@ -25,21 +29,34 @@ class Param:
         whole: only whole numbers are legal.
         words: what it may be besides a number.
         required: it must be given.
+        numbers: numbers are legal.
+        is_list: it is a list of such values.
     """
 
     minimum: int | None = None
     whole: bool = False
     words: tuple[str, ...] = ()
     required: bool = False
+    numbers: bool = True
+    is_list: bool = False
 
     def allows(self, value: Any) -> bool:
         """Tell whether a value is legal."""
+        if self.is_list or isinstance(value, tuple):
+            one = replace(self, is_list=False)
+            return self.is_list and isinstance(value, tuple) and all(one.allows(element) for element in value)
         if isinstance(value, str):
             return value in self.words
+        if not self.numbers:
+            return False
         in_range = value > 0 if self.minimum is None else value >= self.minimum
         return in_range and (isinstance(value, int) or not self.whole)
 
     def __str__(self) -> str:
+        if self.is_list:
+            return f"a list, each entry {replace(self, is_list=False)}"
+        if not self.numbers:
+            return " or ".join(f'"{word}"' for word in self.words)
         kind = "a whole number" if self.whole else "a number"
         least = "greater than 0" if self.minimum is None else f"of {self.minimum} or more"
         return " or ".join([f"{kind} {least}", *(f'"{word}"' for word in self.words)])
@@ -56,7 +73,7 @@ class ValueTraits:
         kurtosis: of a typical feature; NaN if every feature is constant.
     """
 
-    kind: Literal["classes", "binary", "unit", "counts", "log", "real", "unknown"]
+    kind: Literal["classes", "binary", "unit", "counts", "log", "real", "columns", "unknown"]
     classes: int = 0
     dispersion: float = math.nan
     kurtosis: float = math.nan
@@ -122,6 +139,14 @@ def _check_scale_floor(params: Mapping[str, Any]) -> str | None:
     return None
 
 
+def _check_columns(params: Mapping[str, Any]) -> str | None:
+    for key, kind in (("classes", "category"), ("rates", "count")):
+        given, needed = len(params.get(key, ())), params["kinds"].count(kind)
+        if given != needed and (given or key == "classes"):
+            return f"{key} must have one entry for each column of kind {kind}, {needed}, but got {given}."
+    return None
+
+
 def _suggest_normal(traits: ValueTraits) -> str | None:
     if traits.kind == "real" and not traits.kurtosis > _HEAVY_TAILS:
         return f"kurtosis {traits.kurtosis:.1f} (normal 3, laplace 6)"
@@ -184,6 +209,17 @@ SPECS: dict[str, LikelihoodSpec] = {
         values="counts",
         params={"dispersion": Param(words=("learned",)), **_COUNTS},
         suggest=lambda traits: _suggest_counts(traits, poisson=False),
+    ),
+    "columns": LikelihoodSpec(
+        values="columns",
+        params={
+            "kinds": Param(words=get_args(ColumnKind), numbers=False, is_list=True, required=True),
+            "classes": Param(whole=True, is_list=True),
+            "rates": Param(is_list=True),
+            "scale_floor": Param(minimum=0),
+        },
+        check_params=_check_columns,
+        suggest=lambda traits: "columns of several kinds" if traits.kind == "columns" else None,
     ),
 }
 """By name. `dmvae.distributions.likelihoods.register` adds entries of likelihoods that are not built in."""

@@ -9,7 +9,7 @@ from dmvae.config.likelihoods import SPECS
 from dmvae.config.section import Count, ModalityName, Section, Size
 
 Shape = tuple[Size, ...]
-Parameter = NonNegativeInt | NonNegativeFloat | str
+Parameter = NonNegativeInt | NonNegativeFloat | str | tuple[NonNegativeInt | NonNegativeFloat | str, ...]
 T = TypeVar("T", int, float)
 
 DEFAULT_SUBSETS = 2
@@ -49,7 +49,8 @@ class DMVAEConfig(Section):
     """Dimension of the private latents; 0: the modality has none."""
     decoders_dist: dict[ModalityName, str] | None = None
     """Likelihood per modality: `normal` (default), `laplace`, `bernoulli`, `categorical`, `poisson`,
-    `negative_binomial`, or a registered name. For counts, the decoder returns the log-mean at size factor 1."""
+    `negative_binomial`, `columns` (a table whose columns differ in kind), or a registered name. For counts, the decoder
+    returns the log-mean at size factor 1."""
     decoder_dist_params: dict[ModalityName, dict[str, Parameter]] | None = None
     """Parameters of the likelihoods. normal, laplace: `scale`, a number (default 1), "learned_per_feature" or
     "learned_per_modality", which start at the standard deviation of the training rows and stay above `scale_floor`
@@ -57,7 +58,9 @@ class DMVAEConfig(Section):
     categorical: `classes`, and `pad`, the class that fills up short rows and is ignored (default: none).
     negative_binomial: `dispersion` r of the variance mu + mu^2 / r, a number or "learned" per feature (default).
     Counts: `size_factor` for rows without one (default 1), and `rate`, the mean of an element at size factor 1, at
-    which the decoder starts (default 1 / elements); training takes both from the training rows."""
+    which the decoder starts (default 1 / elements); training takes both from the training rows. columns: `kinds`, that
+    of each column (`real`, `positive`, `count`, `binary`, `category`), `classes` of each category, `rates`, the mean of
+    each column of counts, all from the dataset, and `scale_floor`."""
     uses_likelihood_rescaling: bool = False
     rescale_factors: dict[ModalityName, NonNegativeFloat] | None = None
     """The paper's lambda per modality, with `uses_likelihood_rescaling`. Default: max_dim / prod(shape)."""

@@ -7,6 +7,7 @@ from torch import nn
 
 from dmvae.config.model import DMVAEConfig
 from dmvae.distributions.likelihoods import Likelihood, build
+from dmvae.distributions.likelihoods.columns import Columns
 from dmvae.nn.networks import Dimensions, architecture_of
 
 
@@ -53,6 +54,7 @@ def assemble(
 
 
 def _dimensions(config: DMVAEConfig, name: str, likelihood: Likelihood) -> Dimensions:
+    table = likelihood if isinstance(likelihood, Columns) else None
     return Dimensions(
         shape=config.shapes[name],
         output_shape=likelihood.output_shape,
@@ -62,6 +64,8 @@ def _dimensions(config: DMVAEConfig, name: str, likelihood: Likelihood) -> Dimen
         pad=likelihood.pad,
         counts=likelihood.are_counts,
         start=likelihood.start,
+        kinds=() if table is None else table.kinds,
+        column_classes=() if table is None else table.num_classes,
     )
 
 

@@ -22,7 +22,7 @@ class Likelihood(nn.Module):
         is_continuous: whether draws are real numbers, of which no two are equal.
         are_counts: whether values are counts, whose mean is proportional to the row's size factor.
         size_factor: of rows for which none is known; of counts.
-        start: what the decoder's output should be close to before training.
+        start: what the decoder's output should be close to before training; one number, or one for each element.
         classes: the number of classes, if values are classes.
         pad: the class that fills up short rows, if there is one.
         rate_factor: multiplies the learning rate of the likelihood's parameters.
@@ -32,7 +32,7 @@ class Likelihood(nn.Module):
     is_continuous: ClassVar[bool] = False
     are_counts: ClassVar[bool] = False
     size_factor: float = 1.0
-    start: float = 0.0
+    start: float | tuple[float, ...] = 0.0
     classes: int | None = None
     pad: int | None = None
     rate_factor: float = 1.0

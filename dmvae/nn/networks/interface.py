@@ -37,8 +37,10 @@ class Dimensions:
         private_dim: dimension of the private latent.
         classes: number of classes of categorical values; None for other values.
         counts: whether the values are counts, which spread over orders of magnitude.
-        start: what the decoder's output should be close to before training.
+        start: what the decoder's output should be close to before training; one number, or one for each element.
         pad: the class that fills up short rows; None if there is none.
+        kinds: the kind of each column of a table; empty for other values.
+        column_classes: the number of classes of each column that is a category.
     """
 
     shape: tuple[int, ...]
@@ -47,8 +49,10 @@ class Dimensions:
     private_dim: int
     classes: int | None = None
     counts: bool = False
-    start: float = 0.0
+    start: float | tuple[float, ...] = 0.0
     pad: int | None = None
+    kinds: tuple[str, ...] = ()
+    column_classes: tuple[int, ...] = ()
 
 
 class Heads(nn.Linear):
@@ -83,5 +87,5 @@ def start_at(last: nn.Module, dims: Dimensions) -> nn.Module:
     """Shift the bias of a decoder's last layer by the start of its output."""
     assert isinstance(last.bias, Tensor)
     with torch.no_grad():
-        last.bias += dims.start
+        last.bias += torch.tensor(dims.start, dtype=last.bias.dtype)
     return last

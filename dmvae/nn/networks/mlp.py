@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dmvae.config.model import ArchitectureConfig
 from dmvae.nn.networks.interface import DecoderOutput, Dimensions, EncoderOutput, Heads, dense_layers, start_at
 from dmvae.nn.networks.registry import register
+from dmvae.nn.networks.table import TableFeatures
 
 
 class Skip(nn.Linear):
@@ -48,7 +49,9 @@ class MLPEncoder(nn.Module):
     def __init__(self, architecture: ArchitectureConfig, dims: Dimensions, skip: bool = False) -> None:
         super().__init__()
         self.classes, self.pad, self.counts = dims.classes, dims.pad, dims.counts
-        sizes = [math.prod(dims.shape) * (dims.classes or 1), *_hidden_dims(architecture)]
+        self.table = TableFeatures(dims.kinds, dims.column_classes) if dims.kinds else None
+        width = math.prod(dims.shape) * (dims.classes or 1) if self.table is None else self.table.width
+        sizes = [width, *_hidden_dims(architecture)]
         self.body = nn.Sequential(*dense_layers(sizes, architecture.dropout, nn.SiLU if skip else nn.ReLU, skip))
         self.heads = Heads(sizes[-1], dims)
         # without hidden layers the whole is one linear map
@@ -63,6 +66,8 @@ class MLPEncoder(nn.Module):
 
     def features(self, x: Tensor) -> Float[Tensor, "row _"]:
         """Return rows in the form that the first layer takes."""
+        if self.table is not None:
+            return self.table.features(x)
         if self.classes is not None:
             padding = None if self.pad is None else (x == self.pad).unsqueeze(-1)
             x = F.one_hot(x, self.classes).to(self.heads.weight.dtype)

@@ -13,6 +13,7 @@ from dmvae import DMVAE, Batch, DMVAEConfig
 from dmvae.distributions import likelihoods as likelihood
 from dmvae.distributions.likelihoods.bernoulli import Bernoulli
 from dmvae.distributions.likelihoods.categorical import Categorical
+from dmvae.distributions.likelihoods.columns import Columns
 from dmvae.distributions.likelihoods.laplace import Laplace
 from dmvae.distributions.likelihoods.normal import Normal
 from dmvae.model.nll import estimate as nll
@@ -158,6 +159,7 @@ KINDS = {
     "bernoulli": ((6,), {}),
     "categorical": ((2, 2), {"classes": 3}),
     "student-t": ((3,), {}),
+    "columns": ((5,), {"kinds": ("count", "category", "real", "binary", "category"), "classes": (3, 2)}),
 }
 
 
@@ -191,6 +193,8 @@ def rows_of(model: DMVAE, rows: int) -> Batch:
             data[name] = torch.distributions.Categorical(mean).sample()
         elif isinstance(module, Bernoulli):
             data[name] = torch.bernoulli(mean)
+        elif isinstance(module, Columns):
+            data[name] = module.sample(decoded[name])
         else:
             data[name] = mean + 0.4 * torch.randn_like(mean)
     return Batch(data)
