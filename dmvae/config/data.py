@@ -37,6 +37,8 @@ class DataConfig(Section):
 
 
 Scaling = Literal["none", "unit", "standardise", "log1p"]
+StoredScaling = Literal["none", "unit", "standardise", "log1p", "columns"]
+"""`columns`: by the kind of each column of a table; it is set by itself."""
 
 
 class PrepareConfig(Section):

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
+from dmvae.config.likelihoods import ColumnKind
 from dmvae.config.section import ModalityName, Section, Size
 
 
@@ -31,15 +32,26 @@ class NpzSource(Section):
 class ColumnGroup(Section):
     """The columns of a table that make up one modality.
 
+    Numbers become a vector. Text, categories, dates, a list of columns, or `kinds` make a table: its columns may differ
+    in kind, and each kind is found in the values unless it is set.
+
     Attributes:
-        columns: a case-sensitive pattern with `*` and `?`. Several numeric columns become one vector, in their order.
+        columns: a case-sensitive pattern with `*` and `?`, whose columns keep their order; or a list of names and
+            patterns, in the order of the list.
+        kinds: the kind of some columns, by name: `real`, `positive` (modelled by its logarithm), `count`, `binary`,
+            `category`, or `date` (days since 1970-01-01).
+        classes: the classes of some columns in order, by the column's name. A cell with another class is refused.
+        units: the unit of some columns, by name; for people.
         dtype: the type to convert values to; for fixed-size binary, the type of its elements (default uint8).
             None keeps the type, except that integers other than uint8 become int64. Integers are classes: give counts
             a float type.
         shape: the shape of one row. None keeps the shape.
     """
 
-    columns: str = Field(min_length=1)
+    columns: str | tuple[str, ...] = Field(min_length=1)
+    kinds: dict[str, ColumnKind | Literal["date"]] = Field(default_factory=dict)
+    classes: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    units: dict[str, str] = Field(default_factory=dict)
     dtype: Literal["uint8", "int64", "float16", "float32", "float64"] | None = None
     shape: tuple[Size, ...] | None = None
 
@@ -78,7 +90,7 @@ class CsvTable(ColumnGroup):
     """
 
     path: str = Field(min_length=1)
-    columns: str = Field(default="*", min_length=1)
+    columns: str | tuple[str, ...] = Field(default="*", min_length=1)
 
 
 class CsvSource(Section):

@@ -1,10 +1,19 @@
 """Scale the values of a modality for the model, and back: each scaling, its inverse and its Jacobian."""
 
 import math
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+
+
+@runtime_checkable
+class Column(Protocol):
+    """A description of a table's column."""
+
+    @property
+    def kind(self) -> str: ...  # noqa: D102
 
 
 @runtime_checkable
@@ -25,6 +34,8 @@ class Scaled(Protocol):
     def low(self) -> tuple[float, ...] | None: ...  # noqa: D102
     @property
     def high(self) -> tuple[float, ...] | None: ...  # noqa: D102
+    @property
+    def columns(self) -> Sequence[Column] | None: ...  # noqa: D102
 
 
 class Scale:
@@ -34,6 +45,7 @@ class Scale:
         unit         s = x / 255 for uint8, (x - low) / (high - low) for floats
         standardise  s = (x - mean) / std
         log1p        s = log(1 + x)
+        columns      s = (x - mean) / std for real and (log x - mean) / std for positive columns of a table, else s = x
 
     Here x is the stored value and s the scaled one. `low`, `high`, `mean` and `std` are statistics of each element over
     the observed training rows; where low equals high, their difference is taken as 1.
@@ -43,7 +55,9 @@ class Scale:
         self._is_log, self._is_byte = info.scaling == "log1p", info.dtype == "uint8"
         self._size = math.prod(info.shape)
         self._offset = self._spread = None
-        if info.scaling == "standardise":
+        positive = [column.kind == "positive" for column in info.columns or ()]
+        self._positive = torch.tensor(positive) if any(positive) else None
+        if info.scaling in ("standardise", "columns"):
             assert info.mean is not None
             assert info.std is not None
             self._offset, self._spread = _table(info.mean, info), _table(info.std, info)
@@ -70,6 +84,9 @@ class Scale:
         wide = values.to(torch.promote_types(values.dtype, dtype))
         if self._offset is None or self._spread is None:
             return wide.log1p().to(dtype)
+        if self._positive is not None:
+            positive = self._positive.to(wide.device)
+            wide = torch.where(positive, torch.where(positive, wide, 1.0).log(), wide)
         return ((wide - self._offset.to(wide)) / self._spread.to(wide)).to(dtype)
 
     def show(self, values: Tensor) -> Tensor:
@@ -80,7 +97,11 @@ class Scale:
             return values.expm1().clamp(min=0)
         if self._offset is None or self._spread is None:
             return values
-        return values * self._spread.to(values) + self._offset.to(values)
+        shown = values * self._spread.to(values) + self._offset.to(values)
+        if self._positive is None:
+            return shown
+        positive = self._positive.to(shown.device)
+        return torch.where(positive, torch.where(positive, shown, 0.0).exp(), shown)
 
     def log_jacobian(self, values: Tensor) -> Tensor:
         """Return log |d x / d s| for each row of scaled values `(rows, *shape)`, in nats.
@@ -92,7 +113,10 @@ class Scale:
         constant = self._size * math.log(255) if self._is_byte else 0.0
         if self._spread is not None:
             constant = math.fsum(self._spread.log().flatten().tolist())
-        return torch.full((len(values),), constant, dtype=torch.float64)
+        jacobian = torch.full((len(values),), constant, dtype=torch.float64)
+        if self._positive is not None:  # x = exp(std s + mean)
+            jacobian = jacobian.to(values.device) + self.show(values.double())[:, self._positive].log().sum(1)
+        return jacobian
 
 
 def _table(flat: tuple[float, ...], info: Scaled) -> Tensor:

@@ -26,6 +26,16 @@ OPERATIONS: tuple[Operation, ...] = ("encode", "reconstruct", "impute", "nll", "
 MAX_DRAWS = 100_000
 
 
+class ColumnSpec(BaseModel):
+    """A column of a table; the fields of the manifest with the same names."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    kind: str
+    classes: tuple[str, ...] = ()
+    since: str | None = None
+
+
 class ModalitySpec(BaseModel):
     """The shape, type and scaling of a modality; the fields of the manifest with the same names."""
 
@@ -40,6 +50,9 @@ class ModalitySpec(BaseModel):
     std: tuple[float, ...] | None = None
     low: tuple[float, ...] | None = None
     high: tuple[float, ...] | None = None
+    features: tuple[str, ...] | None = None
+    units: dict[str, str] | None = None
+    columns: tuple[ColumnSpec, ...] | None = None
     has_size_factor: bool = False
     """Whether training rows had size factors; if not, a row's size factor is the total of its counts."""
 

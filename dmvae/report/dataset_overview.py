@@ -63,7 +63,8 @@ def inspect(config: InspectConfig, progress: Callable[[str], None]) -> Inspectio
     findings = [*faults, *list_findings(profile)]
     fits = suggest_likelihoods(profile)
     lines = [
-        *_head(profile, config.dataset), "", *_modalities(profile), "", *_patterns(profile), "", *_labels(profile),
+        *_head(profile, config.dataset), "", *_modalities(profile), "", *_tables(profile),
+        *_patterns(profile), "", *_labels(profile),
         "suggested likelihoods",
         *(f"  {name:<{_width(fits)}}  {fit.likelihood:<12} {fit.reason}" for name, fit in fits.items()),
     ]  # fmt: skip
@@ -128,12 +129,31 @@ def _modalities(profile: DatasetProfile) -> Iterator[str]:
     yield from _columns(table)
 
 
+def _tables(profile: DatasetProfile) -> Iterator[str]:
+    for name, info in profile.dataset.manifest.modalities.items():
+        if info.columns is None or info.features is None:
+            continue
+        table = [[f"column of {name}", "kind", "why", "classes"]]
+        for feature, column in zip(info.features, info.columns, strict=True):
+            unit = (info.units or {}).get(feature)
+            shown = ", ".join(column.classes[:_FEW]) + (", ..." if len(column.classes) > _FEW else "")
+            table.append([f"{feature} ({unit})" if unit else feature, column.kind, column.reason, shown])
+        yield from _columns(table)
+        yield ""
+
+
 def _read_as(info: ModalityInfo) -> str:
     if info.classes is not None:
         return f"{info.classes} classes"
     if info.dtype == "uint8":
         return "x / 255"
-    names = {"none": "stored", "unit": "[0, 1]", "standardise": "(x-mean)/std", "log1p": "log(1 + x)"}
+    names = {
+        "none": "stored",
+        "unit": "[0, 1]",
+        "standardise": "(x-mean)/std",
+        "log1p": "log(1 + x)",
+        "columns": "by kind",
+    }
     return names[info.scaling]
 
 

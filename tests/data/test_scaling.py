@@ -17,6 +17,7 @@ class Info:
     std: tuple[float, ...] | None = (2.0, 0.5, 1.0)
     low: tuple[float, ...] | None = (-1.0, 0.0, 7.0)
     high: tuple[float, ...] | None = (1.0, 10.0, 7.0)
+    columns: None = None
 
 
 INFOS = [Info("none"), Info("standardise"), Info("unit"), Info("log1p"), Info("unit", dtype="uint8")]

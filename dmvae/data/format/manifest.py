@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from dmvae.config.data import Scaling
-from dmvae.config.likelihoods import values_of
+from dmvae.config.data import StoredScaling
+from dmvae.config.likelihoods import ColumnKind, values_of
 from dmvae.config.section import ModalityName, Name, Section
 from dmvae.data.errors import DatasetError
 from dmvae.data.files import write_atomically
@@ -18,6 +18,35 @@ from dmvae.data.format.schema import Columns, TensorColumn
 MANIFEST_NAME = "dataset.json"
 VERSIONS = (1, 2)
 """The second added names of features and labels. A dataset without them is still written as version 1."""
+
+
+UNSEEN = "unseen in training"
+"""The name of the class of a column that stands for all classes that no training row has."""
+
+
+class ColumnInfo(Section):
+    """One column of a table whose columns differ in kind.
+
+    Attributes:
+        kind: what it holds. Counts are whole numbers; `binary` is 0 or 1; a category is 0, 1, ..., and the number of
+            its classes stands for all classes that no training row has.
+        classes: the names of the classes of a binary column or a category, by number.
+        reason: why it has this kind.
+        since: of dates, the day from which days are counted.
+        rate: of counts, the mean over the observed training rows.
+    """
+
+    kind: ColumnKind
+    classes: tuple[str, ...] = ()
+    reason: str = ""
+    since: str | None = None
+    rate: float | None = Field(default=None, ge=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> "ColumnInfo":
+        if bool(self.classes) != (self.kind in ("binary", "category")):
+            raise ValueError(f"A column has classes if it is binary or a category, but got {self}.")
+        return self
 
 
 class ModalityInfo(Section):
@@ -41,13 +70,16 @@ class ModalityInfo(Section):
             there is no column of size factors). Rows that lack the modality are decoded with it.
         rate: for counts, the mean of an element at size factor 1 over the observed training rows.
         features: the name of each feature of a modality that is a vector.
+        units: the unit of some features, by name.
+        columns: of a table, its columns in the order of `features`. It is read with the scaling `columns`: real columns
+            are standardised, and so are the logarithms of positive ones; the others are read as they are.
     """
 
     shape: tuple[int, ...]
     dtype: Literal["uint8", "int64", "float16", "float32", "float64"]
     likelihood: str = Field(min_length=1)
     classes: int | None = Field(default=None, ge=1)
-    scaling: Scaling = "none"
+    scaling: StoredScaling = "none"
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     low: tuple[float, ...] | None = None
@@ -55,6 +87,8 @@ class ModalityInfo(Section):
     size_factor: float | None = Field(default=None, gt=0)
     rate: float | None = Field(default=None, gt=0)
     features: tuple[str, ...] | None = None
+    units: dict[str, str] | None = None
+    columns: tuple[ColumnInfo, ...] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> "ModalityInfo":
@@ -81,7 +115,7 @@ class ModalityInfo(Section):
             )
         is_unit = self.scaling == "unit" and self.dtype != "uint8"
         for names, parts, wanted in (
-            ("mean and std", (self.mean, self.std), self.scaling == "standardise"),
+            ("mean and std", (self.mean, self.std), self.scaling in ("standardise", "columns")),
             ("low and high", (self.low, self.high), is_unit),
         ):
             lengths = {None if part is None else len(part) for part in parts}
@@ -92,6 +126,14 @@ class ModalityInfo(Section):
                 )
         if any(high < low for low, high in zip(self.low or (), self.high or (), strict=True)):
             raise ValueError("low must be at most high for every element.")
+        is_table = self.columns is not None
+        if {is_table, values_of(self.likelihood) == "columns", self.scaling == "columns"} != {is_table}:
+            raise ValueError(
+                f"A table must have columns, the likelihood 'columns' and the scaling 'columns', but got likelihood="
+                f"{self.likelihood!r}, scaling={self.scaling!r}, and {'some' if is_table else 'no'} columns."
+            )
+        if self.columns is not None and (self.features is None or len(self.columns) != len(self.features)):
+            raise ValueError(f"A table must have one column for each feature, but got {len(self.columns)}.")
         if self.features is not None and self.shape != (len(self.features),):
             raise ValueError(
                 f"features must have one name for each feature, but got {len(self.features)} for shape {self.shape}."
@@ -102,13 +144,13 @@ class ModalityInfo(Section):
 
     @property
     def log_jacobian(self) -> float | None:
-        """Log |d raw / d scaled| of one row that has this modality, in nats; None for `log1p`.
+        """Log |d raw / d scaled| of one row that has this modality, in nats; None for `log1p` and positive columns.
 
         Add it to -log p of the scaled values to get -log p of the stored ones, since p(raw) = p(scaled) /
         |d raw / d scaled|; sum over the modalities that a row has. For `log1p` it differs between rows: it is the sum
         of a row's scaled values.
         """
-        if self.scaling == "log1p":
+        if self.scaling == "log1p" or any(column.kind == "positive" for column in self.columns or ()):
             return None
         if self.dtype == "uint8":
             return math.prod(self.shape) * math.log(255)
@@ -229,7 +271,7 @@ class Manifest(Section):
         # manifests from before these fields existed keep their fingerprint
         content = self.model_dump(mode="json", exclude={"origin"})
         for part in (content, *content["modalities"].values()):
-            for field in ("size_factor", "rate", "low", "high", "features", "label_names"):
+            for field in ("size_factor", "rate", "low", "high", "features", "units", "columns", "label_names"):
                 if part.get(field, 0) is None:
                     del part[field]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +38,9 @@ def suggest_likelihoods(profile: DatasetProfile) -> dict[str, LikelihoodSuggesti
 
 
 def _fit(info: ModalityInfo, values: ValueStats | None) -> LikelihoodSuggestion:
+    if info.columns is not None:
+        kinds = Counter(column.kind for column in info.columns)
+        return _suggestion(info, info.likelihood, ", ".join(f"{n} {kind}" for kind, n in kinds.items()))
     if info.likelihood not in ("normal", "categorical"):  # the defaults of a manifest
         return _suggestion(info, info.likelihood, "set in the dataset")
     return _suggestion(info, *suggest(_traits(info, values)))

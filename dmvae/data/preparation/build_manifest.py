@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from dmvae.config.data import Scaling
+from dmvae.config.data import Scaling, StoredScaling
 from dmvae.config.likelihoods import values_of
 from dmvae.data.errors import DatasetError
 from dmvae.data.files import sha256_of
-from dmvae.data.format.manifest import Manifest, ModalityInfo, ShardInfo, SplitInfo
+from dmvae.data.format.manifest import ColumnInfo, Manifest, ModalityInfo, ShardInfo, SplitInfo
 from dmvae.data.format.schema import Columns, TensorColumn
 from dmvae.data.format.shard import MappedShard
 from dmvae.data.preparation.running_stats import RunningStats
@@ -18,7 +18,7 @@ from dmvae.data.storage.verify import check_values, row_blocks
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-_STATISTICS = {"standardise": ("mean", "std"), "unit": ("low", "high")}
+_STATISTICS = {"standardise": ("mean", "std"), "columns": ("mean", "std"), "unit": ("low", "high")}
 """The statistics of the training rows that each scaling needs; for uint8, `unit` needs none."""
 
 
@@ -29,6 +29,8 @@ def build_manifest(
     likelihood: Mapping[str, str] | None = None,
     classes: Mapping[str, int] | None = None,
     features: Mapping[str, Sequence[str]] | None = None,
+    units: Mapping[str, Mapping[str, str]] | None = None,
+    columns: Mapping[str, Sequence[ColumnInfo]] | None = None,
     label_names: Sequence[str] | None = None,
     origin: Mapping[str, Any] | None = None,
 ) -> Manifest:
@@ -43,6 +45,8 @@ def build_manifest(
         likelihood: the likelihood to suggest for a modality; default `categorical` for int64, else `normal`.
         classes: the number of classes of a categorical modality; default: one more than the largest value in any split.
         features: the names of the features of modalities that are vectors.
+        units: the units of some of these features, by name.
+        columns: the columns of modalities that are tables, whose likelihood and scaling are `columns`.
         label_names: the name of each label 0, 1, ...; None if labels are numbers.
         origin: how the dataset was made, to be recorded.
 
@@ -52,9 +56,12 @@ def build_manifest(
     """
     files = _find_shards(folder)
     first = MappedShard(next(iter(files.values()))[0])
-    scaling, likelihood, classes = dict(scaling or {}), dict(likelihood or {}), dict(classes or {})
-    check_settings(first.columns, scaling, likelihood, classes)
-    statistics = _Statistics(first.columns, scaling, likelihood)
+    given, likelihood, classes = dict(scaling or {}), dict(likelihood or {}), dict(classes or {})
+    check_settings(first.columns, given, likelihood, classes)
+    columns, features, units = dict(columns or {}), dict(features or {}), dict(units or {})
+    how: dict[str, StoredScaling] = {**given, **dict.fromkeys(columns, "columns")}
+    likelihood |= dict.fromkeys(columns, "columns")
+    statistics = _Statistics(first.columns, how, likelihood, columns)
     splits: dict[str, list[ShardInfo]] = {name: [] for name in files}
     for split, path in ((split, path) for split, paths in files.items() for path in paths):
         shard = MappedShard(path)  # one at a time, since mapped files count as memory
@@ -67,7 +74,6 @@ def build_manifest(
         splits[split].append(_describe_shard(folder, shard))
         for rows in row_blocks(shard):
             statistics.add(shard, rows, split == "train")
-    features = dict(features or {})
     return Manifest(
         version=2 if features or label_names else 1,
         id_type="int64" if first.columns.id_type == "int64" else "string",
@@ -79,10 +85,10 @@ def build_manifest(
                 column,
                 likelihood.get(name),
                 classes.get(name) or statistics.num_classes(name),
-                scaling.get(name, "unit" if column.dtype == "uint8" else "none"),
+                how.get(name, "unit" if column.dtype == "uint8" else "none"),
                 statistics.scaled.get(name),
                 statistics.counts.get(name),
-                features.get(name),
+                {"features": features.get(name), "units": units.get(name) or None, "columns": columns.get(name)},
             )
             for name, column in first.columns.modalities.items()
         },
@@ -100,10 +106,17 @@ class _Statistics:
         counts: statistics of `(size factor, total)` of each modality of counts.
     """
 
-    def __init__(self, columns: Columns, scaling: Mapping[str, str], likelihood: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        columns: Columns,
+        scaling: Mapping[str, str],
+        likelihood: Mapping[str, str],
+        tables: Mapping[str, Sequence[ColumnInfo]],
+    ) -> None:
         modalities = columns.modalities
         self.scaled = {n: RunningStats(modalities[n].size) for n, how in scaling.items() if how in _STATISTICS}
         self.counts = {n: RunningStats(2) for n, hint in likelihood.items() if values_of(hint) == "counts"}
+        self._positive = {n: [i for i, c in enumerate(t) if c.kind == "positive"] for n, t in tables.items()}
         self._log1p = [n for n, how in scaling.items() if how == "log1p"]
         self._largest = {n: 0 for n, c in modalities.items() if c.dtype == "int64" and n not in self.counts}
 
@@ -115,7 +128,11 @@ class _Statistics:
             _check_not_negative(shard, name, rows)
         if is_train:
             for name, statistics in self.scaled.items():
-                statistics.add(_observed(shard, name, rows))
+                values = _observed(shard, name, rows)
+                positive = self._positive.get(name)
+                if positive:
+                    values[:, positive] = np.log(values[:, positive])
+                statistics.add(values)
             for name, statistics in self.counts.items():
                 statistics.add(_size_factors_and_totals(shard, name, rows))
 
@@ -226,14 +243,21 @@ def _describe_modality(
     scaling: str,
     statistics: RunningStats | None,
     counts: RunningStats | None,
-    features: Sequence[str] | None,
+    names: Mapping[str, Any],
 ) -> ModalityInfo:
     if statistics is not None and not statistics.rows and column.dtype != "uint8":
         raise DatasetError(
             f"Cannot compute scaling {scaling!r}: no row of the split 'train' has modality {name!r}. "
-            f"Remove scaling.{name}."
+            + ("Name a split 'train'." if scaling == "columns" else f"Remove scaling.{name}.")
         )
     needed = _STATISTICS.get(scaling, ()) if column.dtype != "uint8" else ()
+    found = {statistic: getattr(statistics, statistic).tolist() for statistic in needed}
+    table = [column.model_dump() for column in names["columns"] or ()]
+    for place, column_info in enumerate(table):
+        if column_info["kind"] == "count":
+            column_info["rate"] = found["mean"][place]
+        if column_info["kind"] not in ("real", "positive"):
+            found["mean"][place], found["std"][place] = 0.0, 1.0
     size_factor, total = counts.mean if counts else (0.0, 0.0)
     return ModalityInfo.model_validate(
         {
@@ -242,9 +266,10 @@ def _describe_modality(
             "likelihood": likelihood or ("categorical" if column.dtype == "int64" else "normal"),
             "classes": classes,
             "scaling": scaling,
-            **{statistic: tuple(getattr(statistics, statistic).tolist()) for statistic in needed},
+            **found,
             "size_factor": float(size_factor) or None,
             "rate": float(total / size_factor / column.size) if total else None,
-            "features": features,
+            **names,
+            "columns": table or None,
         }
     )

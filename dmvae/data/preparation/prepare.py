@@ -2,7 +2,7 @@
 
 import importlib
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -13,10 +13,11 @@ import numpy as np
 from dmvae.config.data import PrepareConfig
 from dmvae.config.sources import Source
 from dmvae.data.errors import DatasetError
-from dmvae.data.format.manifest import save_manifest
+from dmvae.data.format.manifest import ColumnInfo, save_manifest
 from dmvae.data.preparation.build_manifest import build_manifest
 from dmvae.data.preparation.rows import Rows
 from dmvae.data.preparation.scan import Scan
+from dmvae.data.preparation.sources.arrow_columns import shown
 from dmvae.data.preparation.stream import Stream
 from dmvae.data.preparation.writer import SplitWriter, check_target, new_dataset
 from dmvae.data.progress import Progress
@@ -49,6 +50,9 @@ def prepare(config: PrepareConfig, progress: Callable[[str], None] = print) -> P
             progress(note)
         scan = Scan(config, stream, scratch / "rows", progress)
         names = stream.labels.names
+        columns = _describe_tables(scan, stream)
+        for name, table in columns.items():
+            progress(f"{name}: {_summary(stream.features[name], table)}")
         if names:
             progress(f"labels: {', '.join(f'{number} = {name}' for number, name in enumerate(names))}")
         _write(scan, stream, part, config.shard_megabytes << 20, progress)
@@ -62,6 +66,8 @@ def prepare(config: PrepareConfig, progress: Callable[[str], None] = print) -> P
             scaling=config.scaling,
             likelihood=config.likelihood,
             features=features,
+            units={name: found for name, found in stream.units.items() if name in features},
+            columns=columns,
             label_names=names,
             origin=origin,
         )
@@ -118,6 +124,8 @@ def _write(scan: Scan, stream: Stream, folder: Path, shard_bytes: int, progress:
             filled, codes = _fill(rows, means), scan.codes[numbers]
             if len(labels) and rows.labels is not None:
                 filled = replace(filled, labels=np.append(labels, -1)[rows.labels])
+            recoded = {name: table.recode(filled.data[name]) for name, table in stream.tables.items()}
+            filled = replace(filled, data={**filled.data, **recoded})
             for code, (split, writer) in enumerate(zip(scan.names, writers, strict=True)):
                 chosen = filled.take(codes == code)
                 writer.write(chosen)
@@ -129,6 +137,31 @@ def _write(scan: Scan, stream: Stream, folder: Path, shard_bytes: int, progress:
         num = int((scan.codes == code).sum())
         shares = ", ".join(f"{name} in {count / max(num, 1):.1%}" for name, count in counts.items())
         progress(f"{split}: {num} rows, {shares if num else 'empty'}")
+
+
+def _describe_tables(scan: Scan, stream: Stream) -> dict[str, tuple[ColumnInfo, ...]]:
+    """Return the columns of tables; classes are those of training rows (of all rows, if there is no split 'train')."""
+    trained: dict[str, list[Array]] = {
+        name: [np.zeros(0) for _ in table.columns] for name, table in stream.tables.items()
+    }
+    wanted = {
+        name: [place for place, column in enumerate(table.columns) if column.may_have_classes]
+        for name, table in stream.tables.items()
+    }
+    for rows, numbers in scan.shuffle.sorted(keep=True) if any(wanted.values()) else ():
+        chosen = scan.codes[numbers] == scan.names.index("train") if "train" in scan.names else scan.codes[numbers] >= 0
+        for name, places in wanted.items():
+            values = rows.data[name][chosen & rows.present[name]]
+            for place in places:
+                trained[name][place] = np.union1d(trained[name][place], values[:, place])
+    return {name: table.describe(trained[name]) for name, table in stream.tables.items()}
+
+
+def _summary(features: Sequence[str], columns: Sequence[ColumnInfo]) -> str:
+    """Return the columns of a table by kind, for the user."""
+    kinds = dict.fromkeys(column.kind for column in columns)
+    of = {kind: [f for f, column in zip(features, columns, strict=True) if column.kind == kind] for kind in kinds}
+    return "; ".join(f"{len(found)} {kind} ({shown(found)})" for kind, found in of.items())
 
 
 def _training_mean(scan: Scan, name: str) -> Array:

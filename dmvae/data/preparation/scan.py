@@ -1,7 +1,7 @@
 """Read a source once: check its values, assign its rows to splits, and put them aside to be shuffled."""
 
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -109,7 +109,7 @@ class Scan:
             if not self._records:
                 self.columns: Columns = chunk.rows.columns
                 self.shuffle = ExternalShuffle(self.columns, folder)
-                _check_settings(self._config, chunk.rows)
+                _check_settings(self._config, chunk.rows, stream.tables)
             self._starts.append(num_rows)
             self._add(chunk, num_rows)
             num_rows += len(chunk.rows)
@@ -266,7 +266,13 @@ def _check_size_factors(rows: Rows, name: str, location: SourceLocation) -> None
         )
 
 
-def _check_settings(config: PrepareConfig, rows: Rows) -> None:
+def _check_settings(config: PrepareConfig, rows: Rows, tables: Collection[str]) -> None:
+    for setting in ("scaling", "likelihood"):
+        for name in sorted(getattr(config, setting).keys() & set(tables)):
+            raise DatasetError(
+                f"Cannot apply {setting}.{name}: columns of the table {name!r} differ in kind, and each has the "
+                f"{setting} of its kind. Remove {setting}.{name}, and set source.modalities.{name}.kinds instead."
+            )
     check_settings(rows.columns, config.scaling, config.likelihood, {})
     if rows.splits is not None and (config.splits is not None or config.stratify):
         raise DatasetError(

@@ -5,28 +5,11 @@ from dataclasses import dataclass, field
 
 from dmvae.data.preparation.class_names import ClassNames
 from dmvae.data.preparation.rows import Rows
+from dmvae.data.preparation.source_location import SourceLocation as SourceLocation
+from dmvae.data.preparation.tables import Table
 
 CHUNK_BYTES = 16 << 20
 _MAX_CHUNK_ROWS = 1 << 16
-
-
-@dataclass(frozen=True)
-class SourceLocation:
-    """The place of consecutive rows in a source, for messages.
-
-    Attributes:
-        where: the file.
-        first: the number of the first row in the file.
-        unit: what is numbered: rows, lines or observations.
-    """
-
-    where: str
-    first: int
-    unit: str = "row"
-
-    def of(self, index: int) -> str:
-        """Return the file and number of a row, given its index after the first one."""
-        return f"{self.where}, {self.unit} {self.first + index}"
 
 
 @dataclass(frozen=True)
@@ -46,14 +29,18 @@ class Stream:
         num_rows: the number of rows to come; None if unknown before they are read.
         notes: lines to show to the user.
         features: the names of the features of each modality that has some, in their order.
+        units: the unit of some features, by modality and name.
         labels: the classes of labels that are no integers; known once all chunks are read.
+        tables: the modalities whose columns differ in kind; known once all chunks are read.
     """
 
     chunks: Iterator[Chunk]
     num_rows: int | None = None
     notes: tuple[str, ...] = ()
     features: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    units: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     labels: ClassNames = field(default_factory=ClassNames)
+    tables: Mapping[str, Table] = field(default_factory=dict)
 
 
 def chunk_rows(row_bytes: int) -> int:

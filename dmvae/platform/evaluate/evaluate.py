@@ -143,7 +143,7 @@ def _lines_about_scaling(dataset: Dataset) -> list[str]:
     lines = []
     for name, info in dataset.manifest.modalities.items():
         if info.log_jacobian is None:  # it differs from row to row
-            lines.append(f"{name}: for the NLL of the stored values, add the sum of a row's values as read (log1p)")
+            lines.append(f"{name}: for the NLL of the stored values, add the log-Jacobian of a row ({info.scaling})")
         elif info.log_jacobian:
             lines.append(f"{name}: for the NLL of the stored values, add {info.log_jacobian:.3f} nats per observed row")
     return lines

@@ -13,6 +13,7 @@ from dmvae.data.storage import location
 from dmvae.model.dmvae import DMVAE
 from dmvae.platform.tracking.runs import DatasetRecord
 
+_LOWEST_RATE = 1e-3  # of a column of counts, where the decoder starts
 _RUN_METRICS = frozenset({"loss", "gradient_norm", "learning_rate", "skipped_steps"})
 
 
@@ -78,6 +79,16 @@ def _known_params(name: str, info: ModalityInfo, likelihood: str) -> dict[str, A
     """Return the likelihood's parameters that the manifest knows."""
     if values_of(likelihood) == "counts" and info.size_factor and info.rate:
         return {"size_factor": info.size_factor, "rate": info.rate}
+    if values_of(likelihood) == "columns":
+        if info.columns is None:
+            raise ValueError(
+                f"The {likelihood} likelihood needs a table whose columns have kinds, but modality {name!r} has none. "
+                f"Choose another likelihood in model.decoders_dist, or prepare it with a list of columns."
+            )
+        kinds = [column.kind for column in info.columns]
+        classes = [len(column.classes) for column in info.columns if column.kind == "category"]
+        rates = [max(column.rate or 0.0, _LOWEST_RATE) for column in info.columns if column.kind == "count"]
+        return {"kinds": kinds, "classes": classes, "rates": rates}
     if values_of(likelihood) != "classes":
         return {}
     if info.classes is None:

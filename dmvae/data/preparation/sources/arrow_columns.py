@@ -14,6 +14,7 @@ from dmvae.config.sources import ColumnGroup
 from dmvae.data.errors import DatasetError
 from dmvae.data.preparation.class_names import ClassNames, are_names
 from dmvae.data.preparation.stream import SourceLocation
+from dmvae.data.preparation.tables import nearest
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Values = tuple[Array, Array]
@@ -64,17 +65,22 @@ def check_source_name(name: str, where: str) -> str:
 
 
 def match_columns(name: str, group: ColumnGroup, columns: Sequence[str], where: str) -> list[str]:
-    """Return the columns that the pattern of modality `name` matches, in their order.
+    """Return the columns of modality `name`: those that a pattern matches in their order, a list's in its own.
 
     Raises:
-        DatasetError: if it matches none.
+        DatasetError: if a name or a pattern matches none.
     """
-    found = [column for column in columns if fnmatchcase(column, group.columns)]
-    if not found:
-        raise DatasetError(
-            f"Pattern {group.columns!r} matches no column of {where}, which has {shown(columns)}. "
-            f"Correct source.modalities.{name}.columns."
-        )
+    found: list[str] = []
+    for pattern in (group.columns,) if isinstance(group.columns, str) else group.columns:
+        matched = [pattern] if pattern in columns else [c for c in columns if fnmatchcase(c, pattern)]
+        if not matched:
+            is_name = not set(pattern) & set("*?[")
+            raise DatasetError(
+                f"{'Column' if is_name else 'Pattern'} {pattern!r} "
+                f"{'not found in' if is_name else 'matches no column of'} {where}, which has {shown(columns)}."
+                f"{nearest(pattern, columns) if is_name else ''} Correct source.modalities.{name}.columns."
+            )
+        found += [column for column in matched if column not in found]
     return found
 
 

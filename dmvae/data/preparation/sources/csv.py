@@ -1,5 +1,6 @@
 """Rows from CSV or TSV: one file for each modality, joined on a column of ids."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from dmvae.data.preparation.sources.arrow_columns import (
     shown,
 )
 from dmvae.data.preparation.stream import Chunk, SourceLocation, Stream, chunk_rows
+from dmvae.data.preparation.tables import Table, is_table
 
 _BLOCK_BYTES = 8 << 20
 """Also the longest line that can be read."""
@@ -43,9 +45,14 @@ def read(source: CsvSource, seed: int, scratch: Path) -> Stream:
     }
     ids = pc.unique(pa.concat_arrays([file.ids for file in files.values()])) if row_table is None else row_table.ids
     _check_join(files, ids, source)
-    features = {name: file.features for name, file in files.items()}
-    labels = ClassNames() if row_table is None else row_table.labels
-    return Stream(_chunks(files, ids, row_table, source), len(ids), features=features, labels=labels)
+    return Stream(
+        _chunks(files, ids, row_table, source),
+        len(ids),
+        features={name: file.features for name, file in files.items()},
+        units={name: group.units for name, group in source.modalities.items()},
+        labels=ClassNames() if row_table is None else row_table.labels,
+        tables={name: file.table for name, file in files.items() if file.table is not None},
+    )
 
 
 def _chunks(
@@ -73,11 +80,12 @@ class _ModalityFile:
         reserved = (source.id, source.label, source.split, source.size_factor, source.group)
         available = [column for column in _header(group.path, source.id) if column not in reserved]
         columns = match_columns(name, group, available, group.path)
-        floats = group.dtype is not None and group.dtype.startswith("float")
-        if floats or not self._read(source.id, columns, pa.int64()):
-            self._read(source.id, columns, pa.float64())
-        _check_ids(self.ids, group.path)
         self.features = tuple(columns)
+        self.table: Table | None = None
+        types = _find_types(group.path, columns, group)
+        while (failed := self._read(source.id, types)) is not None:
+            types[failed] = pa.float64() if pa.types.is_integer(types[failed]) else pa.string()
+        _check_ids(self.ids, group.path)
 
     @property
     def row_bytes(self) -> int:
@@ -90,35 +98,56 @@ class _ModalityFile:
         mapped = np.memmap(self.scratch, self._dtype, "r", shape=(len(self._present), *self._shape))
         return np.array(mapped[rows]), self._present[rows] & (rows >= 0)
 
-    def _read(self, id_column: str, columns: list[str], kind: pa.DataType) -> bool:
-        """Read all rows; return False if `kind` is an integer type and some value is not an integer."""
+    def _read(self, id_column: str, types: dict[str, pa.DataType]) -> str | None:
+        """Read all rows; return the name of a column whose type does not fit a value, None if all do."""
+        group, columns = self.group, list(types)
+        self.table = Table(self.name, columns, group, group.path) if is_table(group, [*types.values()]) else None
+        if self.table is None:
+            wide = group.dtype is not None or not all(map(pa.types.is_integer, types.values()))
+            types = dict.fromkeys(columns, pa.float64() if wide else pa.int64())
         convert = pacsv.ConvertOptions(
-            column_types={id_column: pa.string(), **dict.fromkeys(columns, kind)}, include_columns=[id_column, *columns]
+            column_types={id_column: pa.string(), **types}, include_columns=[id_column, *columns]
         )
         ids, present, line = [pa.array([], pa.string())], [np.zeros(0, dtype=bool)], 2
-        self._shape, self._dtype = (len(columns),), np.dtype(self.group.dtype or "float64")
+        self._shape, self._dtype = (len(columns),), np.dtype(group.dtype or "float64")
         try:
             with self.scratch.open("wb") as file:
-                for batch in _batches(self.group.path, convert):
+                for batch in _batches(group.path, convert):
                     arrays = [batch.column(column) for column in columns]
-                    location = SourceLocation(self.group.path, line, "line")
-                    values, observed = read_modality(self.name, arrays, self.group, location)
+                    location = SourceLocation(group.path, line, "line")
+                    if self.table is None:
+                        values, observed = read_modality(self.name, arrays, group, location)
+                    else:
+                        values, observed = self.table.read(arrays, location)
                     values.tofile(file)
                     self._shape, self._dtype = values.shape[1:], values.dtype
                     ids.append(batch.column(id_column))
                     present.append(observed)
                     line += len(batch)
         except pa.ArrowInvalid as error:
-            if "conversion error" not in str(error):
-                raise _unreadable(self.group.path, error) from error
-            if pa.types.is_integer(kind):
-                return False
-            raise DatasetError(
-                f"Modality {self.name!r} must hold numbers, but {self.group.path} has others: {error}. Correct the "
-                f"file, or leave the column out with source.modalities.{self.name}.columns."
-            ) from error
+            found = re.match(r"In CSV column #(\d+): .*conversion error", str(error))
+            if found is None:
+                raise _unreadable(group.path, error) from error
+            return _header(group.path, id_column)[int(found[1])]
         self.ids, self._present = pa.concat_arrays(ids), np.concatenate(present)
-        return True
+        return None
+
+
+def _find_types(path: str, columns: list[str], group: CsvTable) -> dict[str, pa.DataType]:
+    """Return the types of columns as a file's first block suggests them; what is set to classes or dates is text."""
+    read_options = pacsv.ReadOptions(block_size=_BLOCK_BYTES, use_threads=False)
+    with pacsv.open_csv(path, read_options, _parse_options(path)) as reader:
+        found = {column: reader.schema.field(column).type for column in columns}
+    as_text = {column for column, kind in group.kinds.items() if kind in ("category", "binary", "date")}
+    # what is neither a number nor text is a boolean, a date or a time; without any value it may still become a number
+    return {
+        column: pa.string()
+        if column in as_text or column in group.classes
+        else pa.int64()
+        if pa.types.is_null(kind)
+        else kind
+        for column, kind in found.items()
+    }
 
 
 @dataclass(frozen=True)

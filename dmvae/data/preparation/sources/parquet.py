@@ -26,6 +26,7 @@ from dmvae.data.preparation.sources.arrow_columns import (
     shown,
 )
 from dmvae.data.preparation.stream import Chunk, SourceLocation, Stream, chunk_rows
+from dmvae.data.preparation.tables import Table, is_table
 
 _BUFFER_BYTES = 1 << 20
 
@@ -43,7 +44,14 @@ def read(source: ParquetSource, seed: int, scratch: Path) -> Stream:
         files = files.replace_schema(_all_columns(files))
         layout = _layout(source, files)
         num_rows = files.count_rows()
-    return Stream(_chunks(source.path, layout), num_rows, features=layout.features, labels=layout.labels)
+    return Stream(
+        _chunks(source.path, layout),
+        num_rows,
+        features=layout.features,
+        units={name: group.units for name, (group, _) in layout.modalities.items()},
+        labels=layout.labels,
+        tables=layout.tables,
+    )
 
 
 @contextmanager
@@ -84,12 +92,14 @@ class _Layout:
         modalities: the settings and the columns of each modality.
         row_columns: the column of each other field of `Rows`.
         labels: the classes of labels that are no integers.
+        tables: the modalities whose columns differ in kind.
     """
 
     files: ds.FileSystemDataset
     modalities: dict[str, tuple[ColumnGroup, list[str]]]
     row_columns: dict[str, str]
     labels: ClassNames
+    tables: dict[str, Table]
 
     @property
     def features(self) -> dict[str, tuple[str, ...]]:
@@ -123,6 +133,8 @@ class _Layout:
     def read_modality(self, name: str, batch: pa.RecordBatch, location: SourceLocation) -> Values:
         """Return values and presence of one modality."""
         group, columns = self.modalities[name]
+        if name in self.tables:
+            return self.tables[name].read([batch.column(column) for column in columns], location)
         return read_modality(name, [batch.column(column) for column in columns], group, location)
 
 
@@ -142,7 +154,13 @@ def _layout(source: ParquetSource, files: ds.FileSystemDataset) -> _Layout:
         check_source_name(name, source.path): ColumnGroup(columns=_escaped(name)) for name in others
     }
     modalities = {name: (group, match_columns(name, group, others, source.path)) for name, group in groups.items()}
-    return _Layout(files, modalities, row_columns, ClassNames())
+    tables = {
+        name: Table(name, columns, group, source.path)
+        for name, (group, columns) in modalities.items()
+        if not is_array(files.schema.field(columns[0]).type)
+        and is_table(group, [files.schema.field(column).type for column in columns])
+    }
+    return _Layout(files, modalities, row_columns, ClassNames(), tables)
 
 
 def _escaped(name: str) -> str:
@@ -182,6 +200,8 @@ def _row_bytes(layout: _Layout, columns: list[str]) -> int:
 def _shape(layout: _Layout, name: str) -> tuple[int, ...]:
     """Return the shape of a modality, from the first rows that have it; null lists have no shape."""
     columns = layout.modalities[name][1]
+    if name in layout.tables:
+        return (len(columns),)
     shape: tuple[int, ...] | None = None
     for location, batch in layout.batches(columns, 1 << 16):
         values, present = layout.read_modality(name, batch, location)

@@ -190,7 +190,10 @@ def bad_image(folder: Path) -> dict[str, Any]:
             lambda f: bad_parquet(f, x=[1.0], joint=[1.0]),
             r"Cannot read .*bad.parquet: .*joint.*source.modalities",
         ),
-        (lambda f: bad_csv(f, "id,x\nu,1\nv,two\n"), r"Modality 'a' must hold numbers, .*bad.csv .*Row #3: .*'two'"),
+        (
+            lambda f: bad_csv(f, "id,x\nu,1\nv,two\n"),
+            r"Column 'x' .* but also 'two' in .*bad.csv, line 3",
+        ),
         (
             lambda f: bad_parquet(f, x=[[1.0], [2], [3], [np.inf]]),
             r"'x' must be finite, but got infinity in .*bad.parquet, row 3",
