@@ -4,29 +4,50 @@ The public names are resolved on first use, so that importing a part of the pack
 """
 
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dmvae.config.model import DMVAEConfig as DMVAEConfig
     from dmvae.data.batch import Batch as Batch
+    from dmvae.distributions.likelihoods import Likelihood as Likelihood
     from dmvae.model.dmvae import DMVAE as DMVAE
+    from dmvae.model.nll.estimate import NLLEstimate as NLLEstimate
+    from dmvae.model.outputs import DMVAEOutput as DMVAEOutput
+    from dmvae.model.outputs import ModelOutput as ModelOutput
+    from dmvae.nn.networks import DecoderOutput as DecoderOutput
+    from dmvae.nn.networks import EncoderOutput as EncoderOutput
     from dmvae.platform.serve.registry import load as load
 
 _HOMES = {
     "Batch": "dmvae.data.batch",
     "DMVAE": "dmvae.model.dmvae",
     "DMVAEConfig": "dmvae.config.model",
+    "DMVAEOutput": "dmvae.model.outputs",
+    "DecoderOutput": "dmvae.nn.networks",
+    "EncoderOutput": "dmvae.nn.networks",
+    "Likelihood": "dmvae.distributions.likelihoods",
+    "ModelOutput": "dmvae.model.outputs",
+    "NLLEstimate": "dmvae.model.nll.estimate",
     "load": "dmvae.platform.serve.registry",
 }
 
-__all__ = ["DMVAE", "Batch", "DMVAEConfig", "load"]
+__all__ = [
+    "DMVAE", "Batch", "DMVAEConfig", "DMVAEOutput", "DecoderOutput", "EncoderOutput", "Likelihood", "ModelOutput",
+    "NLLEstimate", "__version__", "load",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        try:
+            return version("dmvae")
+        except PackageNotFoundError:  # a copy of the package that is not installed, such as a registered model's
+            return "unknown"
     if name not in _HOMES:
         raise AttributeError(f"module 'dmvae' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+    return sorted([*globals(), *_HOMES, "__version__"])

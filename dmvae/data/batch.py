@@ -1,7 +1,7 @@
 """A batch of incomplete multimodal rows: one tensor for each modality, and masks of the rows that have it."""
 
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, SupportsIndex, runtime_checkable
 
@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-Ids = Tensor | np.ndarray[Any, np.dtype[Any]]
+Array = Tensor | np.ndarray[Any, np.dtype[Any]]
+Ids = Array
 """Ids of rows: an int64 tensor, or a numpy array of strings."""
 
 
@@ -23,7 +24,7 @@ class MultimodalRows(Protocol):
         """One tensor `(rows, *shape)` for each modality."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, init=False)
 class Batch:
     """Rows of several modalities, any of which may be missing in any row.
 
@@ -38,8 +39,11 @@ class Batch:
             sequencing depth. Used for modalities of counts only. NaN, or None for all rows, means the total count of
             the row.
 
+    All parts may be given as numpy arrays; they become tensors that share their memory where they can.
+
     Raises:
         ValueError: if the tensors have different numbers of rows, or a mask is not 0/1 or names no modality.
+        TypeError: if a part is no array of numbers.
     """
 
     data: Mapping[str, Tensor]
@@ -48,7 +52,25 @@ class Batch:
     ids: Ids | None = None
     size_factors: Tensor | None = None
 
-    def __post_init__(self) -> None:
+    def __init__(
+        self,
+        data: Mapping[str, Array],
+        masks: Mapping[str, Array] | None = None,
+        labels: Array | None = None,
+        ids: Ids | Sequence[int | str] | None = None,
+        size_factors: Array | None = None,
+    ) -> None:
+        if not isinstance(data, Mapping):
+            raise TypeError(f"data must be a dict with an array for each modality, but got {type(data).__name__}.")
+        keep = object.__setattr__  # the dataclass is frozen
+        keep(self, "data", _as_tensors("data", data))
+        keep(self, "masks", None if masks is None else _as_tensors("masks", masks))
+        keep(self, "labels", None if labels is None else as_tensor("labels", labels))
+        keep(self, "ids", None if ids is None else _as_ids(ids))
+        keep(self, "size_factors", None if size_factors is None else as_tensor("size_factors", size_factors))
+        self._check()
+
+    def _check(self) -> None:
         masks = {} if self.masks is None else dict(self.masks)
         stray = sorted(masks.keys() - self.data.keys())
         if stray:
@@ -109,6 +131,38 @@ class Batch:
             ids=change(self.ids) if isinstance(self.ids, Tensor) else self.ids,
             size_factors=None if self.size_factors is None else change(self.size_factors),
         )
+
+
+def as_tensor(argument: str, array: Any) -> Tensor:
+    """Return a tensor, or an array or a list of numbers, as a tensor that shares its memory where it can.
+
+    Raises:
+        TypeError: naming the argument, if it has anything but numbers.
+    """
+    if isinstance(array, Tensor):
+        return array
+    values = np.asarray(array)
+    if values.dtype.kind not in "biuf":
+        raise TypeError(
+            f"{argument} must be an array of numbers, but got {type(array).__name__} of type {values.dtype}. "
+            "Convert it to numbers, and mark what is missing in masks."
+        )
+    if not values.flags.writeable or any(stride < 0 for stride in values.strides):
+        values = values.copy()  # torch has no tensors of these kinds
+    return torch.from_numpy(values)
+
+
+def _as_tensors(argument: str, arrays: Mapping[str, Array]) -> Mapping[str, Tensor]:
+    if all(isinstance(array, Tensor) for array in arrays.values()):
+        return arrays  # type: ignore[return-value]
+    return {name: as_tensor(f"{argument}[{name!r}]", array) for name, array in arrays.items()}
+
+
+def _as_ids(ids: Ids | Sequence[int | str]) -> Ids:
+    if isinstance(ids, Tensor):
+        return ids
+    names = np.asarray(ids)
+    return torch.from_numpy(names) if names.dtype == np.int64 else names
 
 
 def _as_boolean(name: str, mask: Tensor) -> Tensor:

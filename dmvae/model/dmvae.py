@@ -10,7 +10,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dmvae.config.model import DMVAEConfig
-from dmvae.data.batch import Batch, MultimodalRows
+from dmvae.data.batch import Batch
+from dmvae.data.inputs import Inputs, as_batch
 from dmvae.distributions.gaussian import DiagGaussian
 from dmvae.distributions.gaussian_mixture import FittedPrior
 from dmvae.model.assembly import assemble
@@ -26,6 +27,7 @@ from dmvae.nn.batched import Decoder
 
 Modalities = str | Iterable[str]
 """`"all"`, one modality's name, or several names."""
+_OF_OTHER_TRAINERS = {"epoch", "dataset_size", "uses_ddp"}
 
 
 class DMVAE(nn.Module):
@@ -35,7 +37,7 @@ class DMVAE(nn.Module):
     the modalities that a row has, and the prior. Any modality of a row may be missing.
 
     Args:
-        config: with `input_dims`.
+        model_config: with `input_dims`.
         encoders: networks for some modalities, in place of the configured architecture. The output of an encoder
             must have `embedding`, `log_covariance`, `style_embedding` and `style_log_covariance`.
         decoders: likewise. A decoder takes [z_s, z_p], and its output must have `reconstruction`.
@@ -54,13 +56,15 @@ class DMVAE(nn.Module):
 
     def __init__(
         self,
-        config: DMVAEConfig,
+        model_config: DMVAEConfig,
         encoders: Mapping[str, nn.Module] | None = None,
         decoders: Mapping[str, nn.Module] | None = None,
     ) -> None:
         super().__init__()
-        parts = assemble(config, encoders, decoders)
-        self.config = config.model_copy(update={"custom_architectures": parts.custom})
+        if not isinstance(model_config, DMVAEConfig):
+            raise TypeError(f"model_config must be a DMVAEConfig, but got {type(model_config).__name__}.")
+        parts = assemble(model_config, encoders, decoders)
+        self.config = model_config.model_copy(update={"custom_architectures": parts.custom})
         self.likelihoods, self.encoders, self.decoders = parts.likelihoods, parts.encoders, parts.decoders
         # torch finds modules here. ModuleDict refuses names such as `type`, which are legal for modalities, hence the
         # prefix; and its items are slow to get, hence the plain dicts above
@@ -85,6 +89,31 @@ class DMVAE(nn.Module):
         return self._parameter.dtype
 
     @property
+    def model_config(self) -> DMVAEConfig:
+        """The settings, `config`, under the seed's name."""
+        return self.config
+
+    @property
+    def latent_dim(self) -> int:
+        """Dimension of the shared latent."""
+        return self.config.latent_dim
+
+    @property
+    def style_dims(self) -> dict[str, int]:
+        """Dimension of each private latent."""
+        return self.config.private_dims
+
+    @property
+    def beta(self) -> float:
+        """Weight of the shared KL divergence."""
+        return self.config.beta
+
+    @property
+    def private_betas(self) -> dict[str, float]:
+        """Weight of each private KL divergence."""
+        return self.config.private_betas
+
+    @property
     def _parameter(self) -> nn.Parameter:
         # asked several times a step, and torch walks all modules to list parameters: hence the one of a fixed module
         module, name = self._owner
@@ -94,7 +123,7 @@ class DMVAE(nn.Module):
         return parameter
 
     def forward(
-        self, inputs: MultimodalRows, noise: Noise | None = None, divergence_weight: float = 1.0
+        self, inputs: Inputs, noise: Noise | None = None, divergence_weight: float = 1.0, **ignored: Any
     ) -> DMVAEOutput:
         """Compute the training objective of a batch.
 
@@ -102,7 +131,14 @@ class DMVAE(nn.Module):
             inputs: rows, complete or not.
             noise: for the reparameterised samples; None draws it from torch's global generator.
             divergence_weight: factor on every beta, for warm-up.
+            ignored: what trainers written for MultiVae pass: `epoch`, `dataset_size`, `uses_ddp`.
+
+        Raises:
+            ValueError: if the rows do not fit the model.
         """
+        unknown = sorted(ignored.keys() - _OF_OTHER_TRAINERS)
+        if unknown:
+            raise TypeError(f"Unknown arguments {unknown}. Available: inputs, noise, divergence_weight.")
         batch = self._batch(inputs)
         if noise is None:
             width = Noise.width(self.config)
@@ -124,13 +160,13 @@ class DMVAE(nn.Module):
             row_loss = row_loss + 0.0 * torch.stack([p.sum() for p in self.parameters()]).sum()
         return DMVAEOutput(row_loss.sum() / max(len(batch), 1), row_loss, bound.terms)
 
-    def initialize_likelihoods(self, rows: MultimodalRows) -> None:
+    def initialize_likelihoods(self, rows: Inputs) -> None:
         """Start what likelihoods learn at the values of training rows: scales at the features' deviations."""
         batch = self._batch(rows)
         for name, values in batch.data.items():
             self.likelihoods[name].initialize(values[present(batch, name)])
 
-    def observe(self, inputs: MultimodalRows, modalities: Modalities = "all") -> dict[str, Observed]:
+    def observe(self, inputs: Inputs, modalities: Modalities = "all") -> dict[str, Observed]:
         """Encode each modality of the rows that have it; modalities that no row has are left out."""
         names = self._names(modalities, "modalities")
         return observe(self._batch(inputs), {name: self.encoders[name] for name in names}, self.likelihoods)
@@ -140,9 +176,7 @@ class DMVAE(nn.Module):
         """Functions from [z_s, z_p] to the parameters of the likelihood, per modality."""
         return {name: Decoder(decoder) for name, decoder in self.decoders.items()}
 
-    def posteriors(
-        self, inputs: MultimodalRows, cond_mod: Modalities = "all"
-    ) -> tuple[DiagGaussian, dict[str, DiagGaussian]]:
+    def posteriors(self, inputs: Inputs, cond_mod: Modalities = "all") -> tuple[DiagGaussian, dict[str, DiagGaussian]]:
         """Return q(z_s | x_A), A being what a row has of `cond_mod`, and each q(z_p | x_m), the prior if m is missing.
 
         Unlike `encode`, it keeps gradients and the mode.
@@ -157,7 +191,7 @@ class DMVAE(nn.Module):
 
     def encode(
         self,
-        inputs: MultimodalRows,
+        inputs: Inputs,
         cond_mod: Modalities = "all",
         N: int = 1,  # noqa: N803 (the seed's name)
         return_mean: bool = False,
@@ -198,7 +232,7 @@ class DMVAE(nn.Module):
 
     def predict(
         self,
-        inputs: MultimodalRows,
+        inputs: Inputs,
         cond_mod: Modalities = "all",
         gen_mod: Modalities = "all",
         N: int = 1,  # noqa: N803 (the seed's name)
@@ -212,7 +246,7 @@ class DMVAE(nn.Module):
         embedding = self.encode(inputs, cond_mod, N, return_mean, flatten, generator, density)
         return self.decode(embedding, wanted)
 
-    def means(self, output: Tensor, modality: str, inputs: MultimodalRows | None = None) -> Tensor:
+    def means(self, output: Tensor, modality: str, inputs: Inputs | None = None) -> Tensor:
         """Return E[x_m | output] on the data's scale, for a decoder's output `(..., *output_shape)`.
 
         Means of counts are proportional to a size factor, by default the likelihood's. With `inputs`, whose rows the
@@ -233,7 +267,7 @@ class DMVAE(nn.Module):
 
     def joint_nll(
         self,
-        inputs: MultimodalRows,
+        inputs: Inputs,
         K: int = 1000,  # noqa: N803 (the seed's name)
         batch_size_K: int = 100,  # noqa: N803 (the seed's name)
         seed: int = 0,
@@ -251,7 +285,7 @@ class DMVAE(nn.Module):
 
     def compute_joint_nll(
         self,
-        inputs: MultimodalRows,
+        inputs: Inputs,
         K: int = 1000,  # noqa: N803 (the seed's name)
         batch_size_K: int = 100,  # noqa: N803 (the seed's name)
         generator: torch.Generator | None = None,
@@ -262,7 +296,7 @@ class DMVAE(nn.Module):
 
     def compute_cond_nll(
         self,
-        inputs: MultimodalRows,
+        inputs: Inputs,
         subset: Modalities,
         pred_mods: Modalities,
         K: int = 1000,  # noqa: N803 (the seed's name)
@@ -320,8 +354,8 @@ class DMVAE(nn.Module):
         model.load_state_dict(copies, assign=True)
         return model.eval()
 
-    def _batch(self, inputs: MultimodalRows) -> Batch:
-        return conform(inputs, self.config, self.likelihoods, self.dtype, self.device)
+    def _batch(self, inputs: Inputs) -> Batch:
+        return conform(as_batch(inputs, self.config.shapes), self.config, self.likelihoods, self.dtype, self.device)
 
     def _names(self, modalities: Modalities, argument: str) -> tuple[str, ...]:
         known = self.config.modalities

@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from dmvae.config.model import DMVAEConfig
-from dmvae.data.batch import Batch, MultimodalRows
+from dmvae.data.batch import Batch
 from dmvae.distributions.gaussian import DiagGaussian, at_least_float32, product_of_experts
 from dmvae.distributions.likelihoods import Likelihood
 from dmvae.model.loss import Observed
@@ -18,7 +18,7 @@ ACTIVE_VARIANCE = 0.01
 
 
 def conform(
-    inputs: MultimodalRows,
+    inputs: Batch,
     config: DMVAEConfig,
     likelihoods: Mapping[str, Likelihood],
     dtype: torch.dtype,

@@ -30,7 +30,14 @@ class Decoder:
 
     def __call__(self, z: Float[Tensor, "row latent"]) -> Tensor:
         """Decode latents, in float32 or better."""
-        return at_least_float32(self.network(z).reconstruction)
+        return at_least_float32(self.network(in_type_of(self.network, z)).reconstruction)
+
+
+def in_type_of(network: nn.Module, latent: Tensor) -> Tensor:
+    """Return latents, which are float32 or better, in the type of a network in half precision."""
+    weight = next(network.parameters(), None)
+    is_half = weight is not None and weight.dtype in (torch.float16, torch.bfloat16)
+    return latent.to(weight.dtype) if weight is not None and is_half else latent
 
 
 def encode_each(given: Mapping[str, tuple[nn.Module, Tensor]]) -> dict[str, Any]:
@@ -56,7 +63,7 @@ def decode_each(decoders: Sequence[Callable[[Tensor], Tensor]], z: Float[Tensor,
     if len(decoders) == 1:
         return decoders[0](z[0]).unsqueeze(0)
     networks = [decoder.network for decoder in decoders if isinstance(decoder, Decoder)]
-    output, (first, *_) = at_least_float32(_run_alike(networks, z)), networks
+    output, (first, *_) = at_least_float32(_run_alike(networks, in_type_of(networks[0], z))), networks
     assert isinstance(first, MLPDecoder)
     return output.reshape(*output.shape[:2], *first.output_shape)
 

@@ -36,7 +36,7 @@ def validate(
 
     Args:
         model: is put into eval mode, and left in training mode.
-        blocks: this worker's rows, with ids.
+        blocks: this worker's rows; without ids, a row's noise depends on its position.
         config: gives the seed of the noise and the precision.
         all_reduce: sums a float64 tensor over the workers.
 
@@ -50,10 +50,12 @@ def validate(
     moments = {name: torch.zeros(3, dim, dtype=torch.float64, device=model.device) for name, dim in dims.items()}
     model.eval()
     with torch.no_grad(), autocast(model, config):
+        first = 0
         for batch in blocks:
-            assert batch.ids is not None
+            ids = torch.arange(first, first + len(batch)) if batch.ids is None else batch.ids
+            first += len(batch)
             observed = model.observe(batch)
-            noise = draw_noise(model, chain(config.seed, _VALIDATE, row_keys(batch.ids)))
+            noise = draw_noise(model, chain(config.seed, _VALIDATE, row_keys(ids)))
             sums = (
                 sums
                 + multimodal_elbo_loss(model.config, observed, model.decode_functions, model.likelihoods, noise).terms
