@@ -68,14 +68,18 @@ def zero_terms(model: DMVAE) -> TermSums:
 def build_optimizer(model: DMVAE, optim: OptimConfig) -> torch.optim.Optimizer:
     """Build a fused Adam or AdamW: one kernel for all parameters of a group.
 
-    Parameters of likelihoods with a learning rate of their own (`Likelihood.rate_factor`) form a group without decay.
+    A module's `rate_factor` multiplies the learning rate of its parameters; how fast they decay does not depend on it.
+    Likelihoods with a factor have no decay.
     """
-    factors = {p: module.rate_factor for module in model.likelihoods.values() for p in module.parameters()}
-    groups: dict[float, dict[str, Any]] = {}
+    factors = {p: float(getattr(m, "rate_factor", 1.0)) for m in model.modules() for p in m.parameters(recurse=False)}
+    own = {p: module.rate_factor for module in model.likelihoods.values() for p in module.parameters()}
+    undecayed = {p for p, factor in own.items() if factor != 1.0}
+    factors |= own
+    groups: dict[tuple[float, bool], dict[str, Any]] = {}
     for parameter in model.parameters():
-        factor = factors.get(parameter, 1.0)
-        decay = optim.weight_decay if factor == 1.0 else 0.0
-        group = groups.setdefault(factor, {"params": [], "rate_factor": factor, "weight_decay": decay})
+        factor, decays = factors[parameter], parameter not in undecayed
+        decay = optim.weight_decay / factor if decays else 0.0
+        group = groups.setdefault((factor, decays), {"params": [], "rate_factor": factor, "weight_decay": decay})
         group["params"].append(parameter)
     build = torch.optim.Adam if optim.algorithm == "adam" else torch.optim.AdamW
     return build(list(groups.values()), lr=optim.learning_rate, fused=True)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dmvae import DMVAE, Batch, DMVAEConfig
-from dmvae.nn.batched import group_by_layout, layout
+from dmvae.nn.batched import bound_log_var, group_by_layout, layout
 
 NAMES = ("a", "b", "c")
 
@@ -134,3 +134,28 @@ def test_a_model_whose_first_layer_is_reparametrised_still_runs() -> None:
 
 def test_names_of_one_kind_are_together_in_their_order() -> None:
     assert group_by_layout({"a": 1, "b": None, "c": 1, "d": 2, "e": None}) == [("a", "c"), ("b",), ("d",), ("e",)]
+
+
+def test_log_variances_are_bounded_softly_and_as_they_are_in_the_usual_range() -> None:
+    usual = torch.linspace(-20, 10, 301, requires_grad=True)
+    wide = torch.cat([usual, torch.tensor([-1e20, -40.0, 20.0, 1e20])])  # outside, so that the bound is computed
+    bounded = bound_log_var(wide)
+    assert torch.equal(bounded[:301], usual)
+    (gradient,) = torch.autograd.grad(bounded.sum(), usual)
+    assert torch.equal(gradient[1:-1], torch.ones(299))
+    assert torch.isfinite(torch.exp(-bounded)).all()
+    assert torch.isfinite(torch.exp(bounded)).all()
+    grid = torch.linspace(-100, 100, 4001, dtype=torch.float64)
+    steps = bound_log_var(grid).diff() / grid.diff()
+    assert steps.min() > 0.01, "the gradient does not vanish"
+    assert steps.max() < 1 + 1e-9
+
+
+def test_log_variances_of_every_encoder_are_bounded() -> None:
+    model = make_model()
+    with torch.no_grad():
+        for encoder in model.encoders.values():
+            encoder.heads.bias.fill_(1e6)
+    for part in model.observe(make_batch()).values():
+        assert part.shared.log_var.max() < 30
+        assert part.private.log_var.max() < 30

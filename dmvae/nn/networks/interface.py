@@ -67,6 +67,21 @@ class Heads(nn.Linear):
         return EncoderOutput(*self(features).split(self.sizes, dim=-1))
 
 
+_FULL_RATE_INPUTS = 1024
+"""Up to so many inputs, a layer learns at the run's learning rate."""
+
+
+def scale_rate(layer: nn.Linear, num_inputs: int) -> None:
+    """Scale the learning rate of a layer that reads the data, so that its effect does not grow with the width.
+
+    Adam moves every weight by about the learning rate, whatever the gradient. A step therefore moves an output by as
+    much as there are inputs that are not zero: 10,000 features would drive the networks out of any sensible range.
+
+    Source: Yang et al. 2022, Tensor Programs V (the rate of Adam is proportional to 1 / inputs).
+    """
+    layer.rate_factor = min(1.0, _FULL_RATE_INPUTS / num_inputs)  # type: ignore[assignment]  # a plain number
+
+
 def dense_layers(
     sizes: list[int], dropout: float, activation: Callable[[], nn.Module] = nn.ReLU, layer_norm: bool = False
 ) -> list[nn.Module]:

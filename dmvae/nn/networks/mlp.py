@@ -11,7 +11,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dmvae.config.model import ArchitectureConfig
-from dmvae.nn.networks.interface import DecoderOutput, Dimensions, EncoderOutput, Heads, dense_layers, start_at
+from dmvae.nn.networks.interface import (
+    DecoderOutput,
+    Dimensions,
+    EncoderOutput,
+    Heads,
+    dense_layers,
+    scale_rate,
+    start_at,
+)
 from dmvae.nn.networks.registry import register
 from dmvae.nn.networks.table import TableFeatures
 
@@ -56,6 +64,9 @@ class MLPEncoder(nn.Module):
         self.heads = Heads(sizes[-1], dims)
         # without hidden layers the whole is one linear map
         self.skip = Skip(sizes[0], self.heads.sizes, (True, False, True, False)) if skip and len(sizes) > 1 else None
+        for layer in (self.body[0] if len(sizes) > 1 else self.heads, self.skip):
+            if isinstance(layer, nn.Linear):
+                scale_rate(layer, math.prod(dims.shape))  # of the inputs of a class, one is not zero
 
     def forward(self, x: Tensor) -> EncoderOutput:
         """Map `(rows, *shape)` to the posteriors' parameters."""
