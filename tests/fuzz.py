@@ -28,9 +28,9 @@ from dmvae.data.reading.dataset import open_dataset
 from dmvae.data.storage.verify import sha256_of
 from dmvae.model.dmvae import DMVAE
 from dmvae.platform.evaluate.checks import check_data
-from dmvae.platform.train.settings import resolve
-from dmvae.platform.train.worker import WorkerData
 from dmvae.training.loop import train
+from dmvae.training.settings import resolve
+from dmvae.training.setup import WorkerData
 from dmvae.training.state import TrainState, build_optimizer
 from dmvae.training.step import Collectives, NonFiniteLossError
 from tests.data.preparation.test_rows import make_rows

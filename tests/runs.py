@@ -20,10 +20,11 @@ from dmvae.model.dmvae import DMVAE
 from dmvae.platform.evaluate.evaluate import evaluate_split
 from dmvae.platform.tracking.outbox import Outbox
 from dmvae.platform.tracking.runs import open_run
-from dmvae.platform.train.settings import dataset_record, resolve, run_record
-from dmvae.platform.train.worker import WorkerData
+from dmvae.platform.train.trainer import dataset_record
 from dmvae.training import checkpoint
 from dmvae.training.loop import MetricsLogged, train
+from dmvae.training.settings import resolve, run_record
+from dmvae.training.setup import WorkerData
 from dmvae.training.state import TrainState, build_optimizer
 from dmvae.training.step import Collectives
 

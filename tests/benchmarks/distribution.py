@@ -29,10 +29,11 @@ from dmvae.model.dmvae import DMVAE, DMVAEConfig
 from dmvae.platform.cluster import local_cluster, messages
 from dmvae.platform.tracking.runs import open_run
 from dmvae.platform.train.run_store import RunStore
-from dmvae.platform.train.settings import absolute, resolve, run_record
 from dmvae.platform.train.trainer import fit
-from dmvae.platform.train.worker import WorkerData, WorkerTask, build_state
+from dmvae.platform.train.worker import WorkerTask
 from dmvae.training.loop import CheckpointDue, EpochEnded, MetricsLogged, train
+from dmvae.training.settings import absolute, resolve, run_record
+from dmvae.training.setup import WorkerData, build_state
 from dmvae.training.state import build_optimizer
 from dmvae.training.step import Collectives, WorkerBatch
 from tests.benchmarks.ratio import Result

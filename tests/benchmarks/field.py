@@ -35,10 +35,10 @@ from dmvae.evaluation.latents import Latents, collect, fit_probes, probe_share
 from dmvae.evaluation.metrics import Classifier, Proportion, classifier_accuracy, conditional_coherence, fit_classifier
 from dmvae.evaluation.suite import first_rows
 from dmvae.model.dmvae import DMVAE
-from dmvae.platform.train.settings import resolve
-from dmvae.platform.train.worker import WorkerData, build_state
 from dmvae.report.dataset_overview import inspect
 from dmvae.training.loop import EpochEnded, train
+from dmvae.training.settings import resolve
+from dmvae.training.setup import WorkerData, build_state
 from dmvae.training.step import Collectives
 from tests.benchmarks import multivae
 from tests.benchmarks.quality_table import make_views, prepare_dataset

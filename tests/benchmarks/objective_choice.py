@@ -20,10 +20,10 @@ from dmvae.config.search import SearchConfig, lay_over
 from dmvae.data.reading.dataset import open_dataset
 from dmvae.evaluation.search_objectives import ObjectiveEvaluator
 from dmvae.model.dmvae import DMVAE
-from dmvae.platform.train.settings import resolve
-from dmvae.platform.train.worker import WorkerData, build_state
 from dmvae.platform.tune.study import draw
 from dmvae.training.loop import EpochEnded, train
+from dmvae.training.settings import resolve
+from dmvae.training.setup import WorkerData, build_state
 from dmvae.training.step import Collectives
 
 FIGURES = ("imputation", "conditional_nll", "joint_nll", "coherence")

@@ -38,9 +38,9 @@ from dmvae.evaluation.metrics import (
 )
 from dmvae.evaluation.suite import first_rows
 from dmvae.model.dmvae import DMVAE
-from dmvae.platform.train.settings import resolve
-from dmvae.platform.train.worker import WorkerData, build_state
 from dmvae.training.loop import EpochEnded, train
+from dmvae.training.settings import resolve
+from dmvae.training.setup import WorkerData, build_state
 from dmvae.training.step import Collectives
 
 VIEWS, DIGITS = tuple(f"view{number}" for number in range(4)), ("mnist", "optdigits")

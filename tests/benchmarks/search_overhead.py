@@ -26,10 +26,10 @@ import torch
 torch.set_num_threads(1)
 from dmvae.config.search import SearchConfig, lay_over
 from dmvae.data.reading.dataset import open_dataset
-from dmvae.platform.train.settings import resolve
+from dmvae.training.settings import resolve
 from dmvae.platform.tune.trial import RungEvaluator
 from dmvae.evaluation.search_objectives import Estimate
-from dmvae.platform.train.worker import WorkerData, build_state
+from dmvae.training.setup import WorkerData, build_state
 from dmvae.training.loop import train
 from dmvae.training.step import Collectives
 config = SearchConfig.model_validate_json(Path(sys.argv[1]).read_text())

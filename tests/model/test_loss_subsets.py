@@ -10,9 +10,9 @@ from dmvae import Batch, DMVAEConfig
 from dmvae.data.reading.dataset import open_dataset
 from dmvae.model.dmvae import DMVAE
 from dmvae.model.loss import Noise, choose_subsets
-from dmvae.platform.train.settings import resolve
-from dmvae.platform.train.worker import WorkerData
 from dmvae.training.loop import train
+from dmvae.training.settings import resolve
+from dmvae.training.setup import WorkerData
 from dmvae.training.state import TrainState, build_optimizer
 from dmvae.training.step import Collectives
 from tests.linear_gaussian import exact_log_prob, linear_model, sample_rows

@@ -25,11 +25,11 @@ from dmvae.config.training import TrainConfig
 from dmvae.data.reading.dataset import open_dataset
 from dmvae.model.predictor import Predictor, Request
 from dmvae.platform.serve.registry import download
-from dmvae.platform.train.settings import resolve
 from dmvae.platform.train.trainer import train_run
-from dmvae.platform.train.worker import build_state
 from dmvae.platform.tune.study import Trial, trials_of
 from dmvae.training import checkpoint
+from dmvae.training.settings import resolve
+from dmvae.training.setup import build_state
 
 pytestmark = pytest.mark.slow
 

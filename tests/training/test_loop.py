@@ -12,10 +12,10 @@ from dmvae.config.training import OptimConfig, TrainConfig
 from dmvae.data.batch import Batch
 from dmvae.data.reading.dataset import open_dataset
 from dmvae.model.dmvae import DMVAE
-from dmvae.platform.train.settings import resolve
-from dmvae.platform.train.worker import WorkerData
 from dmvae.training import checkpoint
 from dmvae.training.loop import CheckpointDue, EpochEnded, MetricsLogged, StepSkipped, train
+from dmvae.training.settings import resolve
+from dmvae.training.setup import WorkerData
 from dmvae.training.state import TrainState, build_optimizer, learning_rate
 from dmvae.training.step import Collectives, NonFiniteLossError, WorkerBatch, train_epoch
 from tests.runs import make_config, make_dataset

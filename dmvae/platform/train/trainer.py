@@ -21,7 +21,7 @@ from ray.train.torch import TorchTrainer
 from torch import nn
 
 from dmvae.config.training import TrainConfig
-from dmvae.data.reading.dataset import open_dataset
+from dmvae.data.reading.dataset import Dataset, open_dataset
 from dmvae.model.dmvae import DMVAE
 from dmvae.platform.cluster import limits, local_cluster, messages, resources
 from dmvae.platform.errors import RunError
@@ -29,12 +29,12 @@ from dmvae.platform.evaluate.checks import check_data
 from dmvae.platform.evaluate.evaluate import Extras, evaluate_split
 from dmvae.platform.resume import ResumeRules
 from dmvae.platform.tracking.outbox import Outbox
-from dmvae.platform.tracking.runs import open_run, tracking_uri
+from dmvae.platform.tracking.runs import DatasetRecord, open_run, tracking_uri
 from dmvae.platform.tracking.tracked_run import TrackedRun, scrub
 from dmvae.platform.train.run_store import BEST, CHECKPOINTS, LAST, NUM_KEPT, RESULT, SCORE, RunStore
-from dmvae.platform.train.settings import absolute, dataset_record, resolve, run_record
 from dmvae.platform.train.worker import WorkerTask, work
 from dmvae.training import checkpoint
+from dmvae.training.settings import absolute, resolve, run_record
 
 _RULES = ResumeRules(
     "run",
@@ -135,6 +135,18 @@ def _train(
         for name in (BEST, LAST):
             outbox.log_artifact(store.run_dir / name, "checkpoints")
     return best
+
+
+def dataset_record(config: TrainConfig, dataset: Dataset) -> DatasetRecord:
+    """Return what MLflow shows of a run's dataset."""
+    manifest = dataset.manifest
+    profile: dict[str, Any] = {
+        name: {"rows": split.rows, "observed": split.observed} for name, split in manifest.splits.items()
+    }
+    features = {name: info.features for name, info in manifest.modalities.items() if info.features is not None}
+    profile |= {"feature_names": features} if features else {}
+    profile |= {"label_names": manifest.label_names} if manifest.label_names else {}
+    return DatasetRecord(dataset.name, manifest.fingerprint, dataset.where, profile)
 
 
 def _check_same_run(store: RunStore, record: Mapping[str, Any]) -> None:

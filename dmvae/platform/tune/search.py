@@ -21,13 +21,13 @@ from dmvae.platform.resume import ResumeRules
 from dmvae.platform.tracking.outbox import Outbox
 from dmvae.platform.tracking.runs import open_run, sync, tracking_uri
 from dmvae.platform.tracking.tracked_run import TrackedRun
-from dmvae.platform.train.settings import absolute, dataset_record
-from dmvae.platform.train.trainer import TrainSummary, train_run
+from dmvae.platform.train.trainer import TrainSummary, dataset_record, train_run
 from dmvae.platform.tune import study
 from dmvae.platform.tune.space import check_space, max_concurrent
 from dmvae.platform.tune.study import Trial
 from dmvae.platform.tune.trial import TrialTask
 from dmvae.platform.tune.trials import run_trials
+from dmvae.training.settings import absolute
 
 _STUDY = "study.json"
 _BEST_TOML = "best.toml"

@@ -9,8 +9,8 @@ from dmvae.config.search import Domain, SearchConfig, lay_over
 from dmvae.data.reading.dataset import Dataset
 from dmvae.platform.cluster import limits, resources
 from dmvae.platform.errors import RunError
-from dmvae.platform.train.settings import resolve
 from dmvae.platform.tune import study
+from dmvae.training.settings import resolve
 
 _CHECKED_POINTS = 16
 

@@ -23,12 +23,13 @@ from dmvae.platform.tracking.outbox import Outbox
 from dmvae.platform.tracking.runs import open_run
 from dmvae.platform.tracking.tracked_run import TrackedRun
 from dmvae.platform.train.run_store import RunStore
-from dmvae.platform.train.settings import resolve, run_record
 from dmvae.platform.train.trainer import fit
-from dmvae.platform.train.worker import WorkerData, WorkerTask, build_state
+from dmvae.platform.train.worker import WorkerTask
 from dmvae.platform.tune.study import PARAMS, RESULT, TrialResult, write_result
 from dmvae.platform.tune.trial_checkpoints import BEST, TrialCheckpoints
 from dmvae.training.loop import EpochEnded, MetricsLogged, train
+from dmvae.training.settings import resolve, run_record
+from dmvae.training.setup import WorkerData, build_state
 from dmvae.training.state import is_finished
 from dmvae.training.step import Collectives, NonFiniteLossError
 

@@ -25,8 +25,8 @@ from dmvae.data.preparation.rows import Rows
 from dmvae.data.preparation.writer import write_dataset
 from dmvae.data.reading.dataset import open_dataset
 from dmvae.platform.evaluate.checks import check_data
-from dmvae.platform.train.settings import resolve
 from dmvae.report.dataset_overview import Inspection, inspect
+from dmvae.training.settings import resolve
 from tests.data.preparation.test_build_manifest import tensors, write_shard
 from tests.data.preparation.test_rows import make_rows
 from tests.runs import train_here

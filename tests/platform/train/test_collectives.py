@@ -15,7 +15,7 @@ from dmvae.config.training import TrainConfig
 from dmvae.data.batch import Batch
 from dmvae.model.dmvae import DMVAE, DMVAEConfig
 from dmvae.platform.train.collectives import distribute
-from dmvae.platform.train.worker import WorkerData, build_state
+from dmvae.training.setup import WorkerData, build_state
 from dmvae.training.state import TrainState, build_optimizer
 from dmvae.training.step import Collectives, WorkerBatch, train_epoch
 from tests.runs import make_config, make_dataset

@@ -17,8 +17,8 @@ from dmvae.data.preparation.prepare import prepare
 from dmvae.data.reading.dataset import open_dataset
 from dmvae.platform.errors import RunError
 from dmvae.platform.train.run_store import RunStore
-from dmvae.platform.train.settings import resolve, run_record
 from dmvae.platform.train.trainer import _check_same_run, train_run
+from dmvae.training.settings import resolve, run_record
 from tests.runs import make_config, make_dataset
 
 

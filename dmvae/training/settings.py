@@ -11,7 +11,6 @@ from dmvae.data.format.manifest import Manifest, ModalityInfo
 from dmvae.data.reading.dataset import Dataset
 from dmvae.data.storage import location
 from dmvae.model.dmvae import DMVAE
-from dmvae.platform.tracking.runs import DatasetRecord
 
 _LOWEST_RATE = 1e-3  # of a column of counts, where the decoder starts
 _RUN_METRICS = frozenset({"loss", "gradient_norm", "learning_rate", "skipped_steps"})
@@ -42,18 +41,6 @@ def absolute(config: TrainConfig) -> TrainConfig:
 def run_record(config: TrainConfig, manifest: Manifest) -> dict[str, Any]:
     """Return the content of `run.json`: the resolved configuration and the dataset's fingerprint."""
     return {**config.model_dump(mode="json"), "dataset": {"fingerprint": manifest.fingerprint}}
-
-
-def dataset_record(config: TrainConfig, dataset: Dataset) -> DatasetRecord:
-    """Return what MLflow shows of a run's dataset."""
-    manifest = dataset.manifest
-    profile: dict[str, Any] = {
-        name: {"rows": split.rows, "observed": split.observed} for name, split in manifest.splits.items()
-    }
-    features = {name: info.features for name, info in manifest.modalities.items() if info.features is not None}
-    profile |= {"feature_names": features} if features else {}
-    profile |= {"label_names": manifest.label_names} if manifest.label_names else {}
-    return DatasetRecord(dataset.name, manifest.fingerprint, dataset.where, profile)
 
 
 def _fill(config: TrainConfig, manifest: Manifest) -> TrainConfig:
