@@ -4,7 +4,7 @@ x_i = W_i [z_s, z_i] + b_i + s_i eps, hence x_A ~ N(b, W W' + diag(s^2)) for any
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ def linear_model(
     private_dims: Mapping[str, int] | int = 1,
     scales: Mapping[str, float] | float = 0.7,
     seed: int = 0,
+    missing_cells: tuple[str, ...] = (),
 ) -> DMVAE:
     """Build a float64 model whose encoders and decoders are linear, in eval mode.
 
@@ -31,6 +32,7 @@ def linear_model(
         modalities_specific_dim=dict(private_dims) if isinstance(private_dims, Mapping) else private_dims,
         decoder_dist_params={m: {"scale": scales[m] if isinstance(scales, Mapping) else scales} for m in shapes},
         architectures={m: {"hidden_dims": ()} for m in shapes},
+        missing_cells=missing_cells,
     )
     model = DMVAE(config).double().eval()
     with torch.no_grad():
@@ -40,14 +42,19 @@ def linear_model(
             decoder.weight.copy_(torch.randn(size, dim, generator=generator, dtype=torch.float64) / math.sqrt(dim))
             decoder.bias.copy_(torch.randn(size, generator=generator, dtype=torch.float64))
             weight, bias = _posterior(decoder, _scale(model, name), latent_dim)
-            encoder.weight.copy_(weight)
+            encoder.weight[:, :size].copy_(weight)
             encoder.bias.copy_(bias)
             encoder.weight += 0.02 * torch.randn(encoder.weight.shape, generator=generator, dtype=torch.float64)
     return model
 
 
-def sample_rows(model: DMVAE, rows: int, seed: int = 0, missing: float = 0.0) -> Batch:
-    """Draw rows from the model; each slot is missing with probability `missing`, and then holds NaN."""
+def sample_rows(
+    model: DMVAE, rows: int, seed: int = 0, missing: float = 0.0, missing_cells: float | None = None
+) -> Batch:
+    """Draw rows from the model; each slot is missing with probability `missing`, and then holds NaN.
+
+    With `missing_cells`, each cell is missing with that probability too.
+    """
     generator = torch.Generator().manual_seed(seed)
     private_dims = model.config.private_dims
     shared = torch.randn(rows, model.config.latent_dim, generator=generator, dtype=torch.float64)
@@ -58,29 +65,58 @@ def sample_rows(model: DMVAE, rows: int, seed: int = 0, missing: float = 0.0) ->
         noise = torch.randn(rows, math.prod(shape), generator=generator, dtype=torch.float64)
         flat = torch.cat((shared, private), dim=1) @ decoder.weight.T + decoder.bias + _scale(model, name) * noise
         masks[name] = torch.rand(rows, generator=generator) >= missing
-        flat[~masks[name]] = math.nan
+        if missing_cells is not None:
+            masks[name] = masks[name][:, None] & (torch.rand(flat.shape, generator=generator) >= missing_cells)
+            masks[name] = masks[name].view(rows, *shape)
         data[name] = flat.detach().view(rows, *shape)
+        data[name][~masks[name]] = math.nan
     return Batch(data, masks)
 
 
 def exact_log_prob(model: DMVAE, batch: Batch) -> Tensor:
-    """Return log p(x_A) of every row in nats, `(rows,)`, A being what the row has; 0 for a row with nothing."""
+    """Return log p(x_A) of every row in nats, `(rows,)`, A being the cells of the row; 0 for a row with nothing."""
     names = [name for name in model.config.modalities if name in batch.data]
-    masks = batch.masks or {}
-    everywhere = torch.ones(len(batch), dtype=torch.bool)
-    present = torch.stack([masks.get(name, everywhere) for name in names], dim=1)
+    present = observed_cells(batch, names)
+    values = torch.cat([batch.data[name].flatten(1) for name in names], dim=1)
+    mean, covariance = joint_gaussian(model, names)
     result = torch.zeros(len(batch), dtype=torch.float64)
-    for pattern in present.unique(dim=0):
-        rows = (present == pattern).all(1).nonzero().squeeze(1)
-        here = [name for name, has in zip(names, pattern.tolist(), strict=True) if has]
-        if here:
-            mean, covariance = _marginal(model, here)
-            x = torch.cat([batch.data[name][rows].flatten(1) for name in here], dim=1)
-            result[rows] = torch.distributions.MultivariateNormal(mean, covariance).log_prob(x)
+    for here in present.unique(dim=0):
+        rows = (present == here).all(1)
+        if bool(here.any()):
+            gaussian = torch.distributions.MultivariateNormal(mean[here], covariance[here][:, here])
+            result[rows] = gaussian.log_prob(values[rows][:, here])
     return result
 
 
-def _marginal(model: DMVAE, names: list[str]) -> tuple[Tensor, Tensor]:
+def exact_conditional(model: DMVAE, batch: Batch, missing: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation of the cells of every row given those that `missing`, `(rows, cells)`, leaves.
+
+    The cells of all modalities lie side by side, and `batch` has all of them.
+    """
+    names = list(model.config.modalities)
+    mean, covariance = joint_gaussian(model, names)
+    values = torch.cat([batch.data[name].flatten(1) for name in names], dim=1)
+    means, deviations = torch.zeros_like(values), torch.zeros_like(values)
+    for row, gone in enumerate(missing):
+        known = ~gone
+        gain = torch.linalg.solve(covariance[known][:, known], covariance[known]).T
+        means[row] = mean + gain @ (values[row] - mean)[known]
+        deviations[row] = (covariance - gain @ covariance[known]).diagonal().clamp(min=0).sqrt()
+    return means, deviations
+
+
+def observed_cells(batch: Batch, names: Sequence[str]) -> Tensor:
+    """Return which cells of some modalities every row has, side by side."""
+    parts = []
+    for name in names:
+        flat = torch.ones_like(batch.data[name].flatten(1), dtype=torch.bool)
+        if name in (batch.masks or {}):
+            flat = flat & batch.masks[name][:, None]
+        parts.append(flat & batch.cells[name].flatten(1) if name in (batch.cells or {}) else flat)
+    return torch.cat(parts, dim=1)
+
+
+def joint_gaussian(model: DMVAE, names: Sequence[str]) -> tuple[Tensor, Tensor]:
     """Return the mean and the covariance of x of the given modalities, one after the other."""
     dim, private_dims = model.config.latent_dim, model.config.private_dims
     decoders = [linear_layer(model.decoders[name]) for name in names]

@@ -61,6 +61,9 @@ class DMVAEConfig(Section):
     which the decoder starts (default 1 / elements); training takes both from the training rows. columns: `kinds`, that
     of each column (`real`, `positive`, `count`, `binary`, `category`), `classes` of each category, `rates`, the mean of
     each column of counts, all from the dataset, and `scale_floor`."""
+    missing_cells: tuple[ModalityName, ...] = ()
+    """Modalities of which a row may have some cells and lack others. Their encoders read which are observed; training
+    adds the modalities that the dataset says."""
     uses_likelihood_rescaling: bool = False
     rescale_factors: dict[ModalityName, NonNegativeFloat] | None = None
     """The paper's lambda per modality, with `uses_likelihood_rescaling`. Default: max_dim / prod(shape)."""
@@ -118,10 +121,10 @@ class DMVAEConfig(Section):
         assert self.input_dims is not None
         for field in (
             "modalities_specific_dim", "decoders_dist", "decoder_dist_params", "rescale_factors",
-            "modalities_specific_betas", "architectures",
+            "modalities_specific_betas", "architectures", "missing_cells",
         ):  # fmt: skip
             value = getattr(self, field)
-            stray = sorted(value.keys() - self.input_dims.keys()) if isinstance(value, dict) else []
+            stray = sorted(set(value) - self.input_dims.keys()) if isinstance(value, dict | tuple) else []
             if stray:
                 raise ValueError(f"Unknown modalities in {field}: {stray}. Available: {sorted(self.input_dims)}.")
         for field in ("modalities_specific_dim", "modalities_specific_betas", "rescale_factors"):

@@ -1,4 +1,4 @@
-"""A batch of incomplete multimodal rows: one tensor for each modality, and masks of the rows that have it."""
+"""A batch of incomplete multimodal rows: one tensor for each modality, and masks of the rows and cells that have it."""
 
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,18 +31,21 @@ class Batch:
     Attributes:
         data: one tensor `(rows, *shape)` for each modality. An absent modality is missing in every row. Values of
             missing rows are never read: they may be zero, NaN or anything else.
-        masks: boolean or 0/1, `(rows,)` or `(rows, 1)`, true where the row has the modality. A modality without a mask
-            is present in every row; None means no modality has one.
+        masks: boolean or 0/1, `(rows,)` or `(rows, 1)`, true where the row has the modality, or `(rows, *shape)`, true
+            where it has the cell. A row without any cell of a modality lacks the modality. One without a mask is
+            present in every row; None means no modality has one. What is read back is boolean and `(rows,)`.
         labels: int64 `(rows,)`, the class of each row; negative for a row without one.
         ids: the ids of the rows, an int64 tensor or a numpy array of strings.
         size_factors: float `(rows,)`, positive. The expected counts of a row are proportional to it; an example is
             sequencing depth. Used for modalities of counts only. NaN, or None for all rows, means the total count of
             the row.
+        cells: boolean `(rows, *shape)` for each modality whose mask is of cells, true where the row has the cell.
 
     All parts may be given as numpy arrays; they become tensors that share their memory where they can.
 
     Raises:
-        ValueError: if the tensors have different numbers of rows, or a mask is not 0/1 or names no modality.
+        ValueError: if the tensors have different numbers of rows, or a mask is not 0/1, has another shape or names no
+            modality.
         TypeError: if a part is no array of numbers.
     """
 
@@ -51,6 +54,7 @@ class Batch:
     labels: Tensor | None = None
     ids: Ids | None = None
     size_factors: Tensor | None = None
+    cells: Mapping[str, Tensor] | None = None
 
     def __init__(
         self,
@@ -59,6 +63,7 @@ class Batch:
         labels: Array | None = None,
         ids: Ids | Sequence[int | str] | None = None,
         size_factors: Array | None = None,
+        cells: Mapping[str, Array] | None = None,
     ) -> None:
         if not isinstance(data, Mapping):
             raise TypeError(f"data must be a dict with an array for each modality, but got {type(data).__name__}.")
@@ -68,11 +73,13 @@ class Batch:
         keep(self, "labels", None if labels is None else as_tensor("labels", labels))
         keep(self, "ids", None if ids is None else _as_ids(ids))
         keep(self, "size_factors", None if size_factors is None else as_tensor("size_factors", size_factors))
+        keep(self, "cells", None if cells is None else _as_tensors("cells", cells))
         self._check()
 
     def _check(self) -> None:
         masks = {} if self.masks is None else dict(self.masks)
-        stray = sorted(masks.keys() - self.data.keys())
+        cells = {} if self.cells is None else dict(self.cells)
+        stray = sorted((masks.keys() | cells.keys()) - self.data.keys())
         if stray:
             raise ValueError(f"Unknown modalities {stray} in masks. The batch has {sorted(self.data)}.")
         lengths = {name: values.shape[0] for name, values in self.data.items()}  # len() takes ten times as long
@@ -82,7 +89,32 @@ class Batch:
         if len(set(lengths.values())) > 1:
             raise ValueError(f"All parts of a batch must have the same number of rows, but got {lengths}.")
         if self.masks is not None:
-            object.__setattr__(self, "masks", {name: _as_boolean(name, mask) for name, mask in masks.items()})
+            for name, mask in masks.items():
+                masks[name] = _as_boolean(name, mask)
+                if mask.dim() == 2 and mask.shape[1] == 1:
+                    masks[name] = masks[name].reshape(-1)
+                elif mask.dim() > 1:
+                    cells[name] = masks[name]
+            of_rows = {name: mask for name, mask in masks.items() if mask.dim() == 1}
+            object.__setattr__(self, "masks", of_rows)
+        if cells:
+            self._split_masks(cells)
+
+    def _split_masks(self, cells: Mapping[str, Tensor]) -> None:
+        """Make the masks of rows and of cells agree: a row has a modality if it has a cell of it."""
+        rows, known = dict(self.masks or {}), dict[str, Tensor]()
+        for name, given in cells.items():
+            if given.shape != self.data[name].shape:
+                raise ValueError(
+                    f"Mask of modality {name!r} must be (rows,) or (rows, 1), or have the shape "
+                    f"{tuple(self.data[name].shape)} of the values, but got {tuple(given.shape)}."
+                )
+            mask = _as_boolean(name, given)
+            if name in rows:
+                mask = mask & rows[name].view(-1, *(1 for _ in mask.shape[1:]))
+            rows[name], known[name] = mask.flatten(1).any(1), mask
+        object.__setattr__(self, "masks", rows)
+        object.__setattr__(self, "cells", known)
 
     def __len__(self) -> int:
         for part in (*self.data.values(), self.labels, self.ids, self.size_factors):
@@ -110,6 +142,7 @@ class Batch:
             labels=None if self.labels is None else select(self.labels),
             ids=select(ids) if isinstance(ids, Tensor) else ids,
             size_factors=None if self.size_factors is None else select(self.size_factors),
+            cells=None if self.cells is None else {name: select(mask) for name, mask in self.cells.items()},
         )
 
     def __iter__(self) -> Iterator["Batch"]:
@@ -130,6 +163,7 @@ class Batch:
             labels=None if self.labels is None else change(self.labels),
             ids=change(self.ids) if isinstance(self.ids, Tensor) else self.ids,
             size_factors=None if self.size_factors is None else change(self.size_factors),
+            cells=None if self.cells is None else {name: change(mask) for name, mask in self.cells.items()},
         )
 
 
@@ -166,14 +200,20 @@ def _as_ids(ids: Ids | Sequence[int | str]) -> Ids:
 
 
 def _as_boolean(name: str, mask: Tensor) -> Tensor:
-    if mask.dim() not in (1, 2) or (mask.dim() == 2 and mask.shape[1] != 1):
-        raise ValueError(f"Mask of modality {name!r} must be (rows,) or (rows, 1), but got {tuple(mask.shape)}.")
-    flat = mask.reshape(-1)
-    if flat.dtype == torch.bool:
-        return flat
-    if bool(((flat != 0) & (flat != 1)).any()):
+    if mask.dtype == torch.bool:
+        return mask
+    if bool(((mask != 0) & (mask != 1)).any()):
         raise ValueError(f"Mask of modality {name!r} must be boolean or 0/1, but has other values.")
-    return flat != 0
+    return mask != 0
+
+
+def has_cells(batch: Batch, name: str) -> Bool[Tensor, "row ..."]:
+    """Return which cells of a modality, which the batch has, rows have: `(rows, *shape)`."""
+    cells = (batch.cells or {}).get(name)
+    if cells is not None:
+        return cells.cpu()
+    shape = batch.data[name].shape
+    return has(batch, name).view(-1, *(1 for _ in shape[1:])).expand(shape)
 
 
 def has(batch: Batch, name: str) -> Bool[Tensor, " row"]:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from dmvae.data.batch import Batch
 from dmvae.distributions.gaussian import DiagGaussian
+from dmvae.distributions.likelihoods import log_prob_each
 from dmvae.distributions.noise import chain, row_keys, standard_normal
 from dmvae.model.dmvae import DMVAE
 
@@ -37,8 +38,9 @@ def negative_elbo(model: DMVAE, batch: Batch, num_draws: int = 16, seed: int = 0
             z = torch.cat((z_shared, _sample(gaussian, part_noise)), dim=-1)[here]
             output = model.decode_functions[name](z.flatten(0, 1))
             output = output.reshape(*z.shape[:2], *output.shape[1:])
-            log_p = likelihood.log_prob(output, part.values.unsqueeze(1)).double().mean(1)
-            total[here] += part.private.kl_from_prior().double() - log_p
+            cells = None if part.cells is None else part.cells.unsqueeze(1)
+            (log_p,) = log_prob_each([likelihood], output.unsqueeze(0), [part.values.unsqueeze(1)], [cells])
+            total[here] += part.private.kl_from_prior().double() - log_p.double().mean(1)
     return total
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmvae.data.batch import Batch, has
+from dmvae.data.batch import Batch, has, has_cells
 from dmvae.distributions.gaussian_mixture import FittedPrior
 from dmvae.evaluation.baselines import Imputer
 from dmvae.evaluation.masking import mask_modalities
@@ -132,12 +132,13 @@ def join(parts: Iterable[Batch]) -> Batch:
     batches_ = list(parts)
     labels = [part.labels for part in batches_ if part.labels is not None]
     size_factors = [part.size_factors for part in batches_ if part.size_factors is not None]
-    names = list(batches_[0].data)
+    names, with_cells = list(batches_[0].data), set().union(*(part.cells or {} for part in batches_))
     return Batch(
         data={name: torch.cat([part.data[name] for part in batches_]) for name in names},
         masks={name: torch.cat([has(part, name) for part in batches_]) for name in names},
         labels=torch.cat(labels) if labels else None,
         size_factors=torch.cat(size_factors) if size_factors else None,
+        cells={name: torch.cat([has_cells(part, name) for part in batches_]) for name in names if name in with_cells},
     )
 
 

@@ -22,6 +22,7 @@ def mask_modalities(batch: Batch, *names: str) -> Batch:
         batch,
         data={name: values for name, values in batch.data.items() if name not in names},
         masks={name: mask for name, mask in (batch.masks or {}).items() if name not in names},
+        cells={name: mask for name, mask in (batch.cells or {}).items() if name not in names},
         # without any data, the ids give the number of rows
         ids=torch.arange(len(batch)) if batch.ids is None else batch.ids,
     )

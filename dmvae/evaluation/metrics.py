@@ -5,7 +5,7 @@ Every function takes one batch or several. Results of several workers are added,
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import Tensor
 from dmvae.data.batch import Batch, has
 from dmvae.distributions.gaussian_mixture import FittedPrior
 from dmvae.distributions.noise import chain, row_keys
+from dmvae.evaluation.masking import mask_modalities
 from dmvae.model.dmvae import DMVAE, Modalities
 from dmvae.model.encoding import ACTIVE_VARIANCE
 
@@ -155,8 +156,7 @@ def conditional_coherence(
         chosen = _labelled(batch, *names)
         if len(chosen) == 0:
             continue
-        given = replace(chosen, data={name: chosen.data[name] for name in names if name in chosen.data},
-                        masks={name: mask for name, mask in (chosen.masks or {}).items() if name in names})  # fmt: skip
+        given = mask_modalities(chosen, *(chosen.data.keys() - set(names)))
         counted += predicted_class_share(model, chosen, given, classifier, gen_mod, density, return_mean, seed)
     return counted
 

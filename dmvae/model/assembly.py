@@ -1,7 +1,9 @@
 """The likelihoods and networks of a model, built from its configuration."""
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -49,6 +51,8 @@ def assemble(
             architecture = architecture_of(settings, dims, name)
             encoder = architecture.encoder(settings, dims) if encoder is None else encoder
             decoder = architecture.decoder(settings, dims) if decoder is None else decoder
+        if name in config.missing_cells:
+            _check_takes_cells(name, encoder.forward, parts.likelihoods[name].log_prob)
         parts.encoders[name], parts.decoders[name] = encoder, decoder
     return parts
 
@@ -66,7 +70,21 @@ def _dimensions(config: DMVAEConfig, name: str, likelihood: Likelihood) -> Dimen
         start=likelihood.start,
         kinds=() if table is None else table.kinds,
         column_classes=() if table is None else table.num_classes,
+        missing_cells=name in config.missing_cells,
     )
+
+
+def _check_takes_cells(name: str, encode: Callable[..., Any], log_prob: Callable[..., Any]) -> None:
+    """Check that an encoder and a likelihood, which a user may have written, know of missing cells."""
+    for function, arguments in ((encode, ("values", "cells")), (log_prob, ("output", "value", "cells"))):
+        try:
+            inspect.signature(function).bind(*arguments)
+        except TypeError:
+            what = "encoder's forward" if function is encode else "likelihood's log_prob"
+            raise ValueError(
+                f"Modality {name!r} has missing cells, so its {what} must take ({', '.join(arguments)}), but takes "
+                f"{inspect.signature(function)}. Add the argument `cells`: true where a value is observed."
+            ) from None
 
 
 def _check_custom(config: DMVAEConfig, custom: tuple[str, ...]) -> None:

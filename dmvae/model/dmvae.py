@@ -1,5 +1,6 @@
 """The model: thin methods around the mathematics in the modules beside it."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from dmvae.data.inputs import Inputs, as_batch
 from dmvae.distributions.gaussian import DiagGaussian
 from dmvae.distributions.gaussian_mixture import FittedPrior
 from dmvae.model.assembly import assemble
-from dmvae.model.encoding import combine, conform, observe, present, size_factors
+from dmvae.model.encoding import check_observed, combine, conform, observe, present, size_factors
 from dmvae.model.generation import decode_latents, draw_latents, draw_seed, inference_mode, sample_latents
 from dmvae.model.loss import Decode, Noise, Observed, multimodal_elbo_loss
 from dmvae.model.nll.estimate import NLLEstimate, joint_nll
@@ -139,7 +140,7 @@ class DMVAE(nn.Module):
         unknown = sorted(ignored.keys() - _OF_OTHER_TRAINERS)
         if unknown:
             raise TypeError(f"Unknown arguments {unknown}. Available: inputs, noise, divergence_weight.")
-        batch = self._batch(inputs)
+        batch = self._conformed(inputs)
         if noise is None:
             width = Noise.width(self.config)
             noise = Noise.from_normals(
@@ -147,13 +148,15 @@ class DMVAE(nn.Module):
             )
         bound = multimodal_elbo_loss(
             self.config,
-            observe(batch, self.encoders, self.likelihoods),
+            observe(batch, self.encoders, self.likelihoods, self.config.missing_cells),
             self.decode_functions,
             self.likelihoods,
             noise,
             divergence_weight,
         )
         row_loss = bound.row_loss
+        if not math.isfinite(float(row_loss.detach().sum())):
+            check_observed(batch)
         if torch.is_grad_enabled() and not row_loss.requires_grad:
             # without any value to learn from, this worker must still reduce gradients with the others, as zeros; and it
             # must do so here, inside the module that DDP wraps
@@ -164,12 +167,15 @@ class DMVAE(nn.Module):
         """Start what likelihoods learn at the values of training rows: scales at the features' deviations."""
         batch = self._batch(rows)
         for name, values in batch.data.items():
-            self.likelihoods[name].initialize(values[present(batch, name)])
+            here, cells = present(batch, name), (batch.cells or {}).get(name)
+            arguments = (values[here],) if cells is None else (values[here], cells[here])
+            self.likelihoods[name].initialize(*arguments)
 
     def observe(self, inputs: Inputs, modalities: Modalities = "all") -> dict[str, Observed]:
         """Encode each modality of the rows that have it; modalities that no row has are left out."""
         names = self._names(modalities, "modalities")
-        return observe(self._batch(inputs), {name: self.encoders[name] for name in names}, self.likelihoods)
+        encoders = {name: self.encoders[name] for name in names}
+        return observe(self._batch(inputs), encoders, self.likelihoods, self.config.missing_cells)
 
     @property
     def decode_functions(self) -> dict[str, Decode]:
@@ -355,6 +361,11 @@ class DMVAE(nn.Module):
         return model.eval()
 
     def _batch(self, inputs: Inputs) -> Batch:
+        batch = self._conformed(inputs)
+        check_observed(batch)
+        return batch
+
+    def _conformed(self, inputs: Inputs) -> Batch:
         return conform(as_batch(inputs, self.config.shapes), self.config, self.likelihoods, self.dtype, self.device)
 
     def _names(self, modalities: Modalities, argument: str) -> tuple[str, ...]:

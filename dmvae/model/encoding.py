@@ -1,6 +1,7 @@
 """From incomplete rows to posteriors: check inputs, encode the values that are present, combine the experts."""
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float
@@ -11,7 +12,7 @@ from dmvae.data.batch import Batch
 from dmvae.distributions.gaussian import DiagGaussian, at_least_float32, product_of_experts
 from dmvae.distributions.likelihoods import Likelihood
 from dmvae.model.loss import Observed
-from dmvae.nn.batched import encode_each
+from dmvae.nn.batched import EncoderInput, encode_each
 
 ACTIVE_VARIANCE = 0.01
 """A unit is active if the variance of its posterior mean over rows exceeds this (Burda et al. 2016)."""
@@ -49,35 +50,90 @@ def conform(
     size_factors = getattr(inputs, "size_factors", None)
     if size_factors is not None:
         size_factors = size_factors.to(device, dtype, non_blocking=is_gpu)
-    return Batch(data, masks, getattr(inputs, "labels", None), getattr(inputs, "ids", None), size_factors)
+    cells = getattr(inputs, "cells", None)
+    if cells is not None:
+        cells = {name: mask.to(device, non_blocking=is_gpu) for name, mask in cells.items()}
+    batch = Batch(data, masks, getattr(inputs, "labels", None), getattr(inputs, "ids", None), size_factors, cells)
+    stray = sorted(set(batch.cells or {}) - set(config.missing_cells))
+    if stray:
+        raise ValueError(
+            f"Masks of cells given for {stray}, but the model is for rows that have all cells of a modality or none. "
+            f"Build it with missing_cells={tuple(stray)}, or mask whole rows."
+        )
+    return batch
+
+
+def check_observed(batch: Batch) -> None:
+    """Check that no observed value is NaN.
+
+    Raises:
+        ValueError: naming the modality, the row and the element.
+    """
+    for name, values in batch.data.items():
+        if not values.is_floating_point() or not bool(values.isnan().any()):
+            continue
+        wrong = values.isnan()
+        if name in (batch.cells or {}):
+            wrong = wrong & (batch.cells or {})[name]
+        elif name in (batch.masks or {}):
+            wrong = wrong & (batch.masks or {})[name].view(-1, *(1 for _ in values.shape[1:]))
+        if bool(wrong.any()):
+            row, *element = wrong.nonzero()[0].tolist()
+            at = f"row {row}" if batch.ids is None else f"row {row} (id {batch.ids[row]})"
+            raise ValueError(
+                f"Modality {name!r} is NaN in {at}, element {element if len(element) > 1 else element[0]}. Mark the "
+                f"cell as missing in masks[{name!r}], of shape {tuple(values.shape)}, or correct the value."
+            )
 
 
 def observe(
-    batch: Batch, encoders: Mapping[str, nn.Module], likelihoods: Mapping[str, Likelihood]
+    batch: Batch,
+    encoders: Mapping[str, nn.Module],
+    likelihoods: Mapping[str, Likelihood],
+    with_cells: Container[str] = (),
 ) -> dict[str, Observed]:
-    """Encode each modality of the rows that have it; modalities that no row has are left out."""
-    here: dict[str, tuple[Tensor, Tensor | None, Tensor, Tensor | None]] = {}
+    """Encode each modality of the rows that have it; modalities that no row has are left out.
+
+    The encoders of `with_cells` read which cells are observed, besides the values, which are 0 where they are missing.
+    """
+    here: dict[str, _Rows] = {}
     for name in encoders:
         if name not in batch.data or len(batch) == 0:
             continue
-        values, mask, size_factors = batch.data[name], (batch.masks or {}).get(name), batch.size_factors
-        if mask is None or bool(mask.all()):
-            everywhere = torch.ones(len(batch), dtype=torch.bool, device=values.device)
-            here[name] = everywhere, None, values, size_factors
-            continue
-        rows = mask.nonzero().squeeze(1)
-        if len(rows) > 0:
-            size_factors = None if size_factors is None else size_factors.index_select(0, rows)
-            here[name] = mask, rows, values.index_select(0, rows), size_factors
-    outputs = encode_each({name: (encoders[name], values) for name, (_, _, values, _) in here.items()})
+        values, mask, cells = batch.data[name], (batch.masks or {}).get(name), (batch.cells or {}).get(name)
+        if cells is not None:
+            values = values.masked_fill(~cells, 0)
+        rows = _Rows(torch.ones(len(batch), dtype=torch.bool, device=values.device), None, values, batch.size_factors)
+        if mask is not None and not bool(mask.all()):
+            places = mask.nonzero().squeeze(1)
+            if len(places) == 0:
+                continue
+            size_factors = None if batch.size_factors is None else batch.size_factors.index_select(0, places)
+            rows = _Rows(mask, places, values.index_select(0, places), size_factors)
+            cells = None if cells is None else cells.index_select(0, places)
+        if name in with_cells:
+            rows.cells = torch.ones_like(rows.values, dtype=torch.bool) if cells is None else cells
+        here[name] = rows
+    outputs = encode_each({name: EncoderInput(encoders[name], rows.values, rows.cells) for name, rows in here.items()})
     observed = {}
-    for name, (present_rows, places, values, size_factors) in here.items():
+    for name, rows in here.items():
         output = outputs[name]
         shared = _gaussian(output.embedding, output.log_covariance)
         private = _gaussian(output.style_embedding, output.style_log_covariance)
-        seen = likelihoods[name].observe(values, size_factors)
-        observed[name] = Observed(present_rows, places, seen, shared, private)
+        seen = likelihoods[name].observe(rows.values, rows.size_factors)
+        observed[name] = Observed(rows.present, rows.places, seen, shared, private, rows.cells)
     return observed
+
+
+@dataclass(eq=False)
+class _Rows:
+    """The rows that have a modality: which, their places (None: all), values, size factors and observed cells."""
+
+    present: Tensor
+    places: Tensor | None
+    values: Tensor
+    size_factors: Tensor | None
+    cells: Tensor | None = None
 
 
 def combine(
@@ -120,7 +176,9 @@ def size_factors(batch: Batch, name: str, unknown: float, like: Tensor) -> Float
     """
     found = like.new_full((len(batch),), unknown)
     if name in batch.data:
-        found = torch.where(present(batch, name), batch.data[name].flatten(1).sum(1).clamp(min=1), found)
+        counts, cells = batch.data[name], (batch.cells or {}).get(name)
+        counts = counts if cells is None else counts.masked_fill(~cells, 0)
+        found = torch.where(present(batch, name), counts.flatten(1).sum(1).clamp(min=1), found)
     if batch.size_factors is not None:
         found = torch.where(batch.size_factors.isnan(), found, batch.size_factors)
     return found

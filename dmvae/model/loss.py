@@ -2,7 +2,7 @@
 
 The sources are the joint posterior and, depending on the configuration, each modality or random subsets of what a row
 has. The objective is a pure function of posteriors, decoders, rows and noise. Missing values are neither decoded nor
-read.
+read, be it a modality of a row or a cell.
 """
 
 import math
@@ -34,6 +34,7 @@ class Observed:
         values: `(observed, *shape)`, as `Likelihood.observe` returns them.
         shared: q(z_s | x_m), observed rows only.
         private: q(z_p | x_m), observed rows only.
+        cells: `(observed, *shape)`, which values are observed; None: all of them.
     """
 
     present: Bool[Tensor, " row"]
@@ -41,6 +42,7 @@ class Observed:
     values: Tensor
     shared: DiagGaussian
     private: DiagGaussian
+    cells: Tensor | None = None
 
     def scatter(self, compact: Float[Tensor, "observed *rest"]) -> Float[Tensor, "row *rest"]:
         """Scatter observed rows to their positions in the batch, with zeros elsewhere."""
@@ -280,12 +282,15 @@ def _log_likelihood(
     Only existing pairs are decoded (None: all exist), in one call for all sources and members of a group unless the
     result is too large.
     """
-    grid, values = z.shape[:3], [part.values for part in parts]
+    grid, values, cells = z.shape[:3], [part.values for part in parts], [part.cells for part in parts]
     z = z.flatten(1, 2)
     if pairs is None and _num_pieces(z, likelihoods[0]) == 1:
         output = decode_each(decoders, z)
         return log_prob_each(
-            likelihoods, output.reshape(*grid, *output.shape[2:]), [value.unsqueeze(0) for value in values]
+            likelihoods,
+            output.reshape(*grid, *output.shape[2:]),
+            [value.unsqueeze(0) for value in values],
+            [mask if mask is None else mask.unsqueeze(0) for mask in cells],
         )
     chosen = torch.arange(z.shape[1], device=z.device) if pairs is None else pairs.flatten().nonzero().squeeze(1)
     place = parts[0].present.cumsum(0) - 1  # of a row of the batch among the observed ones
@@ -294,7 +299,9 @@ def _log_likelihood(
     found = []
     for own_z, own_rows in zip(z.tensor_split(num, dim=1), rows.tensor_split(num), strict=True):
         output = decode_each(decoders, own_z)
-        found.append(log_prob_each(likelihoods, output, [observed.index_select(0, own_rows) for observed in values]))
+        own_values = [part.index_select(0, own_rows) for part in values]
+        own_cells = [mask if mask is None else mask.index_select(0, own_rows) for mask in cells]
+        found.append(log_prob_each(likelihoods, output, own_values, own_cells))
     log_p = torch.cat(found, dim=1)
     return log_p.new_zeros(grid[0], grid[1] * grid[2]).index_copy(1, chosen, log_p).view(grid)
 

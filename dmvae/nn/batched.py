@@ -41,6 +41,20 @@ def in_type_of(network: nn.Module, latent: Tensor) -> Tensor:
     return latent.to(weight.dtype) if weight is not None and is_half else latent
 
 
+@dataclass(frozen=True, eq=False)
+class EncoderInput:
+    """An encoder, the values of some rows, and which of their cells are observed; None: its rows have all cells."""
+
+    encoder: nn.Module
+    values: Tensor
+    cells: Tensor | None = None
+
+    @property
+    def arguments(self) -> tuple[Tensor, ...]:
+        """What the encoder is called with."""
+        return (self.values,) if self.cells is None else (self.values, self.cells)
+
+
 def bound_log_var(log_var: Tensor) -> Tensor:
     """Bound a posterior's log-variance softly, in float32 or better: the identity from -20 to 10.
 
@@ -61,18 +75,17 @@ def bound_log_var(log_var: Tensor) -> Tensor:
     return inside + torch.asinh(log_var - inside)
 
 
-def encode_each(given: Mapping[str, tuple[nn.Module, Tensor]]) -> dict[str, EncoderOutput]:
+def encode_each(given: Mapping[str, EncoderInput]) -> dict[str, EncoderOutput]:
     """Run every encoder on its rows; those with the same layout and number of rows as one batched product.
 
     Log-variances are softly bounded.
     """
-    layouts = {name: layout(encoder) for name, (encoder, _) in given.items()}
-    kinds = {name: found and (found, given[name][1].shape[0]) for name, found in layouts.items()}
+    layouts = {name: layout(own.encoder) for name, own in given.items()}
+    kinds = {name: found and (found, given[name].values.shape[0]) for name, found in layouts.items()}
     outputs: dict[str, EncoderOutput] = {}
     for names in group_by_layout(kinds):
         if len(names) == 1:
-            encoder, values = given[names[0]]
-            output = encoder(values)
+            output = given[names[0]].encoder(*given[names[0]].arguments)
             outputs[names[0]] = EncoderOutput(
                 output.embedding,
                 bound_log_var(output.log_covariance),
@@ -80,8 +93,8 @@ def encode_each(given: Mapping[str, tuple[nn.Module, Tensor]]) -> dict[str, Enco
                 bound_log_var(output.style_log_covariance),
             )
             continue
-        encoders = [encoder for encoder, _ in (given[name] for name in names) if isinstance(encoder, MLPEncoder)]
-        features = [encoder.features(given[name][1]) for encoder, name in zip(encoders, names, strict=True)]
+        encoders = [encoder for name in names if isinstance(encoder := given[name].encoder, MLPEncoder)]
+        features = [encoder.features(*given[name].arguments) for encoder, name in zip(encoders, names, strict=True)]
         shared, shared_log_var, private, private_log_var = torch.split(
             _run_alike(encoders, torch.stack(features)), encoders[0].heads.sizes, dim=-1
         )

@@ -84,8 +84,8 @@ def test_a_mask_of_other_values_is_refused(value: float) -> None:
 
 
 def test_a_mask_of_another_shape_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"'a' must be .*got \(2, 3\)"):
-        Batch({"a": torch.zeros(2, 3)}, {"a": torch.ones(2, 3)})
+    with pytest.raises(ValueError, match=r"'a' must be .*got \(2, 4\)"):
+        Batch({"a": torch.zeros(2, 3)}, {"a": torch.ones(2, 4)})
 
 
 def test_a_mask_of_an_unknown_modality_is_refused_with_the_known_ones() -> None:

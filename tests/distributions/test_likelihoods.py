@@ -196,7 +196,7 @@ class Scaled(Cauchy):
 def test_likelihoods_that_differ_in_what_is_private_to_them_are_not_taken_for_one(widths: tuple[Any, Any]) -> None:
     alone = [Scaled((3,), width) for width in widths]
     output, values = torch.randn(2, 4, 3), [torch.randn(4, 3), torch.randn(4, 3)]
-    found = log_prob_each(alone, output, values)
+    found = log_prob_each(alone, output, values, [None] * len(values))
     for own, one, part, value in zip(found, alone, output, values, strict=True):
         torch.testing.assert_close(own, one.log_prob(part, value))
 

@@ -17,9 +17,9 @@ class Bernoulli(Likelihood):
 
     support = "numbers in [0, 1]"
 
-    def log_prob(self, output: Tensor, value: Tensor) -> Float[Tensor, "..."]:
+    def log_prob(self, output: Tensor, value: Tensor, cells: Tensor | None = None) -> Float[Tensor, "..."]:
         """Return x log p + (1 - x) log(1 - p), summed over the modality's elements."""
-        return self._sum(value * output - F.softplus(output))
+        return self._sum(value * output - F.softplus(output), cells)
 
     def mean(self, output: Tensor) -> Tensor:
         """Return the probabilities of 1."""

@@ -26,14 +26,14 @@ class Categorical(Likelihood):
         self.classes, self.pad = classes, pad
         self.output_shape = (*shape, classes)
 
-    def log_prob(self, output: Tensor, value: Tensor) -> Float[Tensor, "..."]:
+    def log_prob(self, output: Tensor, value: Tensor, cells: Tensor | None = None) -> Float[Tensor, "..."]:
         """Return the log-probability in nats, summed over the modality's elements."""
         log_p = torch.log_softmax(self._without_pad(output), dim=-1)
         place = value.unsqueeze(-1) + torch.zeros_like(log_p[..., :1], dtype=torch.int64)
         elements = log_p.expand(*place.shape[:-1], self.classes).gather(-1, place)
         if self.pad is not None:
             elements = elements.masked_fill(place == self.pad, 0.0)
-        return self._sum(elements.squeeze(-1))
+        return self._sum(elements.squeeze(-1), cells)
 
     def in_support(self, value: Tensor) -> bool:
         """Tell whether every value is one of the classes."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial, reduce
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dmvae.distributions.likelihoods.bernoulli import Bernoulli
@@ -101,10 +101,21 @@ class Columns(Likelihood):
         logs = [math.log(rate) for rate in rates] or [0.0] * len(counts)
         self.start = (*[0.0] * len(numbers), *logs, *[0.0] * (start - len(numbers) - len(logs)))
 
-    def log_prob(self, output: Tensor, value: Tensor) -> Float[Tensor, "..."]:
+    def log_prob(self, output: Tensor, value: Tensor, cells: Tensor | None = None) -> Float[Tensor, "..."]:
         """Return the log-density or log-probability in nats, summed over columns."""
-        each = (part.likelihood.log_prob(own, its) for part, own, its in self._each(output, value))
+        each = (
+            part.likelihood.log_prob(own, its, None if cells is None else cells[..., self._buffers[part.columns]])
+            for part, own, its in self._each(output, value)
+        )
         return reduce(torch.add, each)
+
+    def output_cells(self, cells: Bool[Tensor, "..."]) -> Bool[Tensor, "..."]:
+        """Return which numbers of the output are parameters of observed cells."""
+        parts = []
+        for part in self.parts:
+            own = part.likelihood.output_cells(cells[..., self._buffers[part.columns]])
+            parts.append(own.expand(*cells.shape[:-1], *part.likelihood.output_shape).flatten(cells.dim() - 1))
+        return torch.cat(parts, dim=-1)
 
     def mean(self, output: Tensor) -> Tensor:
         """Return the mean of each column `(..., columns)`; of a category, the most probable class."""
@@ -140,10 +151,11 @@ class Columns(Likelihood):
             found[..., self._buffers[part.columns]] = drawn.to(output.dtype)
         return found
 
-    def initialize(self, value: Float[Tensor, "row ..."]) -> None:
+    def initialize(self, value: Float[Tensor, "row ..."], cells: Bool[Tensor, "row ..."] | None = None) -> None:
         """Start every scale at the deviation of training rows."""
         for part in self.parts:
-            part.likelihood.initialize(value[..., self._buffers[part.columns]])
+            columns = self._buffers[part.columns]
+            part.likelihood.initialize(value[..., columns], None if cells is None else cells[..., columns])
 
     def in_support(self, value: Tensor) -> bool:
         """Tell whether every value is one of its column's kind."""
@@ -176,13 +188,13 @@ class Columns(Likelihood):
 class _Category(Categorical):
     """Categories as floats; the class number `classes` stands for all that no training row has."""
 
-    def log_prob(self, output: Tensor, value: Tensor) -> Float[Tensor, "..."]:
+    def log_prob(self, output: Tensor, value: Tensor, cells: Tensor | None = None) -> Float[Tensor, "..."]:
         """Return the log-probability in nats, summed over columns."""
         log_p = torch.log_softmax(output, dim=-1)
         place = value.long().clamp(max=self.classes - 1).unsqueeze(-1) + torch.zeros_like(log_p[..., :1]).long()
         known = log_p.expand(*place.shape[:-1], self.classes).gather(-1, place).squeeze(-1)
         known = known + math.log1p(-UNSEEN_PROBABILITY)
-        return self._sum(torch.where(self._is_known(value), known, math.log(UNSEEN_PROBABILITY)))
+        return self._sum(torch.where(self._is_known(value), known, math.log(UNSEEN_PROBABILITY)), cells)
 
     def in_support(self, value: Tensor) -> bool:
         """Tell whether every value is one of the classes, or the one for the rest."""

@@ -54,6 +54,9 @@ class Counts(Likelihood):
         """Tell whether every value is a whole number of 0 or more."""
         return bool(((value >= 0) & (value == value.floor()) & value.isfinite()).all())
 
+    def _flat(self, cells: Tensor) -> Tensor:
+        return cells.flatten(-len(self.shape))
+
     def _split(self, output: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Return flat counts and the logarithm of their means."""
         size = math.prod(self.shape)

@@ -16,9 +16,9 @@ class Laplace(LocationScale):
 
     scale_of_unit_deviation = math.sqrt(0.5)
 
-    def log_prob(self, output: Tensor, value: Tensor) -> Float[Tensor, "..."]:
+    def log_prob(self, output: Tensor, value: Tensor, cells: Tensor | None = None) -> Float[Tensor, "..."]:
         """Return the log-density in nats, summed over the modality's elements."""
-        return self._log_density((value - output).abs(), 1, math.log(2))
+        return self._log_density((value - output).abs(), 1, math.log(2), cells)
 
     def score(self, output: Float[Tensor, "row ..."], value: Tensor) -> Float[Tensor, "row ..."]:
         """Return (x - y) / (s r), the score of the density smoothed near its kink; r as in `information`."""

@@ -4,7 +4,7 @@ from collections.abc import Hashable, Sequence
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 _OF_ANY_MODULE = frozenset(vars(nn.Module()))
@@ -42,8 +42,12 @@ class Likelihood(nn.Module):
         self.shape = shape
         self.output_shape = shape
 
-    def log_prob(self, output: Tensor, value: Tensor) -> Float[Tensor, "..."]:
-        """Return log p(value | output) in nats, summed over the modality's elements."""
+    def log_prob(self, output: Tensor, value: Tensor, cells: Tensor | None = None) -> Float[Tensor, "..."]:
+        """Return log p(value | output) in nats, summed over the modality's elements.
+
+        With `cells`, boolean `(rows, *shape)`, it is the sum over the observed cells, those that are true. The values
+        of the others are 0, and do not count.
+        """
         raise NotImplementedError
 
     @property
@@ -74,8 +78,15 @@ class Likelihood(nn.Module):
         """Return observed rows in the form that `log_prob`, `score` and `information` take: by default, the values."""
         return value
 
-    def initialize(self, value: Tensor) -> None:
-        """Start the likelihood's parameters, if any, from training rows `(rows, *shape)` that have the modality."""
+    def output_cells(self, cells: Bool[Tensor, "..."]) -> Bool[Tensor, "..."]:
+        """Return which numbers of the output, `(..., *output_shape)`, are parameters of observed cells."""
+        return cells.view(*cells.shape, *(1 for _ in self.output_shape[len(self.shape) :]))
+
+    def initialize(self, value: Tensor, cells: Tensor | None = None) -> None:
+        """Start the likelihood's parameters, if any, from training rows `(rows, *shape)` that have the modality.
+
+        Values where `cells`, of the same shape, is false are missing.
+        """
 
     def is_density(self, value: Tensor) -> bool:
         """Tell whether `log_prob` is a log-density or log-probability of these values."""
@@ -117,19 +128,31 @@ class Likelihood(nn.Module):
         kept: Tensor = (vectors * values.clamp(min=0).unsqueeze(-2)) @ vectors.mT
         return kept
 
-    def _sum(self, elements: Tensor) -> Tensor:
+    def _sum(self, elements: Tensor, cells: Tensor | None = None) -> Tensor:
+        elements = elements if cells is None else elements.masked_fill(~cells, 0.0)
         return elements.flatten(-len(self.shape)).sum(-1)
 
 
 def log_prob_each(
-    likelihoods: Sequence[Likelihood], output: Float[Tensor, "member ..."], values: Sequence[Tensor]
+    likelihoods: Sequence[Likelihood],
+    output: Float[Tensor, "member ..."],
+    values: Sequence[Tensor],
+    cells: Sequence[Tensor | None],
 ) -> Float[Tensor, "member ..."]:
-    """Return `log_prob` of each likelihood for its output and values, in one call if all have the same `kind`."""
-    kinds = {likelihood.kind for likelihood in likelihoods}
-    if len(likelihoods) == 1 or (len(kinds) == 1 and None not in kinds):
-        return likelihoods[0].log_prob(output, stack(values))
-    alone = zip(likelihoods, output.unbind(), values, strict=True)
-    return torch.stack([likelihood.log_prob(own, value) for likelihood, own, value in alone])
+    """Return `log_prob` of each likelihood for its output, values and observed cells (None: all of them).
+
+    It is one call if all have the same `kind` and have missing cells, or none has.
+    """
+    kinds, masks = {likelihood.kind for likelihood in likelihoods}, [mask for mask in cells if mask is not None]
+    if len(likelihoods) == 1 or (len(kinds) == 1 and None not in kinds and len(masks) in (0, len(cells))):
+        return _log_prob(likelihoods[0], output, stack(values), stack(masks) if masks else None)
+    alone = zip(likelihoods, output.unbind(), values, cells, strict=True)
+    return torch.stack([_log_prob(*each) for each in alone])
+
+
+def _log_prob(likelihood: Likelihood, output: Tensor, value: Tensor, cells: Tensor | None) -> Tensor:
+    # a registered likelihood need not know of missing cells, unless its modality has some
+    return likelihood.log_prob(output, value) if cells is None else likelihood.log_prob(output, value, cells)
 
 
 def stack(tensors: Sequence[Tensor]) -> Tensor:

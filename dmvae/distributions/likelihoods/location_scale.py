@@ -4,7 +4,7 @@ import math
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from dmvae.distributions.likelihoods.likelihood import Likelihood
@@ -48,16 +48,17 @@ class LocationScale(Likelihood):
             self.rate_factor = _RATE_FACTOR
             self.register_buffer("log_floor", torch.full_like(self.log_scale, float(scale_floor)).log().detach())
 
-    def initialize(self, value: Float[Tensor, "row ..."]) -> None:
+    def initialize(self, value: Float[Tensor, "row ..."], cells: Bool[Tensor, "row ..."] | None = None) -> None:
         """Start a scale that has a floor at the deviation of training rows, and the floor at its share of it.
 
-        A feature that does not vary gets the root mean square deviation of all features.
+        A feature that does not vary, or has no observed cell, gets the root mean square deviation of the others.
         """
         floor = self._buffers.get("log_floor")
         if not isinstance(self.log_scale, Tensor) or floor is None or len(value) < 2:
             return
-        variance = value.double().var(0, unbiased=False)
-        overall = variance.mean() if variance.mean() > 0 else variance.new_ones(())
+        variance = _variance(value.double(), cells)
+        overall = variance[variance.isfinite()].mean()
+        overall = overall if overall > 0 else variance.new_ones(())
         variance = torch.where(variance > 1e-12 * overall, variance, overall) if self.log_scale.dim() else overall
         log_deviation = 0.5 * variance.log() + math.log(self.scale_of_unit_deviation)
         with torch.no_grad():
@@ -68,9 +69,15 @@ class LocationScale(Likelihood):
         """Return the location, which is the mean."""
         return output
 
-    def _log_density(self, distances: Tensor, power: int, log_normaliser: float) -> Tensor:
-        """-sum_j d_j / (power s_j^power) - sum_j (log s_j + log_normaliser), for the distances d of all elements."""
+    def _log_density(self, distances: Tensor, power: int, log_normaliser: float, cells: Tensor | None = None) -> Tensor:
+        """-sum_j d_j / (power s_j^power) - sum_j (log s_j + log_normaliser), for the distances d of observed cells."""
         log_scale, size = self._log_scale_above_floor, math.prod(self.shape)
+        if cells is not None:
+            # weights and not `masked_fill`, so that sums stay products with vectors
+            observed = cells.to(distances.dtype)
+            each = torch.as_tensor(log_scale, dtype=distances.dtype, device=distances.device).expand(self.shape)
+            fit = (distances * observed).flatten(-len(self.shape)) @ torch.exp(-power * each).flatten()
+            return fit * (-1.0 / power) - observed.flatten(-len(self.shape)) @ (each + log_normaliser).flatten()
         if isinstance(log_scale, Tensor) and log_scale.dim():
             weighted = distances.flatten(-len(self.shape)) @ torch.exp(-power * log_scale).flatten()
             return weighted * (-1.0 / power) - (log_scale.sum() + size * log_normaliser)
@@ -89,3 +96,12 @@ class LocationScale(Likelihood):
         if isinstance(self.log_scale, Tensor) and floor is not None:
             return 0.5 * torch.logaddexp(2 * self.log_scale, 2 * floor)
         return self.log_scale
+
+
+def _variance(value: Float[Tensor, "row ..."], cells: Bool[Tensor, "row ..."] | None) -> Float[Tensor, "..."]:
+    """Return the variance of each element over its observed cells; NaN without any."""
+    if cells is None:
+        return value.var(0, unbiased=False)
+    num = cells.sum(0)
+    mean = value.where(cells, 0.0).sum(0) / num
+    return (value - mean).square().where(cells, 0.0).sum(0) / num

@@ -41,13 +41,15 @@ class NegativeBinomial(Counts):
             nn.Parameter(torch.zeros(math.prod(shape))) if learned else math.log(float(dispersion))
         )
 
-    def log_prob(self, output: Tensor, value: Tensor) -> Float[Tensor, "..."]:
+    def log_prob(self, output: Tensor, value: Tensor, cells: Tensor | None = None) -> Float[Tensor, "..."]:
         """Return the log-probability in nats, summed over the modality's elements."""
         counts, log_mean = self._split(output, value)
         log_r = torch.as_tensor(self.log_dispersion, dtype=torch.float64, device=output.device)
         normaliser = _log_normaliser(counts, log_r.expand(counts.shape[-1])).to(output.dtype)
         log_r = log_r.to(output.dtype)
-        return (counts * log_mean - (counts + log_r.exp()) * F.softplus(log_mean - log_r)).sum(-1) + normaliser
+        elements = counts * log_mean - (counts + log_r.exp()) * F.softplus(log_mean - log_r)
+        # a missing cell has a normaliser of 0, since its count is read as 0
+        return (elements if cells is None else elements * self._flat(cells)).sum(-1) + normaliser
 
     def score(self, output: Float[Tensor, "row ..."], value: Tensor) -> Float[Tensor, "row ..."]:
         """Return (x - mu) r / (mu + r)."""

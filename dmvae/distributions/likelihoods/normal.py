@@ -15,9 +15,9 @@ from dmvae.distributions.likelihoods.registry import register
 class Normal(LocationScale):
     """Independent normals: -0.5 ((x - y) / s)^2 - log s - 0.5 log(2 pi)."""
 
-    def log_prob(self, output: Tensor, value: Tensor) -> Float[Tensor, "..."]:
+    def log_prob(self, output: Tensor, value: Tensor, cells: Tensor | None = None) -> Float[Tensor, "..."]:
         """Return the log-density in nats, summed over the modality's elements."""
-        return self._log_density(_squares(output, value), 2, 0.5 * math.log(2 * math.pi))
+        return self._log_density(_squares(output, value), 2, 0.5 * math.log(2 * math.pi), cells)
 
     def score(self, output: Float[Tensor, "row ..."], value: Tensor) -> Float[Tensor, "row ..."]:
         """Return (x - y) / s^2."""

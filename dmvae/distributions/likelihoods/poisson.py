@@ -12,12 +12,14 @@ from dmvae.distributions.likelihoods.registry import register
 class Poisson(Counts):
     """Independent Poisson counts: x log mu - mu - log x!."""
 
-    def log_prob(self, output: Tensor, value: Tensor) -> Float[Tensor, "..."]:
+    def log_prob(self, output: Tensor, value: Tensor, cells: Tensor | None = None) -> Float[Tensor, "..."]:
         """Return the log-probability in nats, summed over the modality's elements."""
         counts, log_mean = self._split(output, value)
-        # a term per row and not per draw: cheap even in float64, where sums of large terms keep their digits
+        # a term per row and not per draw: cheap even in float64, where sums of large terms keep their digits; 0 for a
+        # missing cell, whose count is read as 0
         normaliser = torch.lgamma(counts.double() + 1).sum(-1).to(output.dtype)
-        return (counts * log_mean - log_mean.exp()).sum(-1) - normaliser
+        elements = counts * log_mean - log_mean.exp()
+        return (elements if cells is None else elements * self._flat(cells)).sum(-1) - normaliser
 
     def score(self, output: Float[Tensor, "row ..."], value: Tensor) -> Float[Tensor, "row ..."]:
         """Return x - mu."""

@@ -226,7 +226,8 @@ def _gather(
     """Encode rows that all have the modalities `names`."""
     size_factors = None if batch.size_factors is None else batch.size_factors.index_select(0, chosen)
     data = {name: batch.data[name].index_select(0, chosen) for name in names}
-    observed = model.observe(Batch(data, size_factors=size_factors), names)
+    cells = {name: mask.index_select(0, chosen) for name, mask in (batch.cells or {}).items() if name in names}
+    observed = model.observe(Batch(data, size_factors=size_factors, cells=cells), names)
     shared = product_of_experts(
         torch.stack([part.shared.mean for part in observed.values()]),
         torch.stack([part.shared.log_var for part in observed.values()]),
@@ -242,6 +243,7 @@ def _gather(
             likelihood=likelihoods[name],
             dtype=model.dtype,
             forward_mode=forward_mode[name],
+            cells=part.cells,
         )
         for name, part in observed.items()
     )

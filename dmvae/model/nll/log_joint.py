@@ -31,6 +31,7 @@ class ModalityTerm:
         likelihood: of the modality.
         dtype: the decoder's floating-point type.
         forward_mode: whether the decoder has forward-mode derivatives.
+        cells: `(rows, *shape)`, which values are observed; None: all of them.
     """
 
     place: int
@@ -40,6 +41,7 @@ class ModalityTerm:
     likelihood: Likelihood
     dtype: torch.dtype
     forward_mode: bool
+    cells: Tensor | None = None
 
     @property
     def decoded_numbers(self) -> int:
@@ -51,10 +53,14 @@ class ModalityTerm:
     ) -> tuple[Float[Tensor, " row"], Float[Tensor, "row latent"], Float[Tensor, "row latent latent"]]:
         """Return log p(x_i | z), J' score and J' F J at one point [z_s, z_i] of every row."""
         output, tangents = (_push_forward if self.forward_mode else _differences)(self.decode, z.to(self.dtype))
+        if self.cells is not None:
+            # score and information are those of each element: without its tangents a missing one has neither
+            tangents = tangents.masked_fill(~self.likelihood.output_cells(self.cells).unsqueeze(1), 0.0)
         score = self.likelihood.score(output, self.values)
         gradient = (tangents.flatten(2) @ score.flatten(1).unsqueeze(-1)).squeeze(-1)
         information = self.likelihood.information(tangents, output, self.values)
-        return self.likelihood.log_prob(output, self.values).double(), gradient.double(), information.double()
+        (log_p,) = log_prob_each([self.likelihood], output.unsqueeze(0), [self.values], [self.cells])
+        return log_p.double(), gradient.double(), information.double()
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +83,12 @@ class PatternRows:
     def select(self, rows: Int64[Tensor, " chosen"]) -> "PatternRows":
         """Return some of the rows."""
         terms = (
-            replace(term, values=term.values.index_select(0, rows), private=_select(term.private, rows))
+            replace(
+                term,
+                values=term.values.index_select(0, rows),
+                private=_select(term.private, rows),
+                cells=None if term.cells is None else term.cells.index_select(0, rows),
+            )
             for term in self.terms
         )
         return PatternRows(self.keys[rows], _select(self.shared, rows), tuple(terms))
@@ -145,7 +156,8 @@ def _log_likelihood(
     output = decode_each([term.decode for term in terms], z.flatten(1, 2))
     output = output.reshape(*z.shape[:3], *output.shape[2:])
     values = [term.values[rows].unsqueeze(1) for term in terms]
-    return log_prob_each([term.likelihood for term in terms], output, values).double().sum(0)
+    cells = [None if term.cells is None else term.cells[rows].unsqueeze(1) for term in terms]
+    return log_prob_each([term.likelihood for term in terms], output, values, cells).double().sum(0)
 
 
 def has_forward_mode(decode: Decode, z: Float[Tensor, "row latent"]) -> bool:

@@ -21,6 +21,7 @@ class ConvEncoder(nn.Module):
         super().__init__()
         channels, self.pad = dims.shape[0], (32 - dims.shape[1]) // 2
         self.counts = dims.counts
+        channels *= 2 if dims.missing_cells else 1
         convolutions: list[nn.Module] = []
         for before, after in itertools.pairwise((channels, *_CHANNELS)):
             convolutions += [nn.Conv2d(before, after, kernel_size=4, stride=2, padding=1), nn.ReLU()]
@@ -28,9 +29,10 @@ class ConvEncoder(nn.Module):
         self.body = nn.Sequential(*dense_layers([_CHANNELS[-1] * 4, _CONV_FEATURES], architecture.dropout))
         self.heads = Heads(_CONV_FEATURES, dims)
 
-    def forward(self, x: Tensor) -> EncoderOutput:
-        """Map `(rows, channels, height, width)` to the posteriors' parameters."""
+    def forward(self, x: Tensor, cells: Tensor | None = None) -> EncoderOutput:
+        """Map `(rows, channels, height, width)`, and which pixels are observed, to the posteriors' parameters."""
         x = torch.log1p(x) if self.counts else x
+        x = x if cells is None else torch.cat((x, cells.to(x.dtype)), dim=1)
         x = F.pad(x, (self.pad,) * 4) if self.pad else x
         return self.heads.split(self.body(self.convolutions(x).flatten(1)))
 

@@ -41,6 +41,8 @@ class Dimensions:
         pad: the class that fills up short rows; None if there is none.
         kinds: the kind of each column of a table; empty for other values.
         column_classes: the number of classes of each column that is a category.
+        missing_cells: whether cells may be missing; the encoder is then called with the values, 0 where they are
+            missing, and a boolean tensor of the same shape that says which are observed.
     """
 
     shape: tuple[int, ...]
@@ -53,6 +55,7 @@ class Dimensions:
     pad: int | None = None
     kinds: tuple[str, ...] = ()
     column_classes: tuple[int, ...] = ()
+    missing_cells: bool = False
 
 
 class Heads(nn.Linear):

@@ -51,6 +51,8 @@ class Skip(nn.Linear):
 class MLPEncoder(nn.Module):
     """A perceptron on the flattened row; categories are one-hot, padding is zero, counts are log(1 + x).
 
+    Beside numbers of which some may be missing stand zeros and ones that say which are observed.
+
     With `skip` it has SiLU for ReLU, layer normalisation, and a linear skip connection to the means: W f(x) + A x + b.
     """
 
@@ -59,6 +61,8 @@ class MLPEncoder(nn.Module):
         self.classes, self.pad, self.counts = dims.classes, dims.pad, dims.counts
         self.table = TableFeatures(dims.kinds, dims.column_classes) if dims.kinds else None
         width = math.prod(dims.shape) * (dims.classes or 1) if self.table is None else self.table.width
+        if dims.missing_cells and not dims.classes:  # one-hot classes that are missing are zero everywhere
+            width += math.prod(dims.shape)
         sizes = [width, *_hidden_dims(architecture)]
         self.body = nn.Sequential(*dense_layers(sizes, architecture.dropout, nn.SiLU if skip else nn.ReLU, skip))
         self.heads = Heads(sizes[-1], dims)
@@ -68,24 +72,25 @@ class MLPEncoder(nn.Module):
             if isinstance(layer, nn.Linear):
                 scale_rate(layer, math.prod(dims.shape))  # of the inputs of a class, one is not zero
 
-    def forward(self, x: Tensor) -> EncoderOutput:
+    def forward(self, x: Tensor, cells: Tensor | None = None) -> EncoderOutput:
         """Map `(rows, *shape)` to the posteriors' parameters."""
-        features = self.features(x)
+        features = self.features(x, cells)
         output = self.heads(self.body(features))
         output = output if self.skip is None else output + self.skip(features)
         return EncoderOutput(*torch.split(output, self.heads.sizes, dim=-1))
 
-    def features(self, x: Tensor) -> Float[Tensor, "row _"]:
+    def features(self, x: Tensor, cells: Tensor | None = None) -> Float[Tensor, "row _"]:
         """Return rows in the form that the first layer takes."""
-        if self.table is not None:
-            return self.table.features(x)
         if self.classes is not None:
             padding = None if self.pad is None else (x == self.pad).unsqueeze(-1)
             x = F.one_hot(x, self.classes).to(self.heads.weight.dtype)
             x = x if padding is None else x.masked_fill(padding, 0.0)
+            return (x if cells is None else x.masked_fill(~cells.unsqueeze(-1), 0.0)).flatten(1)
+        if self.table is not None:
+            x = self.table.features(x, cells)
         elif self.counts:
             x = torch.log1p(x)
-        return x.flatten(1)
+        return x.flatten(1) if cells is None else torch.cat((x.flatten(1), cells.flatten(1).to(x.dtype)), dim=1)
 
 
 class MLPDecoder(nn.Module):

@@ -15,9 +15,9 @@ _KERNEL_SIZE = 5
 
 
 class SequenceEncoder(nn.Module):
-    """Embeddings of classes and positions, convolutions, and their mean over the row without padding.
+    """Embeddings of classes and positions, convolutions, and their mean over what the row has.
 
-    The amount of padding changes nothing.
+    The amount of padding changes nothing, and missing classes are left out.
     """
 
     def __init__(self, architecture: ArchitectureConfig, dims: Dimensions) -> None:
@@ -33,10 +33,11 @@ class SequenceEncoder(nn.Module):
         self.dropout = nn.Dropout(architecture.dropout)
         self.heads = Heads(widths[-1], dims)
 
-    def forward(self, x: Tensor) -> EncoderOutput:
+    def forward(self, x: Tensor, cells: Tensor | None = None) -> EncoderOutput:
         """Map `(rows, length)` to the posteriors' parameters."""
         features = self.classes(x) + self.places
-        there = (torch.ones_like(x) if self.pad is None else x != self.pad).to(features.dtype).unsqueeze(1)
+        there = torch.ones_like(x, dtype=torch.bool) if self.pad is None else x != self.pad
+        there = (there if cells is None else there & cells).to(features.dtype).unsqueeze(1)
         features = features.mT * there  # (rows, width, length)
         for convolution in self.convolutions:
             features = self.dropout(F.relu(convolution(features))) * there

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 
@@ -42,7 +42,10 @@ class TableFeatures(nn.Module):
             self.register_buffer(name, torch.tensor(part, dtype=torch.int64), persistent=False)
         self.width = len(parts["numbers"]) + len(parts["counts"]) + len(parts["columns"])
 
-    def features(self, x: Float[Tensor, "row column"]) -> Float[Tensor, "row feature"]:
-        """Return the features of rows."""
+    def features(
+        self, x: Float[Tensor, "row column"], cells: Bool[Tensor, "row column"] | None = None
+    ) -> Float[Tensor, "row feature"]:
+        """Return the features of rows, which are 0 where a cell is missing."""
         one_hot = torch.eq(x[:, self.columns], self.classes).to(x.dtype)
+        one_hot = one_hot if cells is None else one_hot * cells[:, self.columns]
         return torch.cat((x[:, self.numbers], x[:, self.counts].log1p(), one_hot), dim=1)
