@@ -5,8 +5,8 @@
 #   sbatch --nodes 8 --gpus-per-node 4 cluster/slurm.sh train jobs/configs/train.toml --workers.num 32
 #
 # Submit it from a folder that all nodes see, with an environment .venv in it (`make setup` makes it); runs and
-# datasets lie there too. A job that is preempted or loses a node is queued again and goes on from its last checkpoint; one
-# that reaches its time limit goes on by the same sbatch command. MLFLOW_TRACKING_URI is passed on; without it runs are
+# datasets lie there too. A job that is preempted, loses a node or reaches its time limit writes a last checkpoint, is
+# queued again and resumes. MLFLOW_TRACKING_URI is passed on; without it runs are
 # recorded in mlflow.db, which a folder on NFS may lock badly: use a server there.
 #SBATCH --job-name=dmvae
 #SBATCH --nodes=2
@@ -15,6 +15,7 @@
 #SBATCH --mem=32G
 #SBATCH --time=24:00:00
 #SBATCH --requeue
+#SBATCH --signal=B:TERM@120
 #SBATCH --open-mode=append
 #SBATCH --output=dmvae-%j.log
 set -euo pipefail
@@ -56,5 +57,15 @@ for _ in {1..60}; do
   sleep 2
 done
 
-# `exec` would skip the trap; the exit code of this command is that of the job
-RAY_ADDRESS=$address dmvae "$@"
+# SIGTERM comes to this script before the time limit; it is passed on, and a command that it ended (143) is queued again
+RAY_ADDRESS=$address dmvae "$@" &
+command_pid=$!
+trap 'kill -TERM "$command_pid" 2>/dev/null || true' TERM
+code=0
+wait "$command_pid" || code=$?
+while kill -0 "$command_pid" 2>/dev/null; do # a signal ends `wait` before the command has ended
+  code=0
+  wait "$command_pid" || code=$?
+done
+[ "$code" -ne 143 ] || scontrol requeue "$SLURM_JOB_ID"
+exit "$code"

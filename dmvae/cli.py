@@ -4,6 +4,7 @@ The `dmvae` console command and the scripts in `jobs/` both end here. Nothing he
 """
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,9 +15,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from dmvae.config.errors import UserError
+from dmvae.config.errors import Stopped, UserError
 from dmvae.config.parsing import explain, parse
 from dmvae.config.section import Section
+from dmvae.platform.stopping import handle_sigterm
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_verb(name: str, argv: Sequence[str] | None = None) -> int:
-    """Run one verb with the rest of a command line; return the exit code: 0, 1 for a failure, 2 for bad usage."""
+    """Run one verb with the rest of a command line.
+
+    Returns:
+        The exit code: 0, 1 for a failure, 2 for bad usage, 75 at the end of a time budget, 130 after SIGINT and 143
+        after SIGTERM.
+    """
     argv, verb = sys.argv[1:] if argv is None else list(argv), VERBS[name]
+    sigterms = list[int]()
+
+    def interrupt(number: int, frame: object) -> None:
+        sigterms.append(number)
+        signal.raise_signal(signal.SIGINT)  # which Ray, Tune and every verb answer by an orderly end
+
     try:
         try:
             if verb.first is not None and argv and not argv[0].startswith("-"):
@@ -67,7 +80,8 @@ def run_verb(name: str, argv: Sequence[str] | None = None) -> int:
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
-        verb.run(config)
+        with handle_sigterm(interrupt):
+            verb.run(config)
     except BrokenPipeError:  # the reader of our output has gone, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -77,9 +91,13 @@ def run_verb(name: str, argv: Sequence[str] | None = None) -> int:
     except (UserError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except Stopped as stop:
+        print(stop, file=sys.stderr)
+        return stop.exit_code
     except KeyboardInterrupt:
-        print("Interrupted. Run the same command again to resume from what is finished.", file=sys.stderr)
-        return 130
+        what = "Stopped by SIGTERM" if sigterms else "Interrupted"
+        print(f"{what}. Run the same command again to resume from what is finished.", file=sys.stderr)
+        return 143 if sigterms else 130
     return 0
 
 
@@ -149,9 +167,9 @@ def _train(config: Any) -> None:
 
 def _search(config: Any) -> None:
     from dmvae.platform.evaluate.evaluate import metric_lines
-    from dmvae.platform.tune.search import search
+    from dmvae.platform.tune.search import best_so_far, search
 
-    found = search(config, progress=_print)
+    found = best_so_far(config) if config.best_so_far else search(config, progress=_print)
     for trial in found.best:
         values = "  ".join(f"{name} {trial.result.figures[name]:.4g}" for name in config.objectives if trial.result)
         _print_row("best trial" if len(found.best) == 1 else "on the Pareto front", f"{trial.number}: {values}")

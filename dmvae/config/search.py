@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, field_validator, model_validator
 
-from dmvae.config.section import Name, RunsDir, Section, Seed, Size
+from dmvae.config.section import Duration, Name, RunsDir, Section, Seed, Size
 from dmvae.config.training import TrainConfig
 
 Value = bool | int | float | str | None | list[Any] | dict[str, Any]
@@ -136,6 +136,11 @@ class SearchConfig(Section, hide_input_in_errors=True):
     """Seed of the proposals."""
     runs_dir: RunsDir = "runs"
     """Folder of all runs and studies."""
+    time_budget: Duration | None = None
+    """Stop the trials after this much time, such as `3h30m`, and write the best configuration so far; the same command
+    resumes. None: no limit."""
+    best_so_far: bool = False
+    """Only write and show the best configuration of the trials that are finished, also while the search is running."""
     retrain: RetrainConfig = RetrainConfig()
     """What to do with the best configuration."""
 

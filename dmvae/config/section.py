@@ -67,6 +67,31 @@ def _check_runs_dir(place: str) -> str:
     return place
 
 
+_DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
+
+
+def seconds_of(duration: str) -> float:
+    """Return the seconds of a duration such as `3h30m`.
+
+    Raises:
+        ValueError: if it is not hours, minutes and seconds in this order, or is zero.
+    """
+    found = _DURATION.fullmatch(duration)
+    hours, minutes, seconds = (int(part or 0) for part in found.groups()) if found else (0, 0, 0)
+    total = 3600 * hours + 60 * minutes + seconds
+    if total == 0:
+        raise ValueError(f"A duration must be hours, minutes and seconds, such as 3h30m or 90s, got {duration!r}.")
+    return float(total)
+
+
+def _check_duration(duration: str) -> str:
+    seconds_of(duration)
+    return duration
+
+
+Duration = Annotated[str, AfterValidator(_check_duration)]
+"""Hours, minutes and seconds: `3h30m`, `90s`."""
+
 RunsDir = Annotated[str, Field(min_length=1), AfterValidator(_check_runs_dir)]
 
 

@@ -7,7 +7,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 from dmvae.config.data import DataConfig
 from dmvae.config.evaluation import EvaluationConfig
 from dmvae.config.model import DMVAEConfig
-from dmvae.config.section import Count, Name, RunsDir, Section, Seed, Size
+from dmvae.config.section import Count, Duration, Name, RunsDir, Section, Seed, Size
 from dmvae.config.tracking import TrackingConfig
 
 
@@ -114,6 +114,9 @@ class TrainConfig(Section, hide_input_in_errors=True):
     runs_dir: RunsDir = "runs"
     """Folder of all runs, or a URI (`s3://BUCKET/runs`) from which any node can resume; credentials and endpoint come
     from the environment."""
+    time_budget: Duration | None = None
+    """Stop in time for a last checkpoint before this much time has passed, such as `3h30m`; the same command resumes.
+    None: no limit."""
     init_from: str | None = None
     """Folder of a model or checkpoint whose weights a new run starts from."""
     data: DataConfig

@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,10 +32,17 @@ def local_cluster(num_cpus: int) -> Iterator[None]:
         logging_level=logging.ERROR,
         log_to_driver=False,
     )
+    _keep_handler_of_sigterm()
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _keep_handler_of_sigterm() -> None:
+    """Install Python's handler again: `ray.init` puts one in its place that aborts the process."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
 
 
 @contextmanager

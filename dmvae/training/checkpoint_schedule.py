@@ -1,8 +1,10 @@
-"""The schedule of checkpoints within an epoch."""
+"""The schedule of checkpoints within an epoch, and of looking whether to stop."""
 
 from collections.abc import Callable
 
 from dmvae.config.training import TrainingConfig
+
+_LOOK_SECONDS = 1.0
 
 
 class CheckpointClock:
@@ -32,3 +34,29 @@ class CheckpointClock:
             return False
         self._last, self._begun, self._next_reading = now, done, done + 1
         return True
+
+
+class StopWatch:
+    """Looks about once a second whether training should stop, after the same steps on all workers.
+
+    Args:
+        stop_requested: see `Collectives`; None: never stop, and never look.
+        clock: see `Collectives`.
+    """
+
+    def __init__(self, stop_requested: Callable[[], bool] | None, clock: Callable[[], float]) -> None:
+        self._stop_requested, self._clock = stop_requested, clock
+        self._last, self._steps, self._left = (clock() if stop_requested is not None else 0.0), 1, 1
+
+    def is_time(self) -> bool:
+        """Tell whether to stop now; must be called after every step."""
+        if self._stop_requested is None:
+            return False
+        self._left -= 1
+        if self._left > 0:
+            return False
+        now = self._clock()
+        pace = max(now - self._last, 1e-6) / self._steps  # seconds of a step
+        self._last, self._steps = now, min(max(1, int(_LOOK_SECONDS / pace)), 2 * self._steps)
+        self._left = self._steps
+        return self._stop_requested()

@@ -15,7 +15,7 @@ from dmvae.config.training import TrainConfig
 from dmvae.data.batch import Batch
 from dmvae.model.encoding import ACTIVE_VARIANCE
 from dmvae.model.loss import TermSums
-from dmvae.training.checkpoint_schedule import CheckpointClock
+from dmvae.training.checkpoint_schedule import CheckpointClock, StopWatch
 from dmvae.training.state import Position, TrainState, is_finished, zero_terms
 from dmvae.training.step import Collectives, StepReport, WorkerBatch, train_epoch
 from dmvae.training.validation import validate
@@ -79,22 +79,26 @@ def train(
 ) -> Iterator[MetricsLogged | EpochEnded | StepSkipped | CheckpointDue]:
     """Train from the state's position until the run is finished; all workers yield the same events.
 
+    If the collectives say that training should stop, the last event is a checkpoint.
+
     Raises:
         NonFiniteLossError: on every worker.
     """
     steps = data.steps_per_epoch
     done = state.position.epoch * steps + state.position.step
     clock = CheckpointClock(config.training, collectives.clock, done)
+    watch = StopWatch(collectives.stop_requested, collectives.clock)
     while not is_finished(state, config):
         epoch, start, rows = state.position.epoch, time.perf_counter(), 0
         pending = zero_terms(state.model)  # this worker's terms that are not yet reduced
-        batches = data.batches(epoch, state.position.step)
+        batches, stop_now = data.batches(epoch, state.position.step), False
         for report in train_epoch(state, batches, config, collectives, steps):
             pending, rows = pending + report.terms, rows + report.rows
             done = epoch * steps + state.position.step
             at_end = state.position.step == steps
             log_now = at_end or done % config.training.log_steps == 0
-            checkpoint_now = clock.is_due(done) and not at_end
+            stop_now = watch.is_time()
+            checkpoint_now = (clock.is_due(done) or stop_now) and not at_end
             if report.fault:
                 yield StepSkipped(done, report.fault)
             if log_now or checkpoint_now:
@@ -104,10 +108,14 @@ def train(
                 state.window = zero_terms(state.model)
             if checkpoint_now:
                 yield CheckpointDue(done, epoch)
+            if stop_now and not at_end:
+                return
         rows_per_second = rows / (time.perf_counter() - start)
         done, state.position = (epoch + 1) * steps, Position(epoch + 1, 0)
         yield _end_epoch(state, data, config, collectives, {"train/rows_per_second": rows_per_second})
         yield CheckpointDue(done, epoch)
+        if stop_now:
+            return
 
 
 def _training_metrics(state: TrainState, report: StepReport) -> dict[str, float]:

@@ -51,6 +51,8 @@ class Collectives:
         world_size: the number of workers.
         all_reduce: sums a float64 tensor over workers and returns the same bits on each.
         clock: returns the seconds elapsed on one worker, the same reading on each; all workers must call it together.
+        stop_requested: tells whether training should end before its last epoch, the same on each worker; all must call
+            it together. None: it never should.
         no_sync: a context in which backward passes accumulate gradients without communication.
     """
 
@@ -58,6 +60,7 @@ class Collectives:
     world_size: int = 1
     all_reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor
     clock: Callable[[], float] = time.monotonic
+    stop_requested: Callable[[], bool] | None = None
     no_sync: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 

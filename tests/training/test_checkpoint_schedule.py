@@ -3,7 +3,7 @@
 import pytest
 
 from dmvae.config.training import TrainingConfig
-from dmvae.training.checkpoint_schedule import CheckpointClock
+from dmvae.training.checkpoint_schedule import CheckpointClock, StopWatch
 
 
 class Time:
@@ -55,3 +55,21 @@ def test_steps_and_seconds_may_be_asked_for_together() -> None:
 def test_steps_alone_never_look_at_the_clock() -> None:
     assert due(TrainingConfig(checkpoint_steps=5), 1.0, 20) == ([5, 10, 15, 20], 0)
     assert due(TrainingConfig(), 1.0, 20) == ([], 0)
+
+
+@pytest.mark.parametrize("step_seconds", [0.001, 0.3, 7.0])
+def test_a_request_to_stop_is_seen_within_seconds_and_looked_for_rarely(step_seconds: float) -> None:
+    clock, asked_at = Time(), 1000.0 + max(60.0, 20 * step_seconds)
+    watch = StopWatch(lambda: clock.now >= asked_at, clock)
+    clock.now += step_seconds
+    while not watch.is_time():
+        clock.now += step_seconds
+    assert clock.now - asked_at <= max(2.5, 2 * step_seconds)
+    assert clock.looks <= 12 + 1.2 * (clock.now - 1000.0)
+
+
+def test_without_anything_to_look_at_the_clock_is_not_read() -> None:
+    clock = Time()
+    watch = StopWatch(None, clock)
+    assert not any(watch.is_time() for _ in range(100))
+    assert clock.looks == 0

@@ -18,6 +18,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
 from mlflow.exceptions import MlflowException
 
+from dmvae.config.errors import Stopped
 from dmvae.config.tracking import TrackingConfig
 from dmvae.platform.resume import flatten
 from dmvae.platform.tracking.delivery_log import TrackingError, UnreachableError, hold_lock
@@ -116,6 +117,9 @@ def open_run(
         try:
             yield run
             status, reason = "FINISHED", ""
+        except Stopped as stop:
+            reason = str(stop)
+            raise
         except Exception as error:
             status, reason = "FAILED", f"{type(error).__name__}: {error}"
             raise

@@ -1,6 +1,7 @@
 """Communication between the workers of a run, through torch.distributed."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import ray.train.torch
@@ -13,8 +14,13 @@ from dmvae.model.dmvae import DMVAE
 from dmvae.training.step import Collectives
 
 
-def distribute(model: DMVAE, world_size: int, device: torch.device) -> Collectives:
-    """Return the collectives of a model that several workers train; gradients are averaged over them."""
+def distribute(
+    model: DMVAE, world_size: int, device: torch.device, stop_requested: Callable[[], bool] | None
+) -> Collectives:
+    """Return the collectives of a model that several workers train; gradients are averaged over them.
+
+    Whether to stop is what `stop_requested` tells rank 0.
+    """
     # unused parameters are normal: a worker's rows may all lack a modality. Looking for them also keeps DDP from
     # rebuilding its buckets after the first step, which would change the order of sums and, on resuming, the last bits
     wrapped = DistributedDataParallel(
@@ -23,7 +29,9 @@ def distribute(model: DMVAE, world_size: int, device: torch.device) -> Collectiv
         find_unused_parameters=True,
         gradient_as_bucket_view=True,
     )
-    return Collectives(wrapped, world_size, _all_reduce, _shared_clock, wrapped.no_sync)
+    stop = None if stop_requested is None else lambda: bool(_of_rank_0(stop_requested()))
+    clock = lambda: _of_rank_0(time.monotonic())  # noqa: E731
+    return Collectives(wrapped, world_size, _all_reduce, clock, stop, wrapped.no_sync)
 
 
 def agree(message: str, world_size: int) -> str:
@@ -41,8 +49,8 @@ def _all_reduce(tensor: Tensor) -> Tensor:
     return total
 
 
-def _shared_clock() -> float:
+def _of_rank_0(value: float) -> float:
     # NCCL cannot send tensors in host memory
-    reading = torch.tensor([time.monotonic()], dtype=torch.float64, device=ray.train.torch.get_device())
-    dist.broadcast(reading, 0)
-    return float(reading)
+    shared = torch.tensor([value], dtype=torch.float64, device=ray.train.torch.get_device())
+    dist.broadcast(shared, 0)
+    return float(shared)

@@ -28,6 +28,7 @@ from dmvae.platform.errors import RunError
 from dmvae.platform.evaluate.checks import check_data
 from dmvae.platform.evaluate.evaluate import Extras, evaluate_split
 from dmvae.platform.resume import ResumeRules
+from dmvae.platform.stopping import stop_in_order
 from dmvae.platform.tracking.outbox import Outbox
 from dmvae.platform.tracking.runs import DatasetRecord, open_run, tracking_uri
 from dmvae.platform.tracking.tracked_run import TrackedRun, scrub
@@ -48,6 +49,7 @@ _RULES = ResumeRules(
         "workers.*",
         "tracking.*",
         "runs_dir",
+        "time_budget",
         "data.dataset",  # a dataset is identified by its fingerprint, wherever it is stored
     ),
     may_grow=("training.epochs",),
@@ -127,9 +129,9 @@ def _train(
 ) -> dict[str, Any]:
     """Train to the end, and publish the best and the last checkpoint; return what the best was reported with."""
     _announce(config, progress)
-    with messages(progress) as queue:
+    with messages(progress) as queue, stop_in_order(config.time_budget, progress) as stop:
         store.repair(progress)
-        fit(config, WorkerTask(absolute(config), record, store, tracked, queue))
+        fit(config, WorkerTask(absolute(config), record, store, tracked, queue, stop))
         best = store.publish(progress)
     with Outbox(tracked) as outbox:
         for name in (BEST, LAST):

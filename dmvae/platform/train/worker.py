@@ -14,6 +14,7 @@ from ray.util.queue import Queue
 
 from dmvae.config.training import TrainConfig
 from dmvae.model.dmvae import DMVAE
+from dmvae.platform.stopping import Flag
 from dmvae.platform.tracking.outbox import Outbox
 from dmvae.platform.tracking.tracked_run import TrackedRun
 from dmvae.platform.train.collectives import agree, distribute
@@ -36,6 +37,7 @@ class WorkerTask:
         store: where checkpoints are saved.
         tracked: where rank 0 records metrics.
         queue: takes lines for the user.
+        stop: raised when training should write a checkpoint and end; None: it never is.
         evaluator: returns more metrics for Ray at the end of an epoch, on rank 0.
     """
 
@@ -44,6 +46,7 @@ class WorkerTask:
     store: RunStore
     tracked: TrackedRun
     queue: Queue
+    stop: Flag | None = None
     evaluator: Callable[[DMVAE, EpochEnded], dict[str, float]] | None = None
 
 
@@ -74,7 +77,12 @@ def work(payload: dict[str, Any]) -> dict[str, Any]:
                 f"early stopping after epoch {state.position.epoch}: val/{task.config.training.monitor} has not "
                 f"improved for {state.epochs_since_best} epochs. Raise training.patience to train further."
             )
-        workers = Collectives(state.model) if world_size == 1 else distribute(state.model, world_size, device)
+        stop = None if task.stop is None else task.stop.watch()
+        workers = (
+            Collectives(state.model, stop_requested=stop)
+            if world_size == 1
+            else distribute(state.model, world_size, device, stop)
+        )
         try:
             _train(state, data, task, workers, outbox)
         except NonFiniteLossError as error:

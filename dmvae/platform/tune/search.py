@@ -18,6 +18,7 @@ from dmvae.evaluation import search_objectives
 from dmvae.platform.cluster import local_cluster, messages
 from dmvae.platform.errors import RunError
 from dmvae.platform.resume import ResumeRules
+from dmvae.platform.stopping import time_limit
 from dmvae.platform.tracking.outbox import Outbox
 from dmvae.platform.tracking.runs import open_run, sync, tracking_uri
 from dmvae.platform.tracking.tracked_run import TrackedRun
@@ -35,7 +36,15 @@ _RULES = ResumeRules(
     "study",
     SearchConfig,
     # settings that alter no trial's result
-    may_change=("max_concurrent", "retrain.*", "runs_dir", "gpus_per_trial", "base.tracking.*", "earlier_study"),
+    may_change=(
+        "max_concurrent",
+        "retrain.*",
+        "runs_dir",
+        "gpus_per_trial",
+        "base.tracking.*",
+        "earlier_study",
+        "time_budget",
+    ),
     may_grow=("trials",),
 )
 
@@ -75,7 +84,10 @@ def search(config: SearchConfig, progress: Callable[[str], None]) -> SearchSumma
     data = config.base.data
     search_objectives.check(dataset, data.train_split, data.val_split, config.objectives, config.judged_rows)
     study_dir = Path(config.runs_dir, config.name).absolute()
-    record = {**config.model_dump(mode="json"), "dataset": {"fingerprint": dataset.manifest.fingerprint}}
+    record = {
+        **config.model_dump(mode="json", exclude={"best_so_far"}),
+        "dataset": {"fingerprint": dataset.manifest.fingerprint},
+    }
     _RULES.check(study_dir / _STUDY, record, str(study_dir))
     earlier = _earlier(config)
     placed = config.model_copy(update={"base": _placed(config)})
@@ -94,7 +106,12 @@ def search(config: SearchConfig, progress: Callable[[str], None]) -> SearchSumma
             write_atomically(study_dir / _STUDY, json.dumps(record, indent=2) + "\n")
             with messages(progress) as queue:
                 task = TrialTask(placed, study_dir, tracked.run_id, queue)
-                run_trials(task, concurrent, tracked, earlier, progress)
+                try:
+                    with time_limit(config.time_budget):
+                        run_trials(task, concurrent, tracked, earlier, progress)
+                except KeyboardInterrupt:
+                    _keep_best_so_far(config, dataset, study_dir, tracked, progress)
+                    raise
             trials = study.trials_of(study_dir)
             sync(study_dir / "trials")
             best = study.best_trials(config, trials)
@@ -104,6 +121,35 @@ def search(config: SearchConfig, progress: Callable[[str], None]) -> SearchSumma
             _record_study(config, trials, study_dir, tracked, progress)
             retrained = _retrain(config, found, best[0], study_dir, dataset, tracked, progress)
     return SearchSummary(study_dir, trials, best, retrained, tracked.run_id, tracking_uri(config.base.tracking))
+
+
+def _keep_best_so_far(
+    config: SearchConfig, dataset: Dataset, study_dir: Path, tracked: TrackedRun, progress: Callable[[str], None]
+) -> None:
+    """Write and record the best configuration of a study that was stopped, if a trial is finished."""
+    trials = study.trials_of(study_dir)
+    best = study.best_trials(config, trials)
+    if best:
+        _write_best(config, best[0], dataset, study_dir)
+        _record_study(config, trials, study_dir, tracked, progress)
+        finished = sum(trial.result is not None for trial in trials)
+        progress(f"the best of the {finished} trials that are finished: {study_dir / _BEST_TOML}")
+
+
+def best_so_far(config: SearchConfig) -> SearchSummary:
+    """Write the best configuration of the trials that are finished; nothing is trained or sent to MLflow.
+
+    Raises:
+        RunError: if no trial is finished.
+    """
+    study_dir = Path(config.runs_dir, config.name).absolute()
+    trials = study.trials_of(study_dir)
+    best = study.best_trials(config, trials)
+    if not best:
+        raise RunError(f"No trial of the study is finished within the limits. Wait, or look into {study_dir}.")
+    _write_best(config, best[0], open_dataset(config.base.data.dataset), study_dir)
+    run_id = best[0].result.run_id if best[0].result is not None else ""
+    return SearchSummary(study_dir, trials, best, None, run_id, tracking_uri(config.base.tracking))
 
 
 def _why_none(trials: list[Trial], study_dir: Path) -> str:

@@ -230,7 +230,7 @@ def _train_nested(
     """Train with a TorchTrainer of its own, whose rank 0 evaluates; this process only waits."""
     store = RunStore.open(str(folder.parent), folder.name)
     store.repair(task.queue.put)
-    fit(config, WorkerTask(config, record, store, tracked, task.queue, evaluator), [_Forward(task.config)])
+    fit(config, WorkerTask(config, record, store, tracked, task.queue, evaluator=evaluator), [_Forward(task.config)])
     store.publish(task.queue.put)
     lines = map(json.loads, (folder / "tracking" / "metrics.jsonl").read_text().splitlines())
     speeds = [line["metrics"][_SPEED] for line in lines if _SPEED in line.get("metrics", {})]
