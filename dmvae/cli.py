@@ -255,15 +255,17 @@ def _serve(config: Any) -> None:
 
 
 def _sync(config: Any) -> None:
-    from dmvae.platform.tracking.runs import sync
+    from dmvae.platform.tracking.runs import sync, tracking_uri
 
-    results = sync(Path(config.folder))
+    results = sync(Path(config.folder), tracking_uri(config.tracking) if config.tracking.uri else None)
     for result in results:
-        _print(f"{result.outbox_dir}: {result.state}, {result.lines} lines delivered {result.message}".rstrip())
+        rejected = f", {result.rejected} rejected, see *.rejected.jsonl there" if result.rejected else ""
+        message = f": {result.message}" if result.message else ""
+        _print(f"{result.outbox_dir}: {result.state}, {result.lines} lines delivered{rejected}{message}")
     if not results:
         _print(f"No run records found under {config.folder}.")
     if any(result.state == "undelivered" for result in results):
-        raise UserError("MLflow could not be reached for every run. Run the same command again to resume.")
+        raise UserError("Not every run was delivered; the reasons are above. Run the command again to resume.")
 
 
 def command(verb: str) -> str:

@@ -52,10 +52,20 @@ def check_name(name: str) -> str:
 Name = Annotated[str, AfterValidator(check_name)]
 
 
+# a password may contain "/" or "@": all up to the last "@" is secret, unless the first ":" stands before a port
+_USERINFO = r"(?![^/\s:@]*:\d{1,5}/)[^/\s:@]*:\S*"
+
+
 def has_password(uri: str) -> bool:
     """Return whether a URI contains credentials."""
     option = r"(?i)[?&][^=&\s]*(?:token|password|secret|signature|sig|(?:access|account|secret)_key)="
-    return re.search(r"://[^/\s]*:[^/\s]*@", uri) is not None or re.search(option, uri) is not None
+    return re.search(f"://{_USERINFO}@", uri) is not None or re.search(option, uri) is not None
+
+
+def scrub(text: str) -> str:
+    """Return `text` without the user names, passwords and tokens of the URLs in it."""
+    text = re.sub(rf"(://)(?:{_USERINFO}|[^/\s]*)@", r"\1", text)
+    return re.sub(r"(?i)([?&][^=&\s]*(?:token|password|secret|signature|sig|key)=)[^&\s]+", r"\1***", text)
 
 
 def _check_runs_dir(place: str) -> str:

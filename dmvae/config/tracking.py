@@ -33,3 +33,5 @@ class SyncConfig(Section):
 
     folder: str = "runs"
     """Folder of one run or of several."""
+    tracking: TrackingConfig = TrackingConfig()
+    """With `uri`, every run goes there; without, runs that name another server than the configured one stay."""

@@ -1,6 +1,5 @@
 """Draw the report of a run: compute what its pictures show, write them as one page, and record it in MLflow."""
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +17,8 @@ from dmvae.evaluation.suite import EvaluationSuite, first_rows
 from dmvae.model.dmvae import DMVAE, MODEL_CONFIG
 from dmvae.platform.evaluate.checks import check_fit
 from dmvae.platform.tracking.outbox import Outbox
-from dmvae.platform.tracking.tracked_run import RUN_FILE, TrackedRun
+from dmvae.platform.tracking.runs import is_configured, sync_command, with_credentials
+from dmvae.platform.tracking.tracked_run import TrackedRun, read_run_record
 from dmvae.report import charts, images
 from dmvae.report.html_report import Picture, write_report
 
@@ -114,12 +114,19 @@ def _facts(model: DMVAE, model_dir: Path, config: ReportConfig, split: Split) ->
 
 def _record(tracking_dir: Path, output: Path, progress: Callable[[str], None]) -> None:
     """Queue the report for the run's MLflow record, if it has one; `jobs.sync` delivers it if MLflow is down now."""
-    if not (tracking_dir / RUN_FILE).is_file():
+    recorded = read_run_record(tracking_dir)
+    if recorded is None:
         return
-    recorded = json.loads((tracking_dir / RUN_FILE).read_text())
-    with Outbox(TrackedRun(recorded["uri"], recorded["run_id"], tracking_dir)) as outbox:
+    is_trusted = is_configured(recorded.uri)  # a stranger's folder may name any server
+    with Outbox(
+        TrackedRun(with_credentials(recorded.uri), recorded.run_id, tracking_dir), background=is_trusted
+    ) as outbox:
         status = outbox.status
         outbox.log_artifact(output)
         if status == "FINISHED":
             outbox.end("FINISHED")
-    progress(f"recorded in MLflow run {recorded['run_id']}")
+    if is_trusted:
+        progress(f"recorded in MLflow run {recorded.run_id}")
+    else:
+        command = sync_command(tracking_dir, recorded.uri)
+        progress(f"note: The run was recorded on another MLflow server. To record the report there: {command}")

@@ -16,6 +16,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from dmvae.config.errors import UserError
+from dmvae.config.section import scrub
 from dmvae.config.tracking import TrackingConfig
 from dmvae.data.files import sha256_of
 from dmvae.data.reading.dataset import Dataset, open_dataset
@@ -28,7 +29,6 @@ from dmvae.platform.serve.model_card import CARD, README, card_text, make_card
 from dmvae.platform.tracking.delivery_log import UnreachableError
 from dmvae.platform.tracking.mlflow_delivery import RefusedError, answers, connect
 from dmvae.platform.tracking.runs import tracking_uri
-from dmvae.platform.tracking.tracked_run import scrub
 
 CHAMPION, PREVIOUS = "champion", "previous"
 

@@ -1,6 +1,7 @@
 """Sends the lines of an outbox to MLflow, and tells rejected ones from those to retry."""
 
 import logging
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import groupby
@@ -11,8 +12,9 @@ from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
+from dmvae.config.section import scrub
 from dmvae.platform.tracking.delivery_log import Entry, UnreachableError
-from dmvae.platform.tracking.tracked_run import TrackedRun, scrub
+from dmvae.platform.tracking.tracked_run import TrackedRun
 
 REASON_TAG = "dmvae.reason"
 
@@ -104,7 +106,7 @@ def _reason(error: Exception) -> str:
 
 def _log(client: MlflowClient, run: TrackedRun, metrics: list[Metric]) -> list[Entry]:
     try:
-        with answers(run.uri):
+        with answers(run.uri), _refusals():
             client.log_batch(run.run_id, metrics)
     except RefusedError as error:
         if len(metrics) == 1 or is_gone(client, run):
@@ -126,16 +128,25 @@ def _each(
     rejected = list[Entry]()
     for entry in entries:
         try:
-            with answers(run.uri):
+            with answers(run.uri), _refusals():
                 send(client, run, entry)
         except RefusedError as error:
             rejected.append({**entry, "error": str(error)})
     return rejected
 
 
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """Raise `RefusedError` for a value that no request can hold."""
+    try:
+        yield
+    except (TypeError, ValueError, OverflowError) as error:
+        if isinstance(error, OSError):  # some errors of `requests` are both
+            raise
+        raise RefusedError(_reason(error)) from None
+
+
 def _set_status(client: MlflowClient, run: TrackedRun, entry: Entry) -> None:
-    if "status" not in entry:
-        raise RefusedError("neither metrics nor a status")
     if entry["reason"]:
         client.set_tag(run.run_id, REASON_TAG, entry["reason"])
     if entry["status"] == "RUNNING":
@@ -145,7 +156,22 @@ def _set_status(client: MlflowClient, run: TrackedRun, entry: Entry) -> None:
 
 
 def _upload(client: MlflowClient, run: TrackedRun, entry: Entry) -> None:
-    path = run.outbox_dir / entry.get("artifact", "")
-    if "artifact" not in entry or not path.exists():
-        raise RefusedError(f"{path} no longer exists")
-    client.log_artifact(run.run_id, str(path), entry["artifact_path"])
+    client.log_artifact(run.run_id, str(_artifact(run, entry["artifact"])), entry["artifact_path"])
+
+
+def _artifact(run: TrackedRun, recorded: str) -> Path:
+    """Return the path of what a line names: readable, and with all that it leads to inside the folder of the run.
+
+    Raises:
+        RefusedError: if it is not; what a stranger wrote into a run's folder must not send other files anywhere.
+    """
+    try:
+        path = (run.outbox_dir / recorded).resolve(strict=True)
+        for file in (path, *(path.rglob("*") if path.is_dir() else ())):
+            if not file.resolve(strict=True).is_relative_to(run.folder):
+                raise RefusedError(f"{file} is or leads outside the folder of the run, {run.folder}")
+            if not (file.is_file() or file.is_dir()) or not os.access(file, os.R_OK):
+                raise RefusedError(f"{file} is not a file that can be read")
+    except (OSError, RuntimeError, ValueError) as error:
+        raise RefusedError(f"{recorded} cannot be uploaded: {error}") from None
+    return path

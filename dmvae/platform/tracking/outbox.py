@@ -7,18 +7,54 @@ calls changes nothing.
 """
 
 import os
+import shutil
 import threading
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+from pydantic import AfterValidator, Field
+
+from dmvae.config.section import scrub
+from dmvae.data.records import Record
 from dmvae.platform.tracking.delivery_log import DeliveryLog, Entry, hold_lock
-from dmvae.platform.tracking.tracked_run import TrackedRun, archive_other_run, scrub
+from dmvae.platform.tracking.tracked_run import TrackedRun, archive_other_run
 
 Ending = Literal["FINISHED", "FAILED", "KILLED"]
+_Whole = Annotated[int, Field(ge=0, lt=2**63)]  # what databases hold
+
+
+def _check_inside(path: str | None) -> str | None:
+    if path is not None and (path.startswith("/") or ".." in path.split("/")):
+        raise ValueError("artifact_path must be a folder of the run in MLflow")
+    return path
+
+
+class MetricsLine(Record):
+    """Metrics of one step."""
+
+    metrics: dict[str, float]
+    step: _Whole
+    timestamp: _Whole
+
+
+class StatusLine(Record):
+    """A change of the run's status, and why if that needs saying."""
+
+    status: Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
+    reason: str = ""
+    timestamp: _Whole
+
+
+class ArtifactLine(Record):
+    """A file or folder to upload, by its path from the outbox, inside the folder of the run."""
+
+    artifact: str
+    artifact_path: Annotated[str | None, AfterValidator(_check_inside)] = None
+    timestamp: _Whole = 0
 
 
 class _Environment:
@@ -81,8 +117,10 @@ class Outbox:
             stack.enter_context(fail_fast)
             archive_other_run(self._dir, run.run_id)
             self._run.write_down()
-            self._metrics = DeliveryLog(self._dir / "metrics.jsonl", self._send_metrics, batch_size=100)
-            self._artifacts = DeliveryLog(self._dir / "artifacts.jsonl", self._send_artifacts, batch_size=1)
+            metrics, artifacts = self._dir / "metrics.jsonl", self._dir / "artifacts.jsonl"
+            self._metrics = DeliveryLog(metrics, MetricsLine | StatusLine, self._send_metrics, batch_size=100)
+            stack.callback(self._metrics.close, 0)
+            self._artifacts = DeliveryLog(artifacts, ArtifactLine, self._send_artifacts, batch_size=1)
             for entry in self._metrics.entries():
                 self.status = entry.get("status", self.status)
                 self._last_step.update(dict.fromkeys(entry.get("metrics", ()), entry.get("step", 0)))
@@ -117,12 +155,20 @@ class Outbox:
     def log_artifact(self, local_path: Path, artifact_path: str | None = None) -> None:
         """Queue a file or folder for upload to `artifact_path`; it must not change before it is uploaded.
 
+        What lies outside the folder of the run is copied into the outbox first: nothing else is ever uploaded.
+
         Raises:
             ValueError: if `local_path` does not exist.
+            OSError: if it cannot be copied.
         """
         if not local_path.exists():
             raise ValueError(f"Artifact not found: {local_path}.")
         self.mark_running()
+        if not local_path.resolve().is_relative_to(self._run.folder):
+            target = self._dir / "files" / local_path.name
+            shutil.rmtree(target, ignore_errors=True)
+            target.parent.mkdir(exist_ok=True)
+            local_path = Path((shutil.copytree if local_path.is_dir() else shutil.copy2)(local_path, target))
         relative = os.path.relpath(local_path.absolute(), self._dir)
         self._artifacts.append({"artifact": relative, "artifact_path": artifact_path, "timestamp": _now()})
 

@@ -19,13 +19,15 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
 from mlflow.exceptions import MlflowException
 
 from dmvae.config.errors import Stopped
+from dmvae.config.section import scrub
 from dmvae.config.tracking import TrackingConfig
+from dmvae.data.records import RecordError
 from dmvae.platform.resume import flatten
-from dmvae.platform.tracking.delivery_log import TrackingError, UnreachableError, hold_lock
+from dmvae.platform.tracking.delivery_log import InUseError, TrackingError, UnreachableError, hold_lock
 from dmvae.platform.tracking.environment import environment_tags
 from dmvae.platform.tracking.mlflow_delivery import RefusedError, answers, connect, is_gone, sqlite_path
 from dmvae.platform.tracking.outbox import Ending, Outbox, fail_fast
-from dmvae.platform.tracking.tracked_run import RUN_FILE, TrackedRun, scrub
+from dmvae.platform.tracking.tracked_run import RUN_FILE, TrackedRun, read_run_record
 
 T = TypeVar("T")
 
@@ -53,9 +55,9 @@ class SyncResult:
     Attributes:
         outbox_dir: its folder.
         run_id: of the MLflow run.
-        state: `in use` by another process, `delivered`, or `undelivered` because MLflow does not answer.
+        state: `in use` by another process, `delivered`, or `undelivered` for the reason in `message`.
         lines: delivered now.
-        rejected: values that MLflow rejected.
+        rejected: lines and values that can never be delivered; they are kept beside the logs with the reason.
         killed: whether the run was marked as KILLED.
         message: why it is not delivered.
     """
@@ -138,31 +140,70 @@ def end_run(run: TrackedRun, status: Ending, reason: str = "", timeout_seconds: 
         _log.warning("The end of run %s (%s) could not be recorded: %s", run.run_id, status, error)
         return False
     if not delivered:
-        _log.warning("Some metrics are not delivered to MLflow yet. Run later: python -m jobs.sync %s", run.outbox_dir)
+        command = sync_command(run.outbox_dir, run.uri)
+        _log.warning("Some metrics are not delivered to MLflow yet. Run later: %s", command)
     return delivered
 
 
-def sync(folder: Path) -> list[SyncResult]:
+def sync(folder: Path, uri: str | None = None) -> list[SyncResult]:
     """Deliver every outbox under `folder` that no process uses; repeating it changes nothing.
 
-    A run whose processes ended without recording how is marked as KILLED. Recorded URIs hold no credentials; if
-    MLFLOW_TRACKING_URI is the same URI with credentials, it is used instead.
+    A run whose processes ended without recording how is marked as KILLED. The server that a run's folder names is never
+    trusted: the folder may come from a stranger.
+
+    Args:
+        folder: of one run or of several.
+        uri: where every run is delivered; None takes the configured server, and leaves runs that name another one.
     """
-    results, unreachable = list[SyncResult](), dict[str, str]()
-    for record in sorted(folder.rglob(RUN_FILE)):
-        recorded = json.loads(record.read_text())
-        run = TrackedRun(_with_credentials(recorded["uri"]), recorded["run_id"], record.parent)
-        if run.uri not in unreachable:
-            unreachable[run.uri] = _why_unreachable(run.uri)
-        if unreachable[run.uri]:
-            results.append(SyncResult(run.outbox_dir, run.run_id, "undelivered", message=unreachable[run.uri]))
-        else:
-            results.append(_sync_one(run))
+    results, used = list[SyncResult](), with_credentials(uri or tracking_uri(TrackingConfig()))
+    why_unreachable: str | None = None
+    for file in sorted(folder.rglob(RUN_FILE)):
+        outbox_dir, run_id = file.parent, ""
+        try:
+            record = read_run_record(outbox_dir)
+            if record is None:
+                continue
+            run_id = record.run_id
+            if uri is None and not is_configured(record.uri):
+                raise TrackingError(
+                    f"{file} names the MLflow server {scrub(record.uri)}, but the configured one is {scrub(used)}. "
+                    f"If you trust it, run: {sync_command(outbox_dir, record.uri)}"
+                )
+            if why_unreachable is None:
+                why_unreachable = _why_unreachable(used)
+            if why_unreachable:
+                raise UnreachableError(why_unreachable)
+            results.append(_sync_one(TrackedRun(used, run_id, outbox_dir), is_other=scrub(used) != record.uri))
+        except (TrackingError, UnreachableError, RecordError, OSError) as error:
+            results.append(SyncResult(outbox_dir, run_id, "undelivered", message=str(error)))
     return results
 
 
-def _sync_one(run: TrackedRun) -> SyncResult:
+def is_configured(uri: str) -> bool:
+    """Return whether a recorded URI is that of the configured server, credentials aside."""
+    return scrub(uri) == scrub(tracking_uri(TrackingConfig()))
+
+
+def with_credentials(uri: str) -> str:
+    """Return MLFLOW_TRACKING_URI if it is `uri` with credentials, else `uri`."""
+    full = os.environ.get("MLFLOW_TRACKING_URI", "")
+    return full if scrub(full) == uri else uri
+
+
+def sync_command(outbox_dir: Path, uri: str) -> str:
+    """Return the command that delivers an outbox to `uri`."""
+    return f"python -m jobs.sync {outbox_dir}" + ("" if is_configured(uri) else f" --tracking.uri {scrub(uri)}")
+
+
+def _sync_one(run: TrackedRun, is_other: bool) -> SyncResult:
+    """Deliver an outbox; `is_other` tells that its folder names another server, which may know the run by another id.
+
+    Raises:
+        TrackingError, UnreachableError, OSError: if it cannot be delivered.
+    """
     killed = False
+    if is_other and is_gone(connect(run.uri), run):
+        raise TrackingError(f"{scrub(run.uri)} has no run {run.run_id}. Name the server that has it: --tracking.uri.")
     try:
         with hold_lock(run.outbox_dir / "driver.lock"), Outbox(run, background=False, wait_seconds=0) as outbox:
             killed = outbox.status == "RUNNING"
@@ -170,15 +211,10 @@ def _sync_one(run: TrackedRun) -> SyncResult:
                 outbox.end("KILLED", "its processes ended without recording how; marked by sync")
             lines = outbox.drain()
             return SyncResult(run.outbox_dir, run.run_id, "delivered", lines, outbox.num_rejected, killed)
-    except TrackingError as error:
+    except InUseError as error:
         return SyncResult(run.outbox_dir, run.run_id, "in use", message=str(error))
     except UnreachableError as error:
         return SyncResult(run.outbox_dir, run.run_id, "undelivered", killed=killed, message=str(error))
-
-
-def _with_credentials(uri: str) -> str:
-    full = os.environ.get("MLFLOW_TRACKING_URI", "")
-    return full if scrub(full) == uri else uri
 
 
 def _why_unreachable(uri: str) -> str:
@@ -272,10 +308,10 @@ def _migration_lock(database: Path | None) -> Iterator[None]:
 
 def _reopen(client: MlflowClient, uri: str, outbox_dir: Path) -> str | None:
     """Mark the run that `outbox_dir` belongs to as RUNNING and return its id; None for a new folder."""
-    record = outbox_dir / RUN_FILE
-    if not record.exists():
+    record = read_run_record(outbox_dir)
+    if record is None:
         return None
-    run = TrackedRun(uri, json.loads(record.read_text())["run_id"], outbox_dir)
+    run = TrackedRun(uri, record.run_id, outbox_dir)
     if is_gone(client, run):
         raise TrackingError(
             f"Cannot resume MLflow run {run.run_id}: {scrub(uri)} does not have it, or has deleted it. Correct the "

@@ -20,7 +20,7 @@ from typing import Any
 from dmvae.platform.errors import RunError
 from dmvae.platform.folders import Folder, LocalFolder, open_folder
 from dmvae.platform.remote_fs import cached_run_dir
-from dmvae.platform.tracking.tracked_run import RUN_FILE, archive_other_run
+from dmvae.platform.tracking.tracked_run import RUN_FILE, archive_other_run, parse_run_record
 from dmvae.platform.train.ray_snapshot import SNAPSHOT_FILE, build_snapshot
 from dmvae.training import checkpoint
 from dmvae.training.state import TrainState
@@ -88,7 +88,8 @@ class RunStore:
             else:
                 LocalFolder(self.run_dir / name).write(text)
         if tracked is not None:
-            archive_other_run(outbox_dir, json.loads(tracked)["run_id"])
+            where = (self.folder / RUN_FILE).where
+            archive_other_run(outbox_dir, parse_run_record(tracked, where).run_id)
             LocalFolder(outbox_dir / RUN_FILE).write(tracked)
 
     def write_record(self, name: str, record: Mapping[str, Any]) -> None:

@@ -20,6 +20,7 @@ from ray.train import (
 from ray.train.torch import TorchTrainer
 from torch import nn
 
+from dmvae.config.section import scrub
 from dmvae.config.training import TrainConfig
 from dmvae.data.reading.dataset import Dataset, open_dataset
 from dmvae.model.dmvae import DMVAE
@@ -31,7 +32,7 @@ from dmvae.platform.resume import ResumeRules
 from dmvae.platform.stopping import stop_in_order
 from dmvae.platform.tracking.outbox import Outbox
 from dmvae.platform.tracking.runs import DatasetRecord, open_run, tracking_uri
-from dmvae.platform.tracking.tracked_run import TrackedRun, scrub
+from dmvae.platform.tracking.tracked_run import TrackedRun
 from dmvae.platform.train.run_store import BEST, CHECKPOINTS, LAST, NUM_KEPT, RESULT, SCORE, RunStore
 from dmvae.platform.train.worker import WorkerTask, work
 from dmvae.training import checkpoint

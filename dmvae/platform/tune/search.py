@@ -113,7 +113,7 @@ def search(config: SearchConfig, progress: Callable[[str], None]) -> SearchSumma
                     _keep_best_so_far(config, dataset, study_dir, tracked, progress)
                     raise
             trials = study.trials_of(study_dir)
-            sync(study_dir / "trials")
+            sync(study_dir / "trials", tracked.uri)
             best = study.best_trials(config, trials)
             if not best:
                 raise RunError(_why_none(trials, study_dir))

@@ -68,9 +68,9 @@ def test_a_run_finishes_without_its_database_and_sync_delivers_it(large: Path, t
     thread.join()
     assert "test/nll" in summary.metrics
     assert not database.exists()
-    assert [result.state for result in sync(tmp_path / "runs")] == ["undelivered"]
+    assert [result.state for result in sync(tmp_path / "runs", config.tracking.uri)] == ["undelivered"]
     away.rename(database)
-    (result,) = sync(tmp_path / "runs")
+    (result,) = sync(tmp_path / "runs", config.tracking.uri)
     assert (result.state, result.killed) == ("delivered", False)
     uri = str(config.tracking.uri)
     assert stored(run_dir, uri, "train/loss") == metrics_of(run_dir, "train/loss")
@@ -100,7 +100,7 @@ def test_an_outage_of_a_minute_costs_no_metric_and_no_time(large: Path, tmp_path
     with server(tmp_path, port):
         wait_for(lambda: driver.poll() is not None, 500)
         assert driver.returncode == 0
-        sync(tmp_path / "runs")
+        sync(tmp_path / "runs", config.tracking.uri)
         assert stored(run_dir, f"http://127.0.0.1:{port}", "train/loss") == metrics_of(run_dir, "train/loss")
         assert status(run_dir, f"http://127.0.0.1:{port}") == "FINISHED"
     assert 0 < at < 400 * 27, "the outage ended before the run did"
@@ -122,7 +122,7 @@ def test_a_trainer_killed_during_an_outage_loses_nothing_and_does_not_stay_runni
     os.kill(driver.pid, signal.SIGKILL)
     driver.wait()
     wait_for(lambda: not Path(f"/proc/{writer}").exists(), 60)
-    command = [sys.executable, "-m", "jobs.sync", str(tmp_path / "runs")]
+    command = [sys.executable, "-m", "jobs.sync", str(tmp_path / "runs"), "--tracking.uri", str(config.tracking.uri)]
     with server(tmp_path, port):
         done = subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr

@@ -17,12 +17,13 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from pydantic import ValidationError
 
+from dmvae.config.section import scrub
 from dmvae.config.tracking import TrackingConfig
 from dmvae.platform.remote_fs import RemoteFolder
 from dmvae.platform.tracking.delivery_log import TrackingError
 from dmvae.platform.tracking.outbox import Outbox
 from dmvae.platform.tracking.runs import DatasetRecord, format_params, open_run, sync, tracking_uri
-from dmvae.platform.tracking.tracked_run import TrackedRun, scrub
+from dmvae.platform.tracking.tracked_run import TrackedRun
 from dmvae.platform.train.run_store import RunStore
 
 pytestmark = [
@@ -108,10 +109,10 @@ def test_lines_that_are_sent_twice_are_stored_once(database: TrackingConfig, tmp
     with open_run(database, "twice", tmp_path, {}) as run, Outbox(run) as outbox:
         log_steps(outbox, range(250))
     (tmp_path / "metrics.offset").unlink()
-    (again,) = sync(tmp_path)
+    (again,) = sync(tmp_path, database.uri)
     assert (again.state, again.lines, again.killed) == ("delivered", 251, False)
     assert len(history(run, "train/loss")) == len(history(run, "val/kl_shared/joint")) == 250
-    assert sync(tmp_path)[0].lines == 0
+    assert sync(tmp_path, database.uri)[0].lines == 0
 
 
 def test_a_line_that_a_crash_cut_short_is_removed(database: TrackingConfig, tmp_path: Path) -> None:
@@ -151,7 +152,7 @@ def test_one_process_at_a_time_works_on_a_run(database: TrackingConfig, tmp_path
             Outbox(run, wait_seconds=0)
         with pytest.raises(TrackingError, match="is in use by"), open_run(database, "", tmp_path, {}):
             pass
-        assert [result.state for result in sync(tmp_path)] == ["in use"]
+        assert [result.state for result in sync(tmp_path, database.uri)] == ["in use"]
     assert stored(run).info.status == "FINISHED"
 
 
@@ -163,17 +164,17 @@ def test_sync_delivers_everything_after_trainer_and_database_are_gone(database: 
         here.rename(away)
         write_line(trainer, "go on")
         assert read_line(trainer) == "logged"
-        assert [result.state for result in sync(tmp_path)] == ["undelivered"]  # a database that is away
+        assert [result.state for result in sync(tmp_path, database.uri)] == ["undelivered"]  # a database that is away
         trainer.kill()
     away.rename(here)
 
-    (result,) = sync(tmp_path)
+    (result,) = sync(tmp_path, database.uri)
     assert (result.state, result.lines, result.killed) == ("delivered", 41, True)
     run = TrackedRun(str(database.uri), result.run_id, result.outbox_dir)
     assert history(run, "train/loss") == [(step, step / 4) for step in range(40)]
     assert stored(run).info.status == "KILLED"
     assert "without recording how" in stored(run).data.tags["dmvae.reason"]
-    assert [(again.lines, again.killed) for again in sync(tmp_path)] == [(0, False)]
+    assert [(again.lines, again.killed) for again in sync(tmp_path, database.uri)] == [(0, False)]
 
 
 def test_a_server_killed_and_started_again_loses_and_doubles_nothing(tmp_path: Path) -> None:
@@ -200,7 +201,7 @@ def test_a_server_killed_and_started_again_loses_and_doubles_nothing(tmp_path: P
         driver.__exit__(None, None, None)
         assert history(run, "train/loss") == [(step, step / 4) for step in range(300)]
         (run.outbox_dir / "metrics.offset").unlink()
-        assert sync(tmp_path)[0].lines == 301
+        assert sync(tmp_path, run.uri)[0].lines == 301
         for key in ("train/loss", "nan", "inf"):
             assert len(history(run, key)) == 300
         assert stored(run).info.status == "FINISHED"
@@ -290,6 +291,9 @@ def test_an_outbox_of_an_earlier_run_at_the_same_uri_is_archived(tmp_path: Path)
 
 def test_urls_lose_their_secrets() -> None:
     assert scrub("get https://me:p@ss@host:1/x?a=1&token=abc&b=2 now") == "get https://host:1/x?a=1&token=***&b=2 now"
+    assert scrub("postgresql://me:pa/ss@host/db") == "postgresql://host/db"
+    assert scrub("mysql://me:p/a@s/s@host:3306/db now") == "mysql://host:3306/db now"
+    assert scrub("http://host:5000/x@champion") == "http://host:5000/x@champion"
 
 
 def test_settings_become_parameters() -> None:
