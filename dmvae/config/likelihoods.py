@@ -16,6 +16,9 @@ ColumnKind = Literal["real", "positive", "count", "binary", "category"]
 """What a column of a table holds: any numbers; numbers above 0, modelled by their logarithm; whole numbers of 0 or
 more; one of two classes; one of several classes."""
 
+UNSEEN = "unseen in training"
+"""The name of the class of a column that stands for all classes that no training row has."""
+
 _HEAVY_TAILS = 4.2  # kurtosis: the geometric mean of a normal's 3 and a Laplace distribution's 6
 _POISSON_DISPERSION = 1.5  # variance over mean; 1 of a Poisson distribution
 

@@ -5,9 +5,8 @@ It needs torch, pydantic, numpy and safetensors only, so that registered models 
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,8 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError,
 from torch import Tensor
 
 from dmvae.data.batch import Batch
-from dmvae.data.scaling import Scale
+from dmvae.distributions.likelihoods.columns import Columns
 from dmvae.model.dmvae import DMVAE
+from dmvae.model.modality_spec import ModalitySpec as ModalitySpec
 
 UNITS = "units.json"
 Operation = Literal["encode", "reconstruct", "impute", "nll", "sample"]
@@ -26,57 +26,16 @@ OPERATIONS: tuple[Operation, ...] = ("encode", "reconstruct", "impute", "nll", "
 MAX_DRAWS = 100_000
 
 
-class ColumnSpec(BaseModel):
-    """A column of a table; the fields of the manifest with the same names."""
+def row_type(shapes: Mapping[str, Sequence[int]], named: Collection[str] = ()) -> type[BaseModel]:
+    """Return the type of one row: modalities may be left out or null, and unknown names are refused.
 
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-    kind: str
-    classes: tuple[str, ...] = ()
-    since: str | None = None
-
-
-class ModalitySpec(BaseModel):
-    """The shape, type and scaling of a modality; the fields of the manifest with the same names."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-    shape: tuple[int, ...]
-    dtype: str
-    likelihood: str = "normal"
-    classes: int | None = None
-    scaling: str = "none"
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    low: tuple[float, ...] | None = None
-    high: tuple[float, ...] | None = None
-    features: tuple[str, ...] | None = None
-    units: dict[str, str] | None = None
-    columns: tuple[ColumnSpec, ...] | None = None
-    has_size_factor: bool = False
-    """Whether training rows had size factors; if not, a row's size factor is the total of its counts."""
-
-    @cached_property
-    def _scale(self) -> Scale:
-        return Scale(self)
-
-    def read(self, values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Convert values `(rows, *shape)` from the data's units to the model's, as `dtype` or their own."""
-        return self._scale.read(values, dtype or values.dtype)
-
-    def show(self, values: Tensor) -> Tensor:
-        """Convert values `(..., *shape)` from the model's units to the data's."""
-        return self._scale.show(values)
-
-    def log_jacobian(self, values: Tensor) -> Tensor:
-        """Return the nats to add to -log p of each row of values in the model's units, for that in the data's units."""
-        return self._scale.log_jacobian(values)
-
-
-def row_type(shapes: Mapping[str, Sequence[int]]) -> type[BaseModel]:
-    """Return the type of one row: modalities may be left out or null, and unknown names are refused."""
+    Values of the modalities in `named` are a list, or an object by the names of their features.
+    """
     fields: dict[str, Any] = {}
     for name, shape in shapes.items():
+        if name in named:
+            fields[name] = (list[Any] | dict[str, Any] | None, None)
+            continue
         nested: Any = float
         for _ in shape:
             nested = list[nested]
@@ -107,6 +66,7 @@ class Predictor:
         units: per modality.
         shapes: per field of a row: the modalities, and `size_factor` if one of them holds counts.
         counts: the modalities of counts.
+        named: the modalities whose features have names; answers give their values by name.
         row: the type of one row.
     """
 
@@ -116,7 +76,8 @@ class Predictor:
         self.counts = [name for name in self.units if model.likelihoods[name].are_counts]
         if self.counts:
             self.shapes["size_factor"] = ()
-        self.row = row_type(self.shapes)
+        self.named = [name for name, unit in self.units.items() if unit.features is not None]
+        self.row = row_type(self.shapes, self.named)
 
     @classmethod
     def load(cls, folder: Path) -> "Predictor":
@@ -206,7 +167,7 @@ class Predictor:
             shown = unit.show(self.model.means(outputs[name], name, batch).double().cpu())
             for number, answer in enumerate(answers):
                 if name in answer["observed"]:
-                    answer.setdefault("values", {})[name] = shown[number].tolist()
+                    answer.setdefault("values", {})[name] = unit.written(shown[number])
 
     def _impute(
         self, batch: Batch, request: Request, answers: list[dict[str, Any]], generator: torch.Generator
@@ -229,11 +190,31 @@ class Predictor:
             draws = unit.show(self._decoded(name, drawn[""][:, missing], drawn[name][:, missing], rows))
             best = unit.show(self._decoded(name, shared.mean[missing], private[name].mean[missing], rows))
             mean, sd = draws.mean(0), draws.std(0)
+            classes = self._class_probabilities(name, drawn[""][:, missing], drawn[name][:, missing])
             for place, number in enumerate(missing):
-                told = {"mean": mean[place].tolist(), "sd": sd[place].tolist(), "best": best[place].tolist()}
+                told = {
+                    "mean": unit.numbers(mean[place]),
+                    "sd": unit.numbers(sd[place]),
+                    "best": unit.written(best[place]),
+                }
+                if classes:
+                    told["probabilities"] = {column: p[place] for column, p in classes.items()}
                 if request.num_samples:
-                    told["samples"] = draws[: request.num_samples, place].tolist()
+                    told["samples"] = [unit.written(draw) for draw in draws[: request.num_samples, place]]
                 answers[number]["imputed"][name] = told
+
+    def _class_probabilities(self, name: str, shared: Tensor, private: Tensor) -> dict[str, list[dict[str, float]]]:
+        """Return the mean over draws `(draw, row, dim)` of the probabilities of classes: by column, row and class."""
+        likelihood, unit = self.model.likelihoods[name], self.units[name]
+        if not isinstance(likelihood, Columns) or unit.columns is None or unit.features is None:
+            return {}
+        output = self.model.decode({"z": shared, "modalities_z": {name: private}}, name)[name]
+        return {
+            unit.features[place]: [
+                dict(zip(unit.columns[place].classes, row, strict=True)) for row in p.double().mean(0).tolist()
+            ]
+            for place, p in sorted(likelihood.probabilities(output).items())
+        }
 
     def _decoded(self, name: str, shared: Tensor, private: Tensor, rows: Batch) -> Tensor:
         """Decode latents `(..., row, dim)` to the mean of one modality, on the CPU."""
@@ -255,14 +236,16 @@ class Predictor:
         for name, unit in self.units.items():
             shown = unit.show(self.model.means(outputs[name], name).double().cpu())
             for number, answer in enumerate(answers):
-                answer.setdefault("values", {})[name] = shown[number].tolist()
+                answer.setdefault("values", {})[name] = unit.written(shown[number])
 
     def _checked(self, name: str, values: Any, number: int) -> Tensor:
         unit, where = self.units[name], f"Row {number}, {name}"
+        if unit.features is not None:
+            values = unit.parsed(values, where)
         try:
             array = np.asarray(values, dtype=np.float64)
-        except ValueError:
-            raise ValueError(f"{where}: expected shape {unit.shape}, got ragged lists.") from None
+        except (ValueError, TypeError):
+            raise ValueError(f"{where}: expected shape {unit.shape}, got ragged lists or no numbers.") from None
         if array.shape != unit.shape:
             raise ValueError(f"{where}: expected shape {unit.shape}, got {array.shape}.")
         if not np.isfinite(array).all():

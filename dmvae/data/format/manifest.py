@@ -20,10 +20,6 @@ VERSIONS = (1, 2)
 """The second added names of features and labels. A dataset without them is still written as version 1."""
 
 
-UNSEEN = "unseen in training"
-"""The name of the class of a column that stands for all classes that no training row has."""
-
-
 class ColumnInfo(Section):
     """One column of a table whose columns differ in kind.
 

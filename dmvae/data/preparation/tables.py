@@ -9,9 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from dmvae.config.likelihoods import UNSEEN
 from dmvae.config.sources import ColumnGroup
 from dmvae.data.errors import DatasetError
-from dmvae.data.format.manifest import UNSEEN, ColumnInfo
+from dmvae.data.format.manifest import ColumnInfo
 from dmvae.data.preparation.class_names import ClassNames, are_names, is_text, sort_names
 from dmvae.data.preparation.column_stats import ColumnStats
 from dmvae.data.preparation.source_location import SourceLocation

@@ -49,7 +49,14 @@ class Application:
         await self._follow_alias()
         if http.method == "GET":
             shapes = {name: list(spec.shape) for name, spec in self._predictor.units.items()}
-            return self._reply(200, {"modalities": shapes})
+            units = self._predictor.units.items()
+            features = {name: list(spec.features) for name, spec in units if spec.features is not None}
+            columns = {
+                name: [column.model_dump(exclude_defaults=True) for column in spec.columns]
+                for name, spec in units
+                if spec.columns is not None
+            }
+            return self._reply(200, {"modalities": shapes, "features": features, "columns": columns})
         if http.method != "POST":
             return self._reply(405, {"error": f"Method {http.method} is not allowed. Send rows by POST."})
         body = await http.body()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +19,9 @@ from dmvae.data.batch import Batch, has
 from dmvae.data.files import sha256_of
 from dmvae.data.progress import Progress
 from dmvae.data.reading.dataset import Dataset, open_dataset
+from dmvae.distributions.likelihoods.columns import Columns
 from dmvae.model.dmvae import DMVAE
+from dmvae.model.named_values import written
 from dmvae.model.predictor import UNITS, ModalitySpec, Predictor
 from dmvae.model.serialization import MODEL_WEIGHTS
 from dmvae.platform.cluster import local_cluster
@@ -27,6 +30,8 @@ from dmvae.platform.evaluate.worker_pool import map_on_workers, torch_device
 from dmvae.platform.serve.registry import downloaded
 
 _BLOCK_ROWS = 1024
+_MOST_COLUMNS = 1000
+"""Features that get an imputed column each, at most; of more, a row's values are one list."""
 _KEY = b"dmvae.made_by"
 
 
@@ -157,8 +162,28 @@ class Embedder:
             outputs = self._model.predict(batch, return_mean=True)
             for name, spec in self._trained.items():
                 values = spec.show(self._model.means(outputs[name], name, batch).float().cpu())
-                columns[f"imputed/{name}"] = _lists(values.flatten(1), ~has(batch, name).numpy())
+                columns |= self._imputed(name, spec, values, outputs[name], ~has(batch, name).numpy())
         return pa.table(columns)
+
+    def _imputed(
+        self, name: str, spec: ModalitySpec, values: torch.Tensor, output: torch.Tensor, missing: np.ndarray
+    ) -> dict[str, pa.Array]:
+        """Return the imputed values of a modality: a column for each feature that has a name, else one of lists."""
+        if spec.features is None or len(spec.features) > _MOST_COLUMNS:
+            return {f"imputed/{name}": _lists(values.flatten(1), missing)}
+        found: dict[str, pa.Array] = {}
+        for place, feature in enumerate(spec.features):
+            cells: Any = values[:, place].numpy()
+            if spec.columns is not None:
+                cells = [written(number, spec.columns[place]) for number in cells.tolist()]
+            found[f"imputed/{name}/{feature}"] = pa.array(cells, mask=~missing)
+        likelihood = self._model.likelihoods[name]
+        if spec.columns is None or not isinstance(likelihood, Columns):
+            return found
+        for place, p in sorted(likelihood.probabilities(output).items()):
+            for cls, share in zip(spec.columns[place].classes, p.float().cpu().numpy().T, strict=True):
+                found[f"probability/{name}/{spec.features[place]}/{cls}"] = pa.array(share, mask=~missing)
+        return found
 
     def _rescaled(self, batch: Batch) -> Batch:
         """Bring values that this dataset scales differently to the scale that the model was trained on."""

@@ -37,7 +37,10 @@ def save(content: Path, target: Path) -> None:
             path=str(target),
             python_model=str(Path(__file__).with_name("pyfunc.py")),
             artifacts={"model": str(content)},
-            model_config={"shapes": {name: list(shape) for name, shape in predictor.shapes.items()}},
+            model_config={
+                "shapes": {name: list(shape) for name, shape in predictor.shapes.items()},
+                "named": predictor.named,
+            },
             code_paths=[str(code)],
             input_example=(
                 [_example(predictor)],
@@ -65,6 +68,8 @@ def _example(predictor: Predictor) -> dict[str, Any]:
     """Return a row that has only its first modality, drawn from the model."""
     (drawn,) = predictor.answer([{}], Request(operation="sample"))
     first, spec = next(iter(predictor.units.items()))
+    if spec.columns is not None:
+        return {first: drawn["values"][first]}
     if spec.classes is not None:
         return {first: [0.0] * len(drawn["values"][first])} if len(spec.shape) == 1 else {}
     counts = first in predictor.counts
@@ -73,7 +78,9 @@ def _example(predictor: Predictor) -> dict[str, Any]:
 
 
 def _rounded(values: Any, high: float | None, digits: int) -> Any:
-    """Return nested lists with every number rounded, and clipped to [0, high] if there is a limit."""
+    """Return nested values with every number rounded, and clipped to [0, high] if there is a limit."""
+    if isinstance(values, dict):
+        return {name: _rounded(value, high, digits) for name, value in values.items()}
     if isinstance(values, list):
         return [_rounded(value, high, digits) for value in values]
     return round(values if high is None else min(max(values, 0.0), high), digits)

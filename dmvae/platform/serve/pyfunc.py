@@ -11,7 +11,8 @@ from mlflow.pyfunc.model import PythonModel
 
 from dmvae.model.predictor import Predictor, Request, row_type
 
-Row = row_type(ModelConfig().get("shapes"))  # type: ignore[no-untyped-call]
+_config: Any = ModelConfig()
+Row = row_type(_config.get("shapes"), _config.get("named"))
 
 
 class RegisteredModel(PythonModel):

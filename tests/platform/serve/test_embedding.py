@@ -8,11 +8,15 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from dmvae.platform.train.settings import resolve
 
 from dmvae import DMVAE
 from dmvae.cli import run_verb
+from dmvae.config.data import PrepareConfig
 from dmvae.config.registry import EmbedConfig
+from dmvae.config.training import TrainConfig
 from dmvae.data.batch import has
+from dmvae.data.preparation.prepare import prepare
 from dmvae.data.reading.dataset import open_dataset
 from dmvae.data.reading.loader import read_rows
 from dmvae.model.predictor import UNITS, ModalitySpec, Predictor, Request
@@ -125,3 +129,28 @@ def test_a_model_that_mlflow_lacks_is_one_message(
     message = capsys.readouterr().err
     assert message.startswith("error: Cannot load models:/nobody@champion: ")
     assert len(message.splitlines()) == 1
+
+
+def test_imputed_columns_have_the_names_of_features_and_classes(tmp_path: Path) -> None:
+    ages, names = ["age,sex,stage,id"], ["I", "II", "III"]
+    ages += [f"{30 + row}.5,{'fm'[row % 2]},{names[row % 3]},{row}" for row in range(20)]
+    (tmp_path / "clinic.csv").write_text("\n".join(ages) + "\n")
+    (tmp_path / "blood.csv").write_text("id,iron\n" + "".join(f"{row},{row / 7}\n" for row in range(10, 30)))
+    source = {"kind": "csv", "modalities": {n: {"path": f"{tmp_path}/{n}.csv"} for n in ("clinic", "blood")}}
+    config = {"dataset": f"{tmp_path}/data", "source": source, "splits": {"train": 1.0}}
+    prepare(PrepareConfig.model_validate(config), progress=lambda _: None)
+    run = {"name": "r", "data": {"dataset": f"{tmp_path}/data", "val_split": "train"}}
+    run |= {"evaluation": {"split": "train"}}
+    torch.manual_seed(0)
+    DMVAE(resolve(TrainConfig.model_validate(run), open_dataset(tmp_path / "data")).model).save(tmp_path / "model")
+    embed(configure(tmp_path, tmp_path / "out"), lambda line: None)
+    found = read(tmp_path / "out")
+    place = found["id"].index(25)  # without the table
+    assert {key for key in found if key.startswith("imputed/")} == {
+        "imputed/clinic/age", "imputed/clinic/sex", "imputed/clinic/stage", "imputed/blood/iron",
+    }  # fmt: skip
+    assert found["imputed/clinic/sex"][place] in ("f", "m")
+    assert found["imputed/clinic/stage"][place] in names
+    assert sum(found[f"probability/clinic/stage/{name}"][place] for name in names) == pytest.approx(1, abs=1e-5)
+    assert found["imputed/clinic/age"][found["id"].index(15)] is None
+    assert found["imputed/blood/iron"][place] is None
