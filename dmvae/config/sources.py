@@ -57,14 +57,17 @@ class ColumnGroup(Section):
 
 
 class ParquetSource(Section):
-    """One Parquet file, or a folder of Parquet files with the same columns.
+    """One Parquet file, or many that are read as one table.
+
+    Folders named `KEY=VALUE` are columns. Names of files or folders such as `train-00000.parquet` and `test` are the
+    splits, if there is no column of splits. Without a column of ids, a pandas index is the id.
 
     A modality is a column of lists (nested lists for more dimensions), a column of fixed-size binary, or any number of
     numeric columns. Null is missing, and so is a row of floats that are all NaN.
 
     Attributes:
-        path: the file or folder.
-        id: the column of ids (integers or strings). Without it, rows are numbered from 0.
+        path: the file, the folder, or a pattern such as `data/*.parquet`.
+        id: the column of ids (integers or strings). Without it and a pandas index, rows are numbered from 0.
         label: the column of labels (integers, names or null). Optional.
         split: the column of split names (strings). Optional.
         size_factor: the column of size factors for counts (positive numbers or null). Optional.

@@ -60,6 +60,8 @@ def prepare(config: PrepareConfig, progress: Callable[[str], None] = print) -> P
         scratch.rmdir()
         progress("checking the shards")
         origin = config.model_dump(mode="json", exclude={"dataset", "replace"})
+        if stream.notes:
+            origin["notes"] = list(stream.notes)
         features = {n: f for n, f in stream.features.items() if len(scan.columns.modalities[n].shape) == 1}
         manifest = build_manifest(
             part,

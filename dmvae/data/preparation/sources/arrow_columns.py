@@ -52,6 +52,11 @@ def shown(names: Collection[str]) -> str:
     return ", ".join(list(names)[:10]) + (", ..." if len(names) > 10 else "")
 
 
+def not_taken(names: Sequence[str], what: str = "columns") -> list[str]:
+    """Return the line that says what a source holds and no setting takes; none if everything is taken."""
+    return [f"not taken: {len(names)} {what} ({shown(names)})"] if names else []
+
+
 def check_source_name(name: str, where: str) -> str:
     """Return the name that a source gives a modality.
 

@@ -1,4 +1,4 @@
-"""Rows from Parquet: one file, or a folder of files with the same columns."""
+"""Rows from Parquet: one file, or many that are read as one table."""
 
 import math
 from collections.abc import Iterator
@@ -8,8 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.dataset as ds
-import pyarrow.parquet as pq
 
 from dmvae.config.sources import ColumnGroup, ParquetSource
 from dmvae.data.errors import DatasetError
@@ -21,10 +19,12 @@ from dmvae.data.preparation.sources.arrow_columns import (
     find_row_columns,
     is_array,
     match_columns,
+    not_taken,
     read_modality,
     read_row_column,
     shown,
 )
+from dmvae.data.preparation.sources.parquet_files import ParquetFiles, find_parquet
 from dmvae.data.preparation.stream import Chunk, SourceLocation, Stream, chunk_rows
 from dmvae.data.preparation.tables import Table, is_table
 
@@ -38,15 +38,12 @@ def read(source: ParquetSource, seed: int, scratch: Path) -> Stream:
         DatasetError: if a file is absent or is not Parquet, or a column is absent or has the wrong type.
     """
     with _readable(source.path):
-        files = ds.dataset(source.path, format="parquet")
-        if not Path(source.path).exists() or not files.files:
-            raise FileNotFoundError
-        files = files.replace_schema(_all_columns(files))
-        layout = _layout(source, files)
-        num_rows = files.count_rows()
+        layout = _layout(source, find_parquet(source.path, source.split))
+        num_rows = layout.files.num_rows
     return Stream(
         _chunks(source.path, layout),
         num_rows,
+        notes=(*layout.files.notes, *layout.notes),
         features=layout.features,
         units={name: group.units for name, (group, _) in layout.modalities.items()},
         labels=layout.labels,
@@ -71,18 +68,6 @@ def _readable(path: str) -> Iterator[None]:
         raise DatasetError(f"Cannot read {path} as Parquet: {error}. Write the file again.") from error
 
 
-def _all_columns(files: ds.FileSystemDataset) -> pa.Schema:
-    """Return the columns of all files, each with its type in the first file where it is not all null."""
-    schema = files.schema
-    for field in (field for fragment in files.get_fragments() for field in fragment.physical_schema):
-        index = schema.get_field_index(field.name)
-        if field.name not in schema.names:
-            schema = schema.append(field)
-        elif index >= 0 and pa.types.is_null(schema.field(index).type):
-            schema = schema.set(index, field)
-    return schema
-
-
 @dataclass(frozen=True)
 class _Layout:
     """The files and what their columns are.
@@ -93,13 +78,15 @@ class _Layout:
         row_columns: the column of each other field of `Rows`.
         labels: the classes of labels that are no integers.
         tables: the modalities whose columns differ in kind.
+        notes: what was decided, for the user.
     """
 
-    files: ds.FileSystemDataset
+    files: ParquetFiles
     modalities: dict[str, tuple[ColumnGroup, list[str]]]
     row_columns: dict[str, str]
     labels: ClassNames
     tables: dict[str, Table]
+    notes: tuple[str, ...]
 
     @property
     def features(self) -> dict[str, tuple[str, ...]]:
@@ -112,23 +99,9 @@ class _Layout:
         }
 
     def batches(self, columns: list[str], row_bytes: int) -> Iterator[tuple[SourceLocation, pa.RecordBatch]]:
-        """Yield some columns of all files, one chunk of rows at a time.
-
-        A column that a file lacks is null there.
-        """
-        types = [self.files.schema.field(column).type for column in columns]
-        for path in self.files.files:
-            row = 0
-            # buffered, so that a column of a row group is not read whole
-            with pq.ParquetFile(path, buffer_size=_BUFFER_BYTES, pre_buffer=False) as file:
-                here = [column for column in columns if column in file.schema_arrow.names]
-                for batch in file.iter_batches(chunk_rows(row_bytes), columns=here):
-                    arrays = [
-                        batch.column(column).cast(kind) if column in here else pa.nulls(len(batch), kind)
-                        for column, kind in zip(columns, types, strict=True)
-                    ]
-                    yield SourceLocation(path, row), pa.record_batch(arrays, names=columns)
-                    row += len(batch)
+        """Yield some columns of all files, one chunk of rows at a time."""
+        for path, row, batch in self.files.batches(columns, chunk_rows(row_bytes), _BUFFER_BYTES):
+            yield SourceLocation(path, row), batch
 
     def read_modality(self, name: str, batch: pa.RecordBatch, location: SourceLocation) -> Values:
         """Return values and presence of one modality."""
@@ -138,29 +111,38 @@ class _Layout:
         return read_modality(name, [batch.column(column) for column in columns], group, location)
 
 
-def _layout(source: ParquetSource, files: ds.FileSystemDataset) -> _Layout:
-    names = files.schema.names
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
-        raise DatasetError(f"Duplicate column names in {source.path}: {shown(repeated)}. Rename them.")
+def _layout(source: ParquetSource, files: ParquetFiles) -> _Layout:
+    names, notes = files.schema.names, []
     settings = ("id", "label", "split", "size_factor", "group")
     row_columns = find_row_columns(source, settings, names, source.path)
+    if "ids" not in row_columns and files.index:
+        if len(files.index) > 1:
+            raise DatasetError(
+                f"The pandas index of {source.path} has several columns ({shown(files.index)}), and an id is one. Set "
+                f"source.id to a column that is unique."
+            )
+        row_columns["ids"] = files.index[0]
+        notes.append(f"ids: the pandas index, column {files.index[0]!r}")
     others = [name for name in names if name not in row_columns.values()]
     if not others:
         raise DatasetError(
             f"No modality found in {source.path}: its columns are {shown(names)}. Add a column for each modality."
         )
     groups = source.modalities or {
-        check_source_name(name, source.path): ColumnGroup(columns=_escaped(name)) for name in others
+        check_source_name(name, source.path): ColumnGroup(columns=_escaped(name))
+        for name in others
+        if name not in files.index
     }
     modalities = {name: (group, match_columns(name, group, others, source.path)) for name, group in groups.items()}
+    taken = {column for _, columns in modalities.values() for column in columns}
+    notes += not_taken([name for name in others if name not in taken])
     tables = {
         name: Table(name, columns, group, source.path)
         for name, (group, columns) in modalities.items()
         if not is_array(files.schema.field(columns[0]).type)
         and is_table(group, [files.schema.field(column).type for column in columns])
     }
-    return _Layout(files, modalities, row_columns, ClassNames(), tables)
+    return _Layout(files, modalities, row_columns, ClassNames(), tables, tuple(notes))
 
 
 def _escaped(name: str) -> str:
