@@ -1,7 +1,7 @@
 """Settings that say how a dataset is prepared, and how training reads it."""
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -52,8 +52,8 @@ class PrepareConfig(Section):
             mean and divides by the standard deviation; `unit` maps the minimum to 0 and the maximum to 1 (both use
             statistics of the observed training rows); `log1p` takes log(1 + x) of values of 0 or more. Shards keep
             the original values, and imputations come back in the units of the data.
-        partial: what to do with a row in which some features of a modality are NaN. `refuse` stops and counts these
-            rows, `drop` treats the whole modality as missing in that row, `mean` fills in the feature's training mean.
+        partial: what to do with a row that has some cells of a modality and lacks others. `keep` keeps the cells it
+            has, `refuse` stops and counts these rows, `drop` treats the whole modality as missing in that row.
         splits: the share of rows in each split. None means 0.8 `train`, 0.1 `val` and 0.1 `test`. It cannot be set for
             a source with splits of its own. If the source names groups, all rows of a group go to one split.
         stratify: give every split the same share of each label.
@@ -67,12 +67,22 @@ class PrepareConfig(Section):
     source: Source
     seed: Seed = 0
     scaling: dict[ModalityName, Scaling] = Field(default_factory=dict)
-    partial: Literal["refuse", "drop", "mean"] = "refuse"
+    partial: Literal["keep", "refuse", "drop"] = "keep"
     splits: dict[Name, float] | None = None
     stratify: bool = False
     likelihood: dict[ModalityName, str] = Field(default_factory=dict)
     shard_megabytes: int = Field(default=256, ge=1)
     replace: bool = False
+
+    @field_validator("partial", mode="before")
+    @classmethod
+    def _check_partial(cls, partial: Any) -> Any:
+        if partial == "mean":
+            raise ValueError(
+                "partial='mean' no longer exists, since it counted invented values as observed. Set partial='keep' "
+                "(missing cells stay missing) or partial='drop' (the row lacks the modality)."
+            )
+        return partial
 
     @field_validator("splits")
     @classmethod

@@ -103,11 +103,14 @@ class Scale:
         positive = self._positive.to(shown.device)
         return torch.where(positive, torch.where(positive, shown, 0.0).exp(), shown)
 
-    def log_jacobian(self, values: Tensor) -> Tensor:
+    def log_jacobian(self, values: Tensor, cells: Tensor | None = None) -> Tensor:
         """Return log |d x / d s| for each row of scaled values `(rows, *shape)`, in nats.
 
-        Add it to -log p(s) to get -log p(x), since p(x) = p(s) / |d x / d s|.
+        Add it to -log p(s) to get -log p(x), since p(x) = p(s) / |d x / d s|. With `cells`, true where a value is
+        observed, it is that of the observed cells.
         """
+        if cells is not None:
+            return self._log_jacobian_of(values).masked_fill(~cells, 0).flatten(1).sum(1)
         if self._is_log:  # x = exp(s) - 1
             return values.flatten(1).double().sum(1)
         constant = self._size * math.log(255) if self._is_byte else 0.0
@@ -117,6 +120,17 @@ class Scale:
         if self._positive is not None:  # x = exp(std s + mean)
             jacobian = jacobian.to(values.device) + self.show(values.double())[:, self._positive].log().sum(1)
         return jacobian
+
+    def _log_jacobian_of(self, values: Tensor) -> Tensor:
+        """Return log |d x / d s| of each scaled value."""
+        if self._is_log:
+            return values.double()
+        each = torch.full_like(values, math.log(255) if self._is_byte else 0.0, dtype=torch.float64)
+        if self._spread is not None:
+            each = each + self._spread.log().to(each)
+        if self._positive is not None:
+            each[:, self._positive] += self.show(values.double())[:, self._positive].log()
+        return each
 
 
 def _table(flat: tuple[float, ...], info: Scaled) -> Tensor:

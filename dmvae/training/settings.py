@@ -59,6 +59,8 @@ def _fill(config: TrainConfig, manifest: Manifest) -> TrainConfig:
         if known:
             params[name] = known | params.get(name, {})
     model["decoder_dist_params"] = params or None
+    missing = {*(model.get("missing_cells") or ()), *manifest.missing_cells}
+    model["missing_cells"] = tuple(name for name in shapes if name in missing)
     return TrainConfig.model_validate({**config.model_dump(), "model": model})
 
 

@@ -51,6 +51,7 @@ def test_a_description_survives_json() -> None:
         ({"scaling": {"joint": "none"}}, "'joint'"),
         ({"scaling": {"x": "standardize"}}, "standardise"),
         ({"partial": "ignore"}, "refuse"),
+        ({"partial": "mean"}, "partial='mean' no longer exists, since it counted invented values.*Set partial='keep'"),
         ({"shard_megabytes": 0}, "shard_megabytes"),
         ({"dataset": ""}, "dataset"),
     ],

@@ -16,8 +16,9 @@ from dmvae.data.files import write_atomically
 from dmvae.data.format.schema import Columns, TensorColumn
 
 MANIFEST_NAME = "dataset.json"
-VERSIONS = (1, 2)
-"""The second added names of features and labels. A dataset without them is still written as version 1."""
+VERSIONS = (1, 2, 3)
+"""The second added names of features and labels, the third missing cells. A dataset that does not need the newer ones
+is still written as the older."""
 
 
 class ColumnInfo(Section):
@@ -163,7 +164,8 @@ class ShardInfo(Section):
     """One shard: its path in the dataset with forward slashes, and what the file must hold.
 
     Its record batches have `record_batch_rows` rows each; the last one may have fewer. `observed` counts the rows that
-    have each modality.
+    have each modality. `observed_cells` counts the cells that these rows have, for the modalities with missing cells
+    somewhere in the dataset.
     """
 
     path: str
@@ -172,6 +174,7 @@ class ShardInfo(Section):
     bytes: int = Field(ge=0)
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
     observed: dict[ModalityName, int]
+    observed_cells: dict[ModalityName, int] = Field(default_factory=dict)
 
     @field_validator("path")
     @classmethod
@@ -200,6 +203,12 @@ class SplitInfo(Section):
         names = self.shards[0].observed if self.shards else {}
         return {name: sum(shard.observed[name] for shard in self.shards) for name in names}
 
+    @property
+    def observed_cells(self) -> dict[str, int]:
+        """The number of cells that rows have, of each modality with missing cells."""
+        names = self.shards[0].observed_cells if self.shards else {}
+        return {name: sum(shard.observed_cells[name] for shard in self.shards) for name in names}
+
 
 class Manifest(Section):
     """The description of a whole dataset.
@@ -215,7 +224,7 @@ class Manifest(Section):
     """
 
     format: Literal["dmvae-dataset"] = "dmvae-dataset"
-    version: Literal[1, 2] = 1
+    version: Literal[1, 2, 3] = 1
     id_type: Literal["int64", "string"]
     has_label: bool
     size_factor: Literal["float16", "float32", "float64"] | None = None
@@ -238,7 +247,22 @@ class Manifest(Section):
                     f"Observed rows of {shard.path} must be between 0 and {shard.rows} for every modality, but got "
                     f"{shard.observed}."
                 )
+            cells = {name: shard.observed[name] * info.column.size for name, info in self.modalities.items()}
+            if shard.observed_cells.keys() != shards[0].observed_cells.keys() or not all(
+                0 <= count <= cells.get(name, -1) for name, count in shard.observed_cells.items()
+            ):
+                raise ValueError(
+                    f"Observed cells of {shard.path} must be at most {cells}, of the same modalities in every shard, "
+                    f"but got {shard.observed_cells}."
+                )
         return self
+
+    @property
+    def missing_cells(self) -> tuple[str, ...]:
+        """The modalities of which some row has some cells and lacks others."""
+        shards = (shard for split in self.splits.values() for shard in split.shards)
+        listed = next((shard.observed_cells for shard in shards), {})
+        return tuple(name for name in self.modalities if name in listed)
 
     def label_name(self, label: int) -> str:
         """Return how a label is written for people."""
@@ -264,18 +288,28 @@ class Manifest(Section):
     @property
     def fingerprint(self) -> str:
         """SHA-256, in hexadecimal, of everything that determines the values read and their order; not of `origin`."""
-        # manifests from before these fields existed keep their fingerprint
-        content = self.model_dump(mode="json", exclude={"origin"})
+        content = self.content()
+        del content["origin"]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def content(self) -> dict[str, Any]:
+        """Return everything as JSON, without the fields that older versions do not have and this dataset not need."""
+        # manifests from before these fields existed keep their fingerprint, and older releases read what they can
+        content = self.model_dump(mode="json")
+        for split in content["splits"].values():
+            for shard in split["shards"]:
+                if not shard["observed_cells"]:
+                    del shard["observed_cells"]
         for part in (content, *content["modalities"].values()):
             for field in ("size_factor", "rate", "low", "high", "features", "units", "columns", "label_names"):
                 if part.get(field, 0) is None:
                     del part[field]
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return content
 
 
 def save_manifest(manifest: Manifest, folder: Path) -> None:
     """Write `manifest` atomically to `folder/dataset.json`."""
-    content = {"fingerprint": manifest.fingerprint, **manifest.model_dump(mode="json")}
+    content = {"fingerprint": manifest.fingerprint, **manifest.content()}
     write_atomically(folder / MANIFEST_NAME, json.dumps(content, indent=1))
 
 

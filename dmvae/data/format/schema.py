@@ -7,9 +7,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from jaxtyping import Bool
 
 from dmvae.config.section import check_modality_name
 from dmvae.data.errors import DatasetError
+
+Array = np.ndarray[Any, np.dtype[Any]]
 
 ARROW_TYPES: dict[str, pa.DataType] = {
     "uint8": pa.uint8(),
@@ -21,6 +24,15 @@ ARROW_TYPES: dict[str, pa.DataType] = {
 """The element types that a modality may have, by numpy name."""
 
 RECORD_BATCH_BYTES = 1 << 20
+MISSING_INTEGER = -(2**63)
+"""Stands for a missing cell in a row of integers; in a row of floats NaN does."""
+
+
+def missing_cells(values: Array) -> Bool[Array, "..."]:
+    """Return which stored values are missing cells."""
+    if values.dtype == np.int64:
+        return np.asarray(values == MISSING_INTEGER)
+    return np.isnan(values) if values.dtype.kind == "f" else np.zeros(values.shape, dtype=bool)
 
 
 @dataclass(frozen=True)

@@ -226,7 +226,8 @@ class _Reader:
         if not len(values):
             return
         if modality not in self._first:
-            self._first[modality] = ValueStats(values, self._manifest.modalities[modality].classes)
+            may_miss_cells = modality in self._manifest.missing_cells
+            self._first[modality] = ValueStats(values, self._manifest.modalities[modality].classes, may_miss_cells)
         if modality not in split.values:
             split.values[modality] = ValueStats(self._first[modality])
         split.values[modality].add(values, positions)

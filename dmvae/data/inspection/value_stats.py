@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from dmvae.data.format.schema import missing_cells
+
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
@@ -20,11 +22,12 @@ class ValueStats:
     enough, and the sums of parts with the same pivot can be added.
 
     Attributes:
-        rows: the number of observed rows with finite values; only these count, except in `non_finite`.
-        non_finite: the number of observed rows with NaN or infinity.
+        rows: the number of observed rows that count: all but those in `non_finite`.
+        cells: the number of observed cells of each feature in these rows.
+        non_finite: the number of observed rows with infinity, or with NaN where no cell may be missing.
         first_non_finite: the position of the first such row; -1 if there is none.
         zeros: the number of elements that are 0.
-        zero_rows: the number of rows in which all elements are 0.
+        zero_rows: the number of rows in which all observed elements are 0.
         are_whole: whether every element is a whole number.
         are_binary: whether every element is either 0 or the maximum of its type (1; for uint8, 255).
         low, high: minimum and maximum of each feature.
@@ -35,14 +38,18 @@ class ValueStats:
     pivot: Array
     unit: Array
 
-    def __init__(self, like: "ValueStats | Array", num_classes: int | None = None) -> None:
+    def __init__(
+        self, like: "ValueStats | Array", num_classes: int | None = None, may_miss_cells: bool = False
+    ) -> None:
         """Start empty, with the pivot of `like`: other statistics, or the first rows `(row, feature)`."""
+        self._may_miss_cells: bool = like._may_miss_cells if isinstance(like, ValueStats) else may_miss_cells
         self.pivot, self.unit = (like.pivot, like.unit) if isinstance(like, ValueStats) else _spread(like)
         size = len(self.pivot)
         if isinstance(like, ValueStats) or (num_classes or 0) > MAX_CLASSES:
             num_classes = like.num_classes if isinstance(like, ValueStats) else None
         self.num_classes: int | None = num_classes
         self.rows = self.zeros = self.zero_rows = 0
+        self.cells = np.zeros(size, dtype=np.int64)
         self.non_finite, self.first_non_finite = 0, -1
         self.are_whole = self.are_binary = True
         self.low, self.high = np.full(size, np.inf), np.full(size, -np.inf)
@@ -51,10 +58,10 @@ class ValueStats:
         self.classes = np.zeros(self.num_classes or 0, dtype=np.int64)
 
     def add(self, values: Array, positions: Array) -> None:
-        """Add observed rows `(row, feature)`, given their positions in the split."""
+        """Add observed rows `(row, feature)`, given their positions in the split; see `missing_cells`."""
         top = 255 if values.dtype == np.uint8 else 1
         if values.dtype.kind == "f":
-            finite = np.isfinite(values).all(axis=1)
+            finite = ~np.isinf(values).any(axis=1) if self._may_miss_cells else np.isfinite(values).all(axis=1)
             if not finite.all():
                 if not self.non_finite:
                     self.first_non_finite = int(positions[~finite][0])
@@ -63,21 +70,29 @@ class ValueStats:
         if not len(values):
             return
         self.rows += len(values)
+        gone = missing_cells(values)
+        self.cells += len(values) - gone.sum(axis=0)
         is_zero = values == 0
         self.zeros += int(is_zero.sum())
-        self.zero_rows += int(is_zero.all(axis=1).sum())
-        self.are_binary = self.are_binary and bool((is_zero | (values == top)).all())
-        self.are_whole = self.are_whole and (values.dtype.kind != "f" or bool((values == np.rint(values)).all()))
+        self.zero_rows += int((is_zero | gone).all(axis=1).sum())
+        self.are_binary = self.are_binary and bool((is_zero | (values == top) | gone).all())
+        is_whole = values.dtype.kind != "f" or bool(((values == np.rint(values)) | gone).all())
+        self.are_whole = self.are_whole and is_whole
         if self.num_classes:
             known = values[(values >= 0) & (values < self.num_classes)]
             self.classes += np.bincount(known.ravel(), minlength=self.num_classes)
+        if gone.any():
+            values = np.where(gone, np.nan, values.astype(np.float64))
         self._find_extremes(values, positions)
-        self._add_powers(values)
+        self._add_powers(np.where(gone, self.pivot, values) if gone.any() else values)
 
     def _find_extremes(self, values: Array, positions: Array) -> None:
+        lows, highs = (
+            (np.nan_to_num(values, nan=end) if values.dtype.kind == "f" else values) for end in (np.inf, -np.inf)
+        )
         for extremes, where, found, is_further in (
-            (self.low, self.low_at, values.argmin(axis=0), np.less),
-            (self.high, self.high_at, values.argmax(axis=0), np.greater),
+            (self.low, self.low_at, lows.argmin(axis=0), np.less),
+            (self.high, self.high_at, highs.argmax(axis=0), np.greater),
         ):
             candidates = values[found, np.arange(len(extremes))].astype(np.float64)
             further = is_further(candidates, extremes)
@@ -95,20 +110,20 @@ class ValueStats:
     @property
     def mean(self) -> Array:
         """The mean of each feature."""
-        return np.asarray(self.pivot + self.unit * self._powers[0] / max(self.rows, 1))
+        return np.asarray(self.pivot + self.unit * self._powers[0] / np.maximum(self.cells, 1))
 
     @property
     def std(self) -> Array:
         """The standard deviation of each feature; exactly 0 for a constant one."""
         with np.errstate(over="ignore", invalid="ignore"):
-            first, second = self._powers[:2] / max(self.rows, 1)
+            first, second = self._powers[:2] / np.maximum(self.cells, 1)
             return np.asarray(np.where(self.is_constant, 0.0, self.unit * np.sqrt(np.maximum(second - first**2, 0))))
 
     @property
     def kurtosis(self) -> Array:
         """The kurtosis of each feature: 3 for a normal, 6 for a Laplace distribution; NaN for a constant feature."""
         with np.errstate(all="ignore"):
-            first, second, third, fourth = self._powers / max(self.rows, 1)
+            first, second, third, fourth = self._powers / np.maximum(self.cells, 1)
             central = fourth - 4 * first * third + 6 * first**2 * second - 3 * first**4
             return np.asarray(np.where(self.is_constant, np.nan, central / (second - first**2) ** 2))
 
@@ -143,6 +158,7 @@ class ValueStats:
         whole = ValueStats(parts[0])
         for part in parts:
             whole.rows += part.rows
+            whole.cells += part.cells
             whole.zeros += part.zeros
             whole.zero_rows += part.zero_rows
             whole.non_finite += part.non_finite
@@ -155,9 +171,9 @@ class ValueStats:
 
 
 def _spread(rows: Array) -> tuple[Array, Array]:
-    """Return mean and standard deviation of each feature over finite rows; 0 and 1 if there are none."""
-    finite = rows[np.isfinite(rows).all(axis=1)].astype(np.float64)
-    if not len(finite):
-        return np.zeros(rows.shape[1]), np.ones(rows.shape[1])
-    std = finite.std(axis=0)
-    return finite.mean(axis=0), np.where(std > 0, std, 1.0)
+    """Return mean and standard deviation of each feature over finite cells; 0 and 1 if there are none."""
+    finite = np.where(missing_cells(rows) | np.isinf(rows), np.nan, rows.astype(np.float64))
+    num = np.maximum((~np.isnan(finite)).sum(axis=0), 1)
+    mean = np.nansum(finite, axis=0) / num
+    std = np.sqrt(np.nansum((finite - mean) ** 2, axis=0) / num)
+    return mean, np.where(std > 0, std, 1.0)

@@ -11,10 +11,10 @@ from dmvae.config.likelihoods import values_of
 from dmvae.data.errors import DatasetError
 from dmvae.data.files import sha256_of
 from dmvae.data.format.manifest import ColumnInfo, Manifest, ModalityInfo, ShardInfo, SplitInfo
-from dmvae.data.format.schema import Columns, TensorColumn
+from dmvae.data.format.schema import Columns, TensorColumn, missing_cells
 from dmvae.data.format.shard import MappedShard
 from dmvae.data.preparation.running_stats import RunningStats
-from dmvae.data.storage.verify import check_values, row_blocks
+from dmvae.data.storage.verify import check_values, count_cells, row_blocks
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -51,8 +51,8 @@ def build_manifest(
         origin: how the dataset was made, to be recorded.
 
     Raises:
-        DatasetError: if a file is not a shard, shards have different columns, a value is NaN, infinite or a negative
-            class, or a setting names an unknown modality or does not fit its type.
+        DatasetError: if a file is not a shard, shards have different columns, a value is infinite or a negative
+            class, a present row has no cell, or a setting names an unknown modality or does not fit its type.
     """
     files = _find_shards(folder)
     first = MappedShard(next(iter(files.values()))[0])
@@ -74,8 +74,9 @@ def build_manifest(
         splits[split].append(_describe_shard(folder, shard))
         for rows in row_blocks(shard):
             statistics.add(shard, rows, split == "train")
+    missing = _missing_cells(first.columns, [shard for shards in splits.values() for shard in shards])
     return Manifest(
-        version=2 if features or label_names else 1,
+        version=3 if missing else 2 if features or label_names else 1,
         id_type="int64" if first.columns.id_type == "int64" else "string",
         has_label=first.columns.has_label,
         size_factor=first.columns.size_factor,
@@ -92,7 +93,10 @@ def build_manifest(
             )
             for name, column in first.columns.modalities.items()
         },
-        splits={name: SplitInfo(shards=tuple(shards)) for name, shards in splits.items()},
+        splits={
+            name: SplitInfo(shards=tuple(_with_cells_of(shard, missing) for shard in shards))
+            for name, shards in splits.items()
+        },
         label_names=tuple(label_names) if label_names else None,
         origin=dict(origin or {}),
     )
@@ -103,7 +107,7 @@ class _Statistics:
 
     Attributes:
         scaled: statistics of each modality whose scaling needs them.
-        counts: statistics of `(size factor, total)` of each modality of counts.
+        counts: statistics of `_size_factors_and_totals` of each modality of counts.
     """
 
     def __init__(
@@ -115,7 +119,7 @@ class _Statistics:
     ) -> None:
         modalities = columns.modalities
         self.scaled = {n: RunningStats(modalities[n].size) for n, how in scaling.items() if how in _STATISTICS}
-        self.counts = {n: RunningStats(2) for n, hint in likelihood.items() if values_of(hint) == "counts"}
+        self.counts = {n: RunningStats(3) for n, hint in likelihood.items() if values_of(hint) == "counts"}
         self._positive = {n: [i for i, c in enumerate(t) if c.kind == "positive"] for n, t in tables.items()}
         self._log1p = [n for n, how in scaling.items() if how == "log1p"]
         self._largest = {n: 0 for n, c in modalities.items() if c.dtype == "int64" and n not in self.counts}
@@ -170,12 +174,19 @@ def _check_not_negative(shard: MappedShard, name: str, rows: Array) -> None:
 
 
 def _size_factors_and_totals(shard: MappedShard, name: str, rows: Array) -> Array:
-    """Return `(rows, 2)` for the observed `rows`: the size factor (the total, if there is none) and the total."""
+    """Return `(rows, 3)` for the observed `rows`: the size factor, the total, and the size factor of observed cells.
+
+    The total is that of the observed cells, and the size factor the total if there is none. The last is the size factor
+    times the share of cells that are observed.
+    """
     counts = _observed(shard, name, rows)
-    totals = counts.reshape(len(counts), -1).sum(axis=1, dtype=np.float64)
-    if not shard.columns.size_factor:
-        return np.stack((totals, totals), axis=1)
-    return np.stack((shard.gather("size_factor", rows[shard.present(name, rows)]), totals), axis=1)
+    counts = counts.reshape(len(counts), -1)
+    known = ~missing_cells(counts)
+    totals = np.where(known, counts, 0).sum(axis=1, dtype=np.float64)
+    factors = totals
+    if shard.columns.size_factor:
+        factors = shard.gather("size_factor", rows[shard.present(name, rows)]).astype(np.float64)
+    return np.stack((factors, totals, factors * known.mean(axis=1)), axis=1)
 
 
 def _describe_shard(folder: Path, shard: MappedShard) -> ShardInfo:
@@ -190,7 +201,25 @@ def _describe_shard(folder: Path, shard: MappedShard) -> ShardInfo:
         bytes=shard.path.stat().st_size,
         sha256=sha256_of(shard.path),
         observed=observed,
+        observed_cells={
+            name: observed[name] * column.size if column.dtype == "uint8" else count_cells(shard, name)
+            for name, column in shard.columns.modalities.items()
+        },
     )
+
+
+def _missing_cells(columns: Columns, shards: Sequence[ShardInfo]) -> tuple[str, ...]:
+    """Return the modalities of which some row has some cells and lacks others."""
+    return tuple(
+        name
+        for name, column in columns.modalities.items()
+        if any(shard.observed_cells[name] < shard.observed[name] * column.size for shard in shards)
+    )
+
+
+def _with_cells_of(shard: ShardInfo, names: Sequence[str]) -> ShardInfo:
+    """Return a shard with the numbers of cells of some modalities only."""
+    return shard.model_copy(update={"observed_cells": {name: shard.observed_cells[name] for name in names}})
 
 
 def check_settings(
@@ -251,6 +280,13 @@ def _describe_modality(
             + ("Name a split 'train'." if scaling == "columns" else f"Remove scaling.{name}.")
         )
     needed = _STATISTICS.get(scaling, ()) if column.dtype != "uint8" else ()
+    if needed and statistics is not None and not statistics.cells.all():
+        place = int(np.flatnonzero(statistics.cells == 0)[0])
+        feature = names["features"][place] if names["features"] else place
+        raise DatasetError(
+            f"Cannot compute scaling {scaling!r}: no row of the split 'train' has feature {feature!r} of modality "
+            f"{name!r}. Remove the feature from the source."
+        )
     found = {statistic: getattr(statistics, statistic).tolist() for statistic in needed}
     table = [column.model_dump() for column in names["columns"] or ()]
     for place, column_info in enumerate(table):
@@ -258,7 +294,7 @@ def _describe_modality(
             column_info["rate"] = found["mean"][place]
         if column_info["kind"] not in ("real", "positive"):
             found["mean"][place], found["std"][place] = 0.0, 1.0
-    size_factor, total = counts.mean if counts else (0.0, 0.0)
+    size_factor, total, of_cells = counts.mean if counts else (0.0, 0.0, 0.0)
     return ModalityInfo.model_validate(
         {
             "shape": column.shape,
@@ -268,7 +304,7 @@ def _describe_modality(
             "scaling": scaling,
             **found,
             "size_factor": float(size_factor) or None,
-            "rate": float(total / size_factor / column.size) if total else None,
+            "rate": float(total / of_cells / column.size) if total else None,
             **names,
             "columns": table or None,
         }

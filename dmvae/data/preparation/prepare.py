@@ -2,7 +2,7 @@
 
 import importlib
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +12,8 @@ import numpy as np
 
 from dmvae.config.data import PrepareConfig
 from dmvae.config.sources import Source
-from dmvae.data.errors import DatasetError
 from dmvae.data.format.manifest import ColumnInfo, save_manifest
 from dmvae.data.preparation.build_manifest import build_manifest
-from dmvae.data.preparation.rows import Rows
 from dmvae.data.preparation.scan import Scan
 from dmvae.data.preparation.sources.arrow_columns import shown
 from dmvae.data.preparation.stream import Stream
@@ -115,7 +113,6 @@ def read_source(source: Source, seed: int, scratch: Path) -> Stream:
 
 def _write(scan: Scan, stream: Stream, folder: Path, shard_bytes: int, progress: Callable[[str], None]) -> None:
     """Write the rows to the folders of their splits, in shuffled order."""
-    means = {name: _training_mean(scan, name) for name in scan.to_fill}
     labels = stream.labels.final
     observed = {split: dict.fromkeys(scan.columns.modalities, 0) for split in scan.names}
     written, done = Progress(progress, "wrote", len(scan.codes)), 0
@@ -123,13 +120,13 @@ def _write(scan: Scan, stream: Stream, folder: Path, shard_bytes: int, progress:
         writers = [stack.enter_context(SplitWriter(folder / split, scan.columns, shard_bytes)) for split in scan.names]
         for rows, numbers in scan.shuffle.sorted():
             scan.check_unique(rows, numbers)
-            filled, codes = _fill(rows, means), scan.codes[numbers]
+            codes = scan.codes[numbers]
             if len(labels) and rows.labels is not None:
-                filled = replace(filled, labels=np.append(labels, -1)[rows.labels])
-            recoded = {name: table.recode(filled.data[name]) for name, table in stream.tables.items()}
-            filled = replace(filled, data={**filled.data, **recoded})
+                rows = replace(rows, labels=np.append(labels, -1)[rows.labels])
+            recoded = {name: table.recode(rows.data[name]) for name, table in stream.tables.items()}
+            rows = replace(rows, data={**rows.data, **recoded})
             for code, (split, writer) in enumerate(zip(scan.names, writers, strict=True)):
-                chosen = filled.take(codes == code)
+                chosen = rows.take(codes == code)
                 writer.write(chosen)
                 for name, mask in chosen.present.items():
                     observed[split][name] += int(mask.sum())
@@ -155,7 +152,8 @@ def _describe_tables(scan: Scan, stream: Stream) -> dict[str, tuple[ColumnInfo, 
         for name, places in wanted.items():
             values = rows.data[name][chosen & rows.present[name]]
             for place in places:
-                trained[name][place] = np.union1d(trained[name][place], values[:, place])
+                known = values[~np.isnan(values[:, place]), place]
+                trained[name][place] = np.union1d(trained[name][place], known)
     return {name: table.describe(trained[name]) for name, table in stream.tables.items()}
 
 
@@ -164,38 +162,3 @@ def _summary(features: Sequence[str], columns: Sequence[ColumnInfo]) -> str:
     kinds = dict.fromkeys(column.kind for column in columns)
     of = {kind: [f for f, column in zip(features, columns, strict=True) if column.kind == kind] for kind in kinds}
     return "; ".join(f"{len(found)} {kind} ({shown(found)})" for kind, found in of.items())
-
-
-def _training_mean(scan: Scan, name: str) -> Array:
-    """Return the mean of each feature over the training rows in which it is observed, in float64."""
-    if "train" not in scan.names:
-        raise DatasetError(
-            f"Cannot fill in training means: there is no split 'train' among {sorted(scan.names)}. Name a split "
-            f"'train', or set partial = 'drop'."
-        )
-    shape = scan.columns.modalities[name].shape
-    count, first, total = np.zeros(shape, dtype=np.int64), np.full(shape, np.nan), np.zeros((1, *shape))
-    for rows, numbers in scan.shuffle.sorted(keep=True):
-        chosen = (scan.codes[numbers] == scan.names.index("train")) & rows.present[name]
-        values = rows.data[name][chosen].astype(np.float64)
-        if not len(values):
-            continue
-        known = ~np.isnan(values)
-        count += known.sum(axis=0)
-        # relative to a value of the feature, so that a large mean costs no digits; summed one by one, so that the
-        # result does not depend on the pieces
-        found = values[known.argmax(axis=0), *np.indices(shape, sparse=True)]
-        first = np.where(np.isnan(first), found, first)
-        total = np.add.accumulate(np.concatenate((total, np.where(known, values - first, 0))))[-1:]
-    if not count.all():
-        raise DatasetError(
-            f"Cannot fill in training means: {int((count == 0).sum())} features of modality {name!r} have no training "
-            f"value. Remove these features from the source, or set partial = 'drop'."
-        )
-    return np.asarray(first + total[0] / count)
-
-
-def _fill(rows: Rows, means: Mapping[str, Array]) -> Rows:
-    """Replace NaN by the training means; values of rows that lack the modality are never read."""
-    data = {name: np.where(np.isnan(rows.data[name]), mean, rows.data[name]) for name, mean in means.items()}
-    return replace(rows, data={**rows.data, **{name: data[name].astype(rows.data[name].dtype) for name in data}})

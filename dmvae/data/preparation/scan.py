@@ -12,7 +12,7 @@ from dmvae.config.data import PrepareConfig
 from dmvae.config.likelihoods import values_of
 from dmvae.config.section import check_name
 from dmvae.data.errors import DatasetError
-from dmvae.data.format.schema import Columns
+from dmvae.data.format.schema import Columns, missing_cells
 from dmvae.data.preparation.build_manifest import check_settings
 from dmvae.data.preparation.external_shuffle import ExternalShuffle, hash_keys
 from dmvae.data.preparation.rows import Rows
@@ -38,6 +38,15 @@ class _ChunkRecord:
     splits: Array | None
 
 
+@dataclass
+class _Partial:
+    """The rows that have some cells of a modality and lack others: where the first is, and the numbers lacking."""
+
+    first: str
+    rows: int = 0
+    cells: int = 0
+
+
 class Scan:
     """Reads a source, and keeps a few numbers of each row in memory.
 
@@ -52,7 +61,6 @@ class Scan:
         shuffle: the rows.
         names: the names of the splits.
         codes: `(rows,)`, the index of each row's split in `names`; -1 for a row without any modality, which is dropped.
-        to_fill: modalities in which some rows have NaN features that become the training mean.
 
     Raises:
         DatasetError: if the source has invalid values, or the settings do not fit it.
@@ -63,13 +71,12 @@ class Scan:
         self._records: list[_ChunkRecord] = []
         self._starts: list[int] = []
         self._split_codes: dict[str, int] = {}
-        self._partial: dict[str, tuple[int, str]] = {}
+        self._partial: dict[str, _Partial] = {}
         num_rows = self._read(stream, folder, log)
         if not num_rows:
             raise DatasetError(f"The {config.source.kind} source has no rows. Correct the source.")
         self.keys = np.concatenate([record.keys for record in self._records])
         self._check_partial(log)
-        self.to_fill = list(self._partial) if config.partial == "mean" else []
         self.names, self.codes = self._assign_splits()
         num_dropped = int((self.codes < 0).sum())
         if num_dropped == num_rows:
@@ -138,26 +145,34 @@ class Scan:
         self.shuffle.add(replace(rows, splits=None, groups=None), keys, np.arange(start, start + len(rows)))
 
     def _check_values(self, rows: Rows, location: SourceLocation) -> Rows:
-        """Refuse invalid values, count rows with some features NaN, and drop the modality there if asked to."""
+        """Refuse invalid values and count rows with missing cells; a row without any cell lacks the modality."""
         for name, values in rows.data.items():
             self._check_range(rows, name, location)
-            if values.dtype.kind != "f":
+            if values.dtype == np.uint8:
                 continue
-            odd = rows.present[name] & ~np.isfinite(values).reshape(len(rows), -1).all(axis=1)
+            flat = values.reshape(len(rows), -1)
+            odd = rows.present[name] & ~(np.isfinite(flat) if flat.dtype.kind == "f" else flat >= 0).all(axis=1)
             if not odd.any():
                 continue
-            infinite = np.flatnonzero(odd)[np.isinf(values[odd]).reshape(int(odd.sum()), -1).any(axis=1)]
+            numbers = np.flatnonzero(odd)
+            infinite = numbers[np.isinf(flat[odd]).any(axis=1)]
             if len(infinite):
                 row = int(infinite[0])
                 raise DatasetError(
                     f"Modality {name!r} must be finite, but got infinity in {location.of(row)} (id {rows.ids[row]}). "
-                    f"Correct the value, or make the modality missing in that row."
+                    f"Correct the value, or make it missing."
                 )
-            count, first = self._partial.get(name, (0, ""))
-            row = int(np.flatnonzero(odd)[0])
-            self._partial[name] = (count + int(odd.sum()), first or f"{location.of(row)} (id {rows.ids[row]})")
-            if self._config.partial == "drop":
-                rows = replace(rows, present={**rows.present, name: rows.present[name] & ~odd})
+            gone = missing_cells(flat[odd])
+            some = ~gone.all(axis=1)
+            dropped = numbers if self._config.partial == "drop" else numbers[~some]
+            if some.any():
+                row = int(numbers[some][0])
+                count = self._partial.setdefault(name, _Partial(f"{location.of(row)} (id {rows.ids[row]})"))
+                count.rows, count.cells = count.rows + int(some.sum()), count.cells + int(gone[some].sum())
+            if len(dropped):
+                present = rows.present[name].copy()
+                present[dropped] = False
+                rows = replace(rows, present={**rows.present, name: present})
         return rows
 
     def _check_range(self, rows: Rows, name: str, location: SourceLocation) -> None:
@@ -172,6 +187,8 @@ class Scan:
         else:
             return
         wrong = values < 0
+        if values.dtype == np.int64:
+            wrong &= ~missing_cells(values)
         if counts:
             wrong |= np.isfinite(values) & (values != np.floor(values))
         found = np.flatnonzero(rows.present[name] & wrong.any(axis=1))
@@ -187,20 +204,17 @@ class Scan:
         return values_of(self._config.likelihood.get(name)) == "counts"
 
     def _check_partial(self, log: Callable[[str], None]) -> None:
-        for name, (count, first) in self._partial.items():
+        for name, count in self._partial.items():
             if self._config.partial == "refuse":
                 raise DatasetError(
-                    f"Some features of modality {name!r} are NaN in {count} rows, the first in {first}. "
-                    f"Set partial = 'drop' (treat the modality as missing in these rows) or partial = 'mean' (fill in "
-                    f"the training mean)."
+                    f"Some cells of modality {name!r} are missing in {count.rows} rows, the first in {count.first}. "
+                    f"Set partial = 'keep' (keep the cells that these rows have) or partial = 'drop' (treat the "
+                    f"modality as missing in them)."
                 )
-            if self._config.partial == "mean" and self._is_counts(name):
-                raise DatasetError(
-                    f"Cannot fill in a training mean: modality {name!r} holds counts. Some are NaN in {count} rows, "
-                    f"the first in {first}. Set partial = 'drop'."
-                )
-            did = "dropped the modality from" if self._config.partial == "drop" else "filled in training means in"
-            log(f"{name}: {did} {count} rows with some features NaN")
+            if self._config.partial == "drop":
+                log(f"{name}: dropped the modality from {count.rows} rows with missing cells")
+            else:
+                log(f"{name}: {count.cells} cells are missing in {count.rows} rows that have others")
 
     def _encode_splits(self, splits: Array, location: SourceLocation) -> Array:
         """Return the index of each row's split in the names seen so far."""

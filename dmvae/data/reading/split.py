@@ -16,6 +16,7 @@ from dmvae.data.batch import Batch
 from dmvae.data.errors import DatasetError
 from dmvae.data.format.gather import Gatherer, Located
 from dmvae.data.format.manifest import Manifest, ModalityInfo, ShardInfo
+from dmvae.data.format.schema import missing_cells
 from dmvae.data.format.shard import MappedShard, ShardFile
 from dmvae.data.scaling import Scale
 from dmvae.data.storage.location import DatasetLocation
@@ -50,6 +51,7 @@ class Split:
         self._opener: ThreadPoolExecutor | None = None
         self._keeps_all = location.holds(manifest.bytes)
         self._scales = {name: _Scale(info) for name, info in self.manifest.modalities.items()}
+        self._with_cells = self.manifest.missing_cells
         self._incomplete = [name for name, count in self.observed.items() if count < len(self)]
         self._verify_on_use = verify_on_use
         self._lock, self._reading = threading.Lock(), threading.Lock()
@@ -81,7 +83,8 @@ class Split:
 
         Floats and uint8 are scaled according to the manifest and converted to `dtype`, counts are converted to `dtype`,
         and classes stay int64. Missing values are zero. A modality that every row of the split has gets no mask; if
-        all have none, `masks` is None. Absent labels are -1, absent size factors NaN.
+        all have none, `masks` is None. `cells` has the modalities with missing cells somewhere in the dataset. Absent
+        labels are -1, absent size factors NaN.
 
         Raises:
             DatasetError: if a position is out of range, or a shard fails its check on first use.
@@ -106,21 +109,26 @@ class Split:
         for name, mask in present.items():
             # with numpy and before the conversion: torch takes fifty times as long to fill the rows of a mask
             stored[name][np.flatnonzero(~mask)] = 0
+        observed = {name: _take_cells(stored[name], present.get(name)) for name in self._with_cells}
         data = {name: _cut(values, lengths) for name, values in stored.items()}
         masks = {name: _cut(mask, lengths) for name, mask in present.items()}
+        cells = {name: _cut(mask, lengths) for name, mask in observed.items()}
         names = _cut(ids, lengths) if ids.dtype == np.int64 else np.split(ids, np.cumsum(lengths)[:-1])
         classes = None if labels is None else _cut(labels, lengths)
         depths = None if factors is None else _cut(factors, lengths)
         for number in range(len(lengths)):
-            missing = {name: mask[number] for name, mask in masks.items()}
+            here = {name: mask[number] for name, mask in masks.items()}
+            its_cells = {name: mask[number] for name, mask in cells.items()}
             yield Batch(
                 data={
-                    name: scale(data[name][number], missing.get(name), dtype) for name, scale in self._scales.items()
+                    name: scale(data[name][number], here.get(name), its_cells.get(name), dtype)
+                    for name, scale in self._scales.items()
                 },
-                masks=missing or None,
+                masks=here or None,
                 labels=None if classes is None else classes[number],
                 ids=names[number],
                 size_factors=None if depths is None else depths[number].to(dtype),
+                cells=its_cells or None,
             )
 
     def open_ahead(self, positions: Int64[np.ndarray, " row"]) -> None:
@@ -275,6 +283,16 @@ def _check_rows_not_empty(shard: MappedShard) -> None:
             )
 
 
+def _take_cells(stored: Array, present: Array | None) -> Array:
+    """Return which cells are observed, and set the others to zero."""
+    gone = missing_cells(stored)
+    stored[gone] = 0
+    cells = np.logical_not(gone, out=gone)
+    if present is not None:
+        cells[np.flatnonzero(~present)] = False
+    return cells
+
+
 def _cut(values: Array, lengths: list[int]) -> Sequence[Tensor]:
     return torch.from_numpy(values).split_with_sizes(lengths)
 
@@ -286,14 +304,18 @@ class _Scale:
         self._scale = Scale(info)
         self._floats = info.classes is None
 
-    def __call__(self, values: Tensor, present: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """Return the converted values, zero in rows that are not present; their stored values must be zero too.
+    def __call__(self, values: Tensor, present: Tensor | None, cells: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Return the converted values, zero in rows and cells that are missing; their stored values must be zero too.
 
         The argument may be changed in place, or returned.
         """
         if not self._floats:
             return values
         scaled = self._scale.read(values, dtype)
-        if present is None or not self._scale.moves_zero:
+        if not self._scale.moves_zero:
+            return scaled
+        if cells is not None:
+            return scaled.masked_fill_(~cells, 0)
+        if present is None:
             return scaled
         return scaled.index_fill_(0, torch.from_numpy(np.flatnonzero(~present.numpy())), 0)

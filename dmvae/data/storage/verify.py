@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from dmvae.config.likelihoods import values_of
 from dmvae.data.errors import DatasetError
 from dmvae.data.files import sha256_of
 from dmvae.data.format.manifest import Manifest, ShardInfo
+from dmvae.data.format.schema import missing_cells
 from dmvae.data.format.shard import MappedShard, ShardFile
 from dmvae.data.storage.shard_cache import cache_folder
 
@@ -25,24 +26,39 @@ def row_blocks(shard: MappedShard) -> Iterator[Array]:
         yield np.arange(start, min(start + shard.record_batch_rows, shard.rows))
 
 
-def check_values(shard: MappedShard, classes: Mapping[str, int | None], likelihood: Mapping[str, str]) -> None:
+def count_cells(shard: MappedShard, name: str) -> int:
+    """Return the number of observed cells of a modality, in the rows that have it."""
+    counts = (
+        int((~missing_cells(shard.gather(name, rows[shard.present(name, rows)]))).sum()) for rows in row_blocks(shard)
+    )
+    return sum(counts)
+
+
+def check_values(
+    shard: MappedShard,
+    classes: Mapping[str, int | None],
+    likelihood: Mapping[str, str],
+    missing: Container[str] | None = None,
+) -> None:
     """Check that a model can be trained on every observed value of a shard.
 
     Args:
         shard: the shard.
         classes: the number of classes of each categorical modality; None if not known yet.
         likelihood: the suggested likelihood of each modality, which tells which ones hold counts.
+        missing: the modalities that may have missing cells; None: all.
 
     Raises:
-        DatasetError: for NaN or infinity, a class out of range, a count that is negative or fractional, a negative
-            label, or a size factor that is not positive or is missing from a row with counts; with the file, the column
-            and the first such row.
+        DatasetError: for infinity, a missing cell that is not allowed, a row without any cell, a class out of range,
+            a count that is negative or fractional, a negative label, or a size factor that is not positive or is
+            missing from a row with counts; with the file, the column and the first such row.
     """
     counts = [name for name in shard.columns.modalities if values_of(likelihood.get(name)) == "counts"]
     for rows in row_blocks(shard):
         for name, column in shard.columns.modalities.items():
             if column.dtype != "uint8":
-                _check_modality(shard, name, rows, classes.get(name), name in counts)
+                allowed = missing is None or name in missing
+                _check_modality(shard, name, rows, classes.get(name), name in counts, allowed)
         if shard.columns.size_factor:
             _check_size_factors(shard, rows, counts)
         if shard.columns.has_label:
@@ -54,7 +70,9 @@ def check_values(shard: MappedShard, classes: Mapping[str, int | None], likeliho
                 )
 
 
-def _check_modality(shard: MappedShard, name: str, rows: Array, classes: int | None, counts: bool) -> None:
+def _check_modality(
+    shard: MappedShard, name: str, rows: Array, classes: int | None, counts: bool, may_miss_cells: bool
+) -> None:
     values = shard.gather(name, rows).reshape(len(rows), -1)
     if counts:
         wrong = ~(np.isfinite(values) & (values >= 0) & (values == np.floor(values)))
@@ -65,6 +83,16 @@ def _check_modality(shard: MappedShard, name: str, rows: Array, classes: int | N
     else:
         wrong, law = ~np.isfinite(values), "Observed values must be finite"
     found = shard.present(name, rows) & wrong.any(axis=1)
+    if may_miss_cells and found.any():
+        gone = missing_cells(values)
+        empty = shard.present(name, rows) & gone.all(axis=1)
+        if empty.any():
+            raise DatasetError(
+                f"No cell is observed in {_first(shard, name, rows[empty])}. Set {name!r} of that row to null, and "
+                f"prepare the dataset again."
+            )
+        wrong &= ~gone
+        found &= wrong.any(axis=1)
     if found.any():
         value = values[found][0][wrong[found][0]][0]
         raise DatasetError(
@@ -120,13 +148,25 @@ def verify_shard(file: ShardFile, info: ShardInfo, manifest: Manifest, remember:
         )
     shard = file.map()
     modalities = manifest.modalities.items()
-    check_values(shard, {name: m.classes for name, m in modalities}, {name: m.likelihood for name, m in modalities})
+    check_values(
+        shard,
+        {name: m.classes for name, m in modalities},
+        {name: m.likelihood for name, m in modalities},
+        info.observed_cells,
+    )
     for name, count in info.observed.items():
         seen = sum(int(shard.present(name, rows).sum()) for rows in row_blocks(shard))
         if seen != count:
             raise DatasetError(
                 f"Wrong count in the manifest: it says {count} rows of {file.where} have modality {name!r}, but {seen} "
                 f"do. Compute the manifest from the shards with dmvae.data.preparation.build_manifest."
+            )
+    for name, count in info.observed_cells.items():
+        if (seen := count_cells(shard, name)) != count:
+            raise DatasetError(
+                f"Wrong count in the manifest: it says {count} cells of modality {name!r} are observed in "
+                f"{file.where}, but {seen} are. Compute the manifest from the shards with "
+                f"dmvae.data.preparation.build_manifest."
             )
     if remember:
         _remember(str(path.resolve()), entry)

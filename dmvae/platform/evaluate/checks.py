@@ -93,7 +93,7 @@ def check_measures(config: DMVAEConfig, evaluation: EvaluationConfig, dataset: D
 
 
 def check_fit(model: DMVAE, dataset: Dataset) -> None:
-    """Check that a model and a dataset have the same modalities and shapes.
+    """Check that a model and a dataset have the same modalities and shapes, and that the model reads missing cells.
 
     Raises:
         ValueError: naming both.
@@ -103,4 +103,10 @@ def check_fit(model: DMVAE, dataset: Dataset) -> None:
         raise ValueError(
             f"The dataset {dataset.where} does not fit the model: expected modalities {expected}, but got {found}. "
             "Choose the dataset that the model was trained on."
+        )
+    unread = sorted(set(dataset.manifest.missing_cells) - set(model.config.missing_cells))
+    if unread:
+        raise ValueError(
+            f"The dataset {dataset.where} has missing cells in {unread}, but the model was trained on rows that have "
+            f"all cells. Train it on this dataset, or prepare the dataset with partial = 'drop'."
         )

@@ -142,7 +142,12 @@ def _lines_about_scaling(dataset: Dataset) -> list[str]:
     """Tell how to get from the NLL of the values as read to that of the stored values."""
     lines = []
     for name, info in dataset.manifest.modalities.items():
-        if info.log_jacobian is None:  # it differs from row to row
+        if name in dataset.manifest.missing_cells and info.log_jacobian != 0:
+            lines.append(
+                f"{name}: for the NLL of the stored values, add the log-Jacobian of a row's observed cells "
+                f"({info.scaling})"
+            )
+        elif info.log_jacobian is None:  # it differs from row to row
             lines.append(f"{name}: for the NLL of the stored values, add the log-Jacobian of a row ({info.scaling})")
         elif info.log_jacobian:
             lines.append(f"{name}: for the NLL of the stored values, add {info.log_jacobian:.3f} nats per observed row")

@@ -95,29 +95,27 @@ def test_shares_decide_the_size_of_splits(tmp_path: Path) -> None:
     assert {name: split.rows for name, split in dataset.manifest.splits.items()} == {"train": 55, "val": 45}
 
 
-def test_partial_rows_are_refused_dropped_or_filled(tmp_path: Path) -> None:
+def test_partial_rows_are_kept_refused_or_dropped(tmp_path: Path) -> None:
     content = arrays()
     content["x"][[20, 30], 1] = np.nan
-    with pytest.raises(DatasetError, match=r"'x' are NaN in 2 rows.*patient [23]0.*'drop'.*'mean'"):
-        prepared(tmp_path, content)
+    with pytest.raises(DatasetError, match=r"'x' are missing in 2 rows.*patient [23]0.*'keep'.*'drop'"):
+        prepared(tmp_path, content, partial="refuse")
     told: list[str] = []
     dropped = prepared(tmp_path, content, told, partial="drop")
     assert sum(split.observed["x"] for split in dropped.manifest.splits.values()) == 93
-    assert "x: dropped the modality from 2 rows with some features NaN" in told
-    filled = prepared(tmp_path, content, partial="mean", replace=True)
-    assert sum(split.observed["x"] for split in filled.manifest.splits.values()) == 95
-    train = filled.split("train")
-    batch = train.read(np.arange(len(train)), dtype=torch.float64)
-    rows = np.array([int(name.split()[1]) for name in train.ids().tolist()])
-    mean = content["x"][rows][:, 1]
-    for row in {20, 30} & set(rows.tolist()):
-        assert batch.data["x"][rows == row, 1].item() == pytest.approx(np.nanmean(mean))
+    assert dropped.manifest.missing_cells == ()
+    assert "x: dropped the modality from 2 rows with missing cells" in told
+    kept = prepared(tmp_path, content, told, replace=True)
+    assert "x: 2 cells are missing in 2 rows that have others" in told
+    assert sum(split.observed["x"] for split in kept.manifest.splits.values()) == 95
+    size = content["x"].shape[1]
+    assert sum(split.observed_cells["x"] for split in kept.manifest.splits.values()) == 95 * size - 2
 
 
 def test_the_result_does_not_depend_on_chunks_or_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = arrays()
     content["x"][[20, 30], 1] = np.nan
-    settings: dict[str, Any] = {"partial": "mean", "scaling": {"x": "standardise"}}
+    settings: dict[str, Any] = {"scaling": {"x": "standardise"}}
     whole = prepared(tmp_path, content, **settings).manifest
     for chunk, held in ((500, 1 << 20), (900, 1000)):
         monkeypatch.setattr(stream, "CHUNK_BYTES", chunk)
@@ -205,11 +203,6 @@ def test_a_source_without_values_or_with_a_split_for_every_row_is_refused(tmp_pa
             "Missing size factor for the counts of modality 'x' in .*source.npz, row 7",
         ),
         ({"id": np.arange(100, dtype=np.uint64) + 2**63}, {}, "array 'id.npy' has 9223372036854775907"),
-        (
-            {"x": np.where(np.eye(100, 2) == 1, np.nan, 3)},
-            {"likelihood": {"x": "poisson"}, "partial": "mean"},
-            "'x' holds counts. Some are NaN in 2 rows, .*row 0",
-        ),
         (
             {"id": np.arange(100) % 60},
             {},

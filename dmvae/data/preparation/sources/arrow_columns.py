@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 from dmvae.config.section import Section, check_modality_name
 from dmvae.config.sources import ColumnGroup
 from dmvae.data.errors import DatasetError
+from dmvae.data.format.schema import MISSING_INTEGER, missing_cells
 from dmvae.data.preparation.class_names import ClassNames, are_names
 from dmvae.data.preparation.stream import SourceLocation
 from dmvae.data.preparation.tables import nearest
@@ -92,7 +93,8 @@ def match_columns(name: str, group: ColumnGroup, columns: Sequence[str], where: 
 def read_modality(name: str, columns: Sequence[pa.Array], group: ColumnGroup, location: SourceLocation) -> Values:
     """Convert the columns of one modality.
 
-    Null is missing, and so is a row of floats that are all NaN. A null among other floats of a row becomes NaN.
+    Null is missing, and so is a row of floats that are all NaN. A null among other numbers of a row is a missing cell:
+    NaN in floats, `MISSING_INTEGER` in integers.
 
     Args:
         name: the modality, for messages.
@@ -101,7 +103,7 @@ def read_modality(name: str, columns: Sequence[pa.Array], group: ColumnGroup, lo
         location: where the rows come from, for messages.
 
     Raises:
-        DatasetError: if a column has another type, integers have some nulls, or rows have different shapes.
+        DatasetError: if a column has another type, bytes have some nulls, or rows have different shapes.
     """
     kind = columns[0].type
     if len(columns) == 1 and pa.types.is_fixed_size_binary(kind):
@@ -129,6 +131,10 @@ def convert(name: str, values: Array, dtype: np.dtype[Any], location: SourceLoca
     """
     with np.errstate(invalid="ignore", over="ignore"):
         found = values.astype(dtype)
+    if values.dtype == np.int64 and dtype.kind == "f":
+        found[missing_cells(values)] = np.nan
+    if dtype == np.int64 and values.dtype.kind == "f":
+        found[missing_cells(values)], values = MISSING_INTEGER, np.where(missing_cells(values), MISSING_INTEGER, values)
     if dtype.kind in "iu" and values.dtype != dtype:
         wrong = found != values
         if wrong.any():
@@ -287,7 +293,7 @@ def _read_numbers(name: str, columns: Sequence[pa.Array], group: ColumnGroup, lo
         parts.append(part)
     kinds = {part.dtype for part in parts}
     dtype = kinds.pop() if len(kinds) == 1 else np.result_type(*parts)
-    return np.stack([part.astype(dtype, copy=False) for part in parts], axis=1), present
+    return np.stack([convert(name, part, dtype, location) for part in parts], axis=1), present
 
 
 def _to_numpy(name: str, column: pa.Array, location: SourceLocation) -> Array:
@@ -301,12 +307,9 @@ def _to_numpy(name: str, column: pa.Array, location: SourceLocation) -> Array:
             f"Modality {name!r} must hold numbers, lists of numbers or fixed-size binary, but got {kind} in "
             f"{location.where}. Cast the column, or leave it out with source.modalities."
         )
-    if column.null_count:
-        raise DatasetError(
-            f"Modality {name!r} has {column.null_count} nulls among integers in {location.where}, from "
-            f"{location.unit} {location.first} on. Set source.modalities.{name}.dtype to a float type, or fill them in."
-        )
-    return np.asarray(column.cast(pa.uint8() if kind == pa.uint8() else pa.int64()).to_numpy(False))
+    if kind == pa.uint8() and not column.null_count:
+        return np.asarray(column.to_numpy(False))
+    return np.asarray(pc.fill_null(column.cast(pa.int64()), MISSING_INTEGER).to_numpy(False))
 
 
 def _reshape(name: str, values: Array, present: Array, group: ColumnGroup, location: SourceLocation) -> Array:
