@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"  {name:<10} {verb.summary}")
         print("\nRun `dmvae VERB --help` to list the settings of a verb.")
         return 0 if argv else 2
+    if argv[0] == "--version":
+        print(f"dmvae {version('dmvae')}")
+        return 0
     if argv[0] not in VERBS:
         close = get_close_matches(argv[0], VERBS, n=1)
         hint = f"Did you mean {close[0]!r}?" if close else f"Known verbs: {', '.join(VERBS)}."
@@ -268,6 +272,21 @@ def _sync(config: Any) -> None:
         raise UserError("Not every run was delivered; the reasons are above. Run the command again to resume.")
 
 
+def _status(config: Any) -> None:
+    from dmvae.platform.status import statuses
+
+    found = [status.line() for status in statuses(Path(config.folder))]
+    _print("\n".join(found) if found else f"No runs or studies found in {config.folder}.")
+
+
+def _doctor(config: Any) -> None:
+    from dmvae.platform.doctor import report
+
+    errors = report(config, progress=_print)
+    if errors:
+        raise UserError(f"{errors} check(s) failed; each line above has the remedy.")
+
+
 def command(verb: str) -> str:
     """Return how to call a verb the way that this process was called."""
     return f"dmvae {verb}" if Path(sys.argv[0]).stem == "dmvae" else f"python -m jobs.{verb}"
@@ -293,5 +312,7 @@ VERBS: dict[str, Verb] = {
     "promote": Verb("Make a model version the champion if it is better.", "registry:PromoteConfig", _promote, "name"),
     "embed": Verb("Write the latents of every row; run again to resume.", "registry:EmbedConfig", _embed, "model"),
     "serve": Verb("Serve a registered model with Ray Serve.", "registry:ServeConfig", _serve, "model"),
+    "status": Verb("Show what runs and studies are doing.", "operations:StatusConfig", _status, "folder"),
+    "doctor": Verb("Check this machine, Ray, MLflow and the place of the runs.", "operations:DoctorConfig", _doctor),
     "sync": Verb("Deliver to MLflow the records it missed.", "tracking:SyncConfig", _sync, "folder"),
 }

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import ray
 from ray._private.state import state
+from ray._private.utils import get_num_cpus
 from ray.util.queue import Empty, Queue
 
 
@@ -28,7 +29,7 @@ def local_cluster(num_cpus: int) -> Iterator[None]:
     is_submitted = bool(os.environ.get("RAY_ADDRESS"))
     ray.init(
         address=None if is_submitted else "local",
-        num_cpus=None if is_submitted else max(os.cpu_count() or 1, num_cpus),
+        num_cpus=None if is_submitted else max(usable_cpus(), num_cpus),
         logging_level=logging.ERROR,
         log_to_driver=False,
     )
@@ -37,6 +38,11 @@ def local_cluster(num_cpus: int) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def usable_cpus() -> int:
+    """Return how many CPUs of this machine the process may use: those of its affinity, and of its cgroup's quota."""
+    return max(1, min(len(os.sched_getaffinity(0)), int(get_num_cpus(override_docker_cpu_warning=True))))
 
 
 def _keep_handler_of_sigterm() -> None:

@@ -156,7 +156,7 @@ def sync(folder: Path, uri: str | None = None) -> list[SyncResult]:
         uri: where every run is delivered; None takes the configured server, and leaves runs that name another one.
     """
     results, used = list[SyncResult](), with_credentials(uri or tracking_uri(TrackingConfig()))
-    why_unreachable: str | None = None
+    reason: str | None = None
     for file in sorted(folder.rglob(RUN_FILE)):
         outbox_dir, run_id = file.parent, ""
         try:
@@ -169,10 +169,10 @@ def sync(folder: Path, uri: str | None = None) -> list[SyncResult]:
                     f"{file} names the MLflow server {scrub(record.uri)}, but the configured one is {scrub(used)}. "
                     f"If you trust it, run: {sync_command(outbox_dir, record.uri)}"
                 )
-            if why_unreachable is None:
-                why_unreachable = _why_unreachable(used)
-            if why_unreachable:
-                raise UnreachableError(why_unreachable)
+            if reason is None:
+                reason = why_unreachable(used)
+            if reason:
+                raise UnreachableError(reason)
             results.append(_sync_one(TrackedRun(used, run_id, outbox_dir), is_other=scrub(used) != record.uri))
         except (TrackingError, UnreachableError, RecordError, OSError) as error:
             results.append(SyncResult(outbox_dir, run_id, "undelivered", message=str(error)))
@@ -217,8 +217,8 @@ def _sync_one(run: TrackedRun, is_other: bool) -> SyncResult:
         return SyncResult(run.outbox_dir, run.run_id, "undelivered", killed=killed, message=str(error))
 
 
-def _why_unreachable(uri: str) -> str:
-    """Return why MLflow cannot be reached, or an empty string."""
+def why_unreachable(uri: str) -> str:
+    """Return why MLflow at `uri` cannot be reached, or an empty string."""
     try:
         with fail_fast:
             _with_timeout(_timeout_of(uri), lambda: _ping(uri))

@@ -1,0 +1,8 @@
+"""`python -m jobs.status`: see `dmvae.cli`."""
+
+import sys
+
+from dmvae.cli import run_verb
+
+if __name__ == "__main__":
+    sys.exit(run_verb("status"))
