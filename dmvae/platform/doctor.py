@@ -15,10 +15,10 @@ import psutil
 import torch
 
 from dmvae.config.operations import DoctorConfig
+from dmvae.config.section import scrub
 from dmvae.platform.cluster import usable_cpus
 from dmvae.platform.folders import LocalFolder, open_folder
 from dmvae.platform.tracking.runs import tracking_uri, why_unreachable
-from dmvae.platform.tracking.tracked_run import scrub
 
 _PACKAGES = ("dmvae", "torch", "ray", "optuna", "mlflow", "pyarrow")
 _SOCKET_PATH = 107  # bytes that Linux allows
@@ -104,12 +104,11 @@ def _disk(config: DoctorConfig) -> Check:
 def _place_of_runs(config: DoctorConfig) -> Check:
     name = f".doctor-{uuid.uuid4().hex}"
     try:
-        folder = open_folder(config.runs_dir)
-        if isinstance(folder, LocalFolder):
-            folder.make()
-        (folder / name).write(name)
-        found = (folder / name).read()
-        (folder / name).remove()
+        probe = open_folder(config.runs_dir) / name
+        probe.make()
+        (probe / "probe").write(name)
+        found = (probe / "probe").read()
+        probe.remove()
     except (OSError, ValueError) as error:
         return Check("error", "runs", f"{config.runs_dir} cannot be written and read: {error}")
     if found != name:

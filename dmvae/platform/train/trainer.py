@@ -28,6 +28,7 @@ from dmvae.platform.cluster import limits, local_cluster, messages, resources
 from dmvae.platform.errors import RunError
 from dmvae.platform.evaluate.checks import check_data
 from dmvae.platform.evaluate.evaluate import Extras, evaluate_split
+from dmvae.platform.logs import log_file
 from dmvae.platform.resume import ResumeRules
 from dmvae.platform.stopping import stop_in_order
 from dmvae.platform.tracking.outbox import Outbox
@@ -103,19 +104,26 @@ def train_run(config: TrainConfig, progress: Callable[[str], None]) -> TrainSumm
     check_data(resolved, dataset)
     store.run_dir.mkdir(parents=True, exist_ok=True)
     params = {key: value for key, value in record.items() if key != "dataset"}
-    with open_run(
-        resolved.tracking, resolved.name, store.run_dir / "tracking", params, dataset=dataset_record(resolved, dataset)
-    ) as tracked:
+    with (
+        open_run(
+            resolved.tracking,
+            resolved.name,
+            store.run_dir / "tracking",
+            params,
+            dataset=dataset_record(resolved, dataset),
+        ) as tracked,
+        log_file(store.run_dir, progress) as log,
+    ):
         store.write_record(checkpoint.RUN_CONFIG, record)
         with local_cluster(math.ceil(resolved.workers.num * resolved.workers.cpus)):
-            best = _train(resolved, record, store, tracked, progress)
+            best = _train(resolved, record, store, tracked, log)
             test_metrics = evaluate_split(
                 (store.folder / BEST).where,
                 dataset,
                 resolved.evaluation,
                 resolved.data.train_split,
                 resolved.workers.num,
-                progress,
+                log,
                 Extras(device=resolved.workers.device),
             )
         metrics = {f"best/val/{resolved.training.monitor}": best[SCORE], **test_metrics}

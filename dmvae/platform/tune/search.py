@@ -17,6 +17,7 @@ from dmvae.data.reading.dataset import Dataset, open_dataset
 from dmvae.evaluation import search_objectives
 from dmvae.platform.cluster import local_cluster, messages
 from dmvae.platform.errors import RunError
+from dmvae.platform.logs import log_file
 from dmvae.platform.resume import ResumeRules
 from dmvae.platform.stopping import time_limit
 from dmvae.platform.tracking.outbox import Outbox
@@ -95,22 +96,25 @@ def search(config: SearchConfig, progress: Callable[[str], None]) -> SearchSumma
     with local_cluster(math.ceil(num * config.base.workers.cpus)):
         concurrent = max_concurrent(placed)
         study_dir.mkdir(parents=True, exist_ok=True)
-        with open_run(
-            config.base.tracking,
-            config.name,
-            study_dir / "tracking",
-            record,
-            {"kind": "search"},
-            dataset_record(config.base, dataset),
-        ) as tracked:
+        with (
+            open_run(
+                config.base.tracking,
+                config.name,
+                study_dir / "tracking",
+                record,
+                {"kind": "search"},
+                dataset_record(config.base, dataset),
+            ) as tracked,
+            log_file(study_dir, progress) as log,
+        ):
             write_atomically(study_dir / _STUDY, json.dumps(record, indent=2) + "\n")
-            with messages(progress) as queue:
+            with messages(log) as queue:
                 task = TrialTask(placed, study_dir, tracked.run_id, queue)
                 try:
                     with time_limit(config.time_budget):
-                        run_trials(task, concurrent, tracked, earlier, progress)
+                        run_trials(task, concurrent, tracked, earlier, log)
                 except KeyboardInterrupt:
-                    _keep_best_so_far(config, dataset, study_dir, tracked, progress)
+                    _keep_best_so_far(config, dataset, study_dir, tracked, log)
                     raise
             trials = study.trials_of(study_dir)
             sync(study_dir / "trials", tracked.uri)
@@ -118,8 +122,8 @@ def search(config: SearchConfig, progress: Callable[[str], None]) -> SearchSumma
             if not best:
                 raise RunError(_why_none(trials, study_dir))
             found = _write_best(config, best[0], dataset, study_dir)
-            _record_study(config, trials, study_dir, tracked, progress)
-            retrained = _retrain(config, found, best[0], study_dir, dataset, tracked, progress)
+            _record_study(config, trials, study_dir, tracked, log)
+            retrained = _retrain(config, found, best[0], study_dir, dataset, tracked, log)
     return SearchSummary(study_dir, trials, best, retrained, tracked.run_id, tracking_uri(config.base.tracking))
 
 
