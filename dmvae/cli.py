@@ -162,11 +162,12 @@ def _train(config: Any) -> None:
         _print("This run is already finished. Raise training.epochs to train it further, or choose another name.")
     for line in metric_lines(summary.metrics):
         _print(line)
-    _register_best(summary.run_dir, config.tracking)
+    _register_best(summary.run_dir, config)
     _print_row("best checkpoint", f"{summary.where}/best")
     _print_row("last checkpoint", f"{summary.where}/last")
     _print_tracking(summary.run_id, summary.tracking_uri, config.tracking)
-    _print_row("next", f"{command('evaluate')} --model {summary.where}/best --dataset {config.data.dataset}")
+    arguments = f"--model {summary.where}/best --dataset {config.data.dataset}{_trust(config)}"
+    _print_row("next", f"{command('evaluate')} {arguments}")
 
 
 def _search(config: Any) -> None:
@@ -186,7 +187,7 @@ def _search(config: Any) -> None:
     _print_row("all trials", f"{found.study_dir / 'trials.json'}; {dashboard}")
     _print_tracking(found.run_id, found.tracking_uri, config.base.tracking)
     if found.retrained:
-        _register_best(found.retrained.run_dir, config.base.tracking)
+        _register_best(found.retrained.run_dir, found.config)
         _print_row("best model", f"{found.retrained.where}/best")
 
 
@@ -212,25 +213,40 @@ def _report(config: Any) -> None:
     _print(f"report    {file}")
 
 
-def _register_best(run_dir: Path, tracking: Any) -> None:
+def _trust(config: Any) -> str:
+    """Return the flag that a command needs to load the model of a run with own code."""
+    from dmvae.config.own_code import packages_of
+    from dmvae.training.settings import trusted
+
+    paths = trusted(config.model)
+    return f" --trust {' '.join(packages_of(paths))}" if paths else ""
+
+
+def _register_best(run_dir: Path, config: Any) -> None:
     """Register a finished run's best model, if the configuration names a registered model."""
     from dmvae.platform.serve.registry import RegistryError, register
+    from dmvae.training.settings import trusted
 
+    tracking = config.tracking
     if tracking.register_as is None:
         return
     try:
-        found = register(run_dir, tracking.register_as, tracking)
+        found = register(run_dir, tracking.register_as, tracking, trusted(config.model))
     except RegistryError as error:
-        later = f"{command('register')} {run_dir} --name {tracking.register_as}"
+        later = f"{command('register')} {run_dir} --name {tracking.register_as}{_trust(config)}"
         raise UserError(f"Training finished, but the model could not be registered: {error} Retry: {later}") from None
     _print_row("registered", found.uri)
+    for package, how in found.own_code.items():
+        _print_row("own code", f"{package}: {how}")
 
 
 def _register(config: Any) -> None:
     from dmvae.platform.serve.registry import register
 
-    found = register(Path(config.run), config.name, config.tracking)
+    found = register(Path(config.run), config.name, config.tracking, config.trust)
     _print(f"registered {found.uri}")
+    for package, how in found.own_code.items():
+        _print(f"own code   {package}: {how}")
     _print(f"next       {command('promote')} {found.name} --version {found.version} --dataset DATASET")
 
 

@@ -17,13 +17,13 @@ from dmvae.config.training import TrainConfig
 from dmvae.data.preparation.prepare import prepare
 from dmvae.data.reading.dataset import open_dataset
 from dmvae.model.dmvae import DMVAE
-from dmvae.platform.evaluate.evaluate import evaluate_split
+from dmvae.platform.evaluate.evaluate import Extras, evaluate_split
 from dmvae.platform.tracking.outbox import Outbox
 from dmvae.platform.tracking.runs import open_run
 from dmvae.platform.train.trainer import dataset_record
 from dmvae.training import checkpoint
 from dmvae.training.loop import MetricsLogged, train
-from dmvae.training.settings import resolve, run_record
+from dmvae.training.settings import resolve, run_record, trusted
 from dmvae.training.setup import WorkerData
 from dmvae.training.state import TrainState, build_optimizer
 from dmvae.training.step import Collectives
@@ -105,8 +105,9 @@ def finish_here(config: TrainConfig) -> Path:
         state, logged = train_here(config)
         for kept in ("best", "last"):
             checkpoint.save(state, record, run_dir / kept)
+        best, extras = str(run_dir / "best"), Extras(trust=trusted(resolved.model))
         metrics = evaluate_split(
-            str(run_dir / "best"), dataset, config.evaluation, config.data.train_split, 1, lambda line: None
+            best, dataset, config.evaluation, config.data.train_split, 1, lambda line: None, extras
         )
         with Outbox(tracked) as outbox:
             outbox.log_metrics(metrics, max(logged))

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from dmvae.config.section import Count, ModalityName, Name, Section, Seed, Size
+from dmvae.config.section import Count, ModalityName, Name, Section, Seed, Size, Trust
 
 Device = Literal["auto", "cpu", "gpu"]
 Rate = Annotated[float, Field(ge=0, le=1)]
@@ -57,6 +57,8 @@ class EvaluateConfig(Section):
     """Shares of the modalities that `robustness` removes."""
     train_split: Name = "train"
     """Split that baselines, classifiers and densities are fitted to."""
+    trust: Trust = ()
+    """Packages of your own code that the model may import; others that it names are refused."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """The NLL estimate and the measures."""
 

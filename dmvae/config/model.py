@@ -6,25 +6,54 @@ from typing import Any, Literal, TypeVar
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, model_validator
 
 from dmvae.config.likelihoods import SPECS
+from dmvae.config.own_code import ImportPath, NameOrPath, is_import_path
 from dmvae.config.section import Count, ModalityName, Section, Size
 
 Shape = tuple[Size, ...]
 Parameter = NonNegativeInt | NonNegativeFloat | str | tuple[NonNegativeInt | NonNegativeFloat | str, ...]
+Value = bool | int | float | str | None | list[Any] | dict[str, Any]
+"""What TOML and JSON can hold."""
 T = TypeVar("T", int, float)
 
 DEFAULT_SUBSETS = 2
 
 
 class ArchitectureConfig(Section):
-    """The networks of one modality: a registered architecture and its sizes."""
+    """The networks of one modality: an architecture and its sizes, or your own code and its parameters."""
 
-    name: str = "mlp"
+    name: NameOrPath = "mlp"
     """`mlp` (a perceptron), `skip_mlp` (a perceptron with a linear skip connection, normalised layers and SiLU), `conv`
-    (images of 32x32 or 28x28), `sequence` (of classes), or a name registered with `dmvae.nn.networks.register`."""
+    (images of 32x32 or 28x28), `sequence` (of classes), a name that you registered or that an installed package
+    announces, or the import path of your own code: `mypackage.nets:ResNet`, called with (dimensions, **params), must
+    return the pair (encoder, decoder)."""
+    encoder: ImportPath | None = None
+    """Import path of the encoder alone, called with (dimensions, **params). None: the encoder of `name`."""
+    decoder: ImportPath | None = None
+    """Likewise of the decoder."""
+    params: dict[str, Value] = Field(default_factory=dict)
+    """Arguments of your own code."""
     hidden_dims: Shape | None = None
     """Widths of the hidden layers in the order of the encoder; empty: one linear map. Default: (256,) for `mlp`,
     (64, 64) for `sequence`. `conv` has fixed widths."""
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+
+    @model_validator(mode="after")
+    def _check(self) -> "ArchitectureConfig":
+        given = [part for part in ("encoder", "decoder") if getattr(self, part) is not None]
+        if given and is_import_path(self.name):
+            raise ValueError(
+                f"name={self.name!r} gives both networks, so {' and '.join(given)} cannot be set. Remove one of them."
+            )
+        if len(given) == 2 and self.name != "mlp":
+            raise ValueError(f"name={self.name!r} has no effect with both encoder and decoder. Remove it.")
+        if (is_import_path(self.name) or len(given) == 2) and (self.hidden_dims is not None or self.dropout):
+            raise ValueError("hidden_dims and dropout have no effect on your own code. Pass them in params.")
+        return self
+
+    @property
+    def has_own_code(self) -> bool:
+        """Whether an import path gives one of the networks."""
+        return is_import_path(self.name) or self.encoder is not None or self.decoder is not None
 
 
 class DMVAEConfig(Section):
@@ -47,10 +76,11 @@ class DMVAEConfig(Section):
     """Shape of one row of each modality; training takes it from the dataset."""
     modalities_specific_dim: dict[ModalityName, Count] | Count = 2
     """Dimension of the private latents; 0: the modality has none."""
-    decoders_dist: dict[ModalityName, str] | None = None
+    decoders_dist: dict[ModalityName, NameOrPath] | None = None
     """Likelihood per modality: `normal` (default), `laplace`, `bernoulli`, `categorical`, `poisson`,
-    `negative_binomial`, `columns` (a table whose columns differ in kind), or a registered name. For counts, the decoder
-    returns the log-mean at size factor 1."""
+    `negative_binomial`, `columns` (a table whose columns differ in kind), a name that you registered or that an
+    installed package announces, or the import path of your own class. For counts, the decoder returns the log-mean at
+    size factor 1."""
     decoder_dist_params: dict[ModalityName, dict[str, Parameter]] | None = None
     """Parameters of the likelihoods. normal, laplace: `scale`, a number (default 1), "learned_per_feature" or
     "learned_per_modality", which start at the standard deviation of the training rows and stay above `scale_floor`
@@ -83,6 +113,8 @@ class DMVAEConfig(Section):
     """Networks per modality. Default: an MLP with one hidden layer of 256."""
     custom_architectures: tuple[str, ...] = ()
     """Networks that were given by hand, as `encoders.image`; the model sets it."""
+    packages: dict[str, str] = Field(default_factory=dict)
+    """Versions of the packages of your own code; the model sets it."""
 
     @model_validator(mode="after")
     def _check(self) -> "DMVAEConfig":

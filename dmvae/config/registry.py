@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import Field, NonNegativeFloat, model_validator
 
 from dmvae.config.evaluation import EvaluationConfig
-from dmvae.config.section import Name, Section, Size
+from dmvae.config.section import Name, Section, Size, Trust
 from dmvae.config.tracking import TrackingConfig
 
 
@@ -16,6 +16,8 @@ class RegisterConfig(Section):
     """Folder of a finished run."""
     name: Name
     """Name of the registered model; the best model of the run becomes its next version."""
+    trust: Trust = ()
+    """Packages of your own code that the model may import; others that it names are refused."""
     tracking: TrackingConfig = TrackingConfig()
     """The MLflow server that recorded the run."""
 
@@ -44,6 +46,8 @@ class PromoteConfig(Section):
     """Make the previous champion the champion again, without an evaluation."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """Split, draws and measures of the evaluation."""
+    trust: Trust = ()
+    """Packages of your own code that the model may import; others that it names are refused."""
     tracking: TrackingConfig = TrackingConfig()
     """The MLflow server that has the registered model."""
 
@@ -75,6 +79,8 @@ class EmbedConfig(Section):
     """Also write missing modalities, predicted from the means of the posteriors, in the units of the original data."""
     workers: Size = 1
     """Processes; with more than one, Ray actors. Results do not depend on it."""
+    trust: Trust = ()
+    """Packages of your own code that the model may import; others that it names are refused."""
     tracking: TrackingConfig = TrackingConfig()
     """The MLflow server that has the registered model."""
 
@@ -98,5 +104,7 @@ class ServeConfig(Section):
     """Largest number of waiting requests; further requests get status 503."""
     poll_seconds: Annotated[float, Field(gt=0)] = 10.0
     """Seconds between two checks of the alias."""
+    trust: Trust = ()
+    """Packages of your own code that the model may import; others that it names are refused."""
     tracking: TrackingConfig = TrackingConfig()
     """The MLflow server that has the registered model."""

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field, NonNegativeInt
 
-from dmvae.config.section import Name, Section
+from dmvae.config.section import Name, Section, Trust
 
 
 class ReportConfig(Section):
@@ -24,3 +24,5 @@ class ReportConfig(Section):
     """Draws per row of the NLL estimate whose importance weights are shown."""
     density_components: NonNegativeInt = 20
     """Gaussians in the density that is shown beside the prior. 0: none."""
+    trust: Trust = ()
+    """Packages of your own code that the model may import; others that it names are refused."""

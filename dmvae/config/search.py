@@ -8,10 +8,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, field_validator, model_validator
 
+from dmvae.config.model import Value
 from dmvae.config.section import Duration, Name, RunsDir, Section, Seed, Size
 from dmvae.config.training import TrainConfig
-
-Value = bool | int | float | str | None | list[Any] | dict[str, Any]
 
 
 class Domain(Section):

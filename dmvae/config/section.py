@@ -105,6 +105,10 @@ Duration = Annotated[str, AfterValidator(_check_duration)]
 RunsDir = Annotated[str, Field(min_length=1), AfterValidator(_check_runs_dir)]
 
 
+Trust = tuple[str, ...]
+"""Packages whose code a model may name and loading it may run, beside dmvae itself."""
+
+
 def _refuse_bool(number: Any) -> Any:
     if isinstance(number, bool):
         raise ValueError(f"expected a number, got {str(number).lower()}. Write {int(number)}.")

@@ -54,7 +54,7 @@ class TrainingConfig(Section):
     """Rows per step, over all workers together."""
     micro_batch_size: Size | None = None
     """Rows that a worker decodes at once; bounds memory without changing the result (unless networks have
-    dropout or batch normalisation)."""
+    dropout)."""
     precision: Literal["float32", "float64", "bfloat16"] = "float32"
     """`bfloat16` is autocast with float32 weights."""
     compile: bool = False

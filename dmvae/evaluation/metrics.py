@@ -17,8 +17,8 @@ from dmvae.data.batch import Batch, has
 from dmvae.distributions.gaussian_mixture import FittedPrior
 from dmvae.distributions.noise import chain, row_keys
 from dmvae.evaluation.masking import mask_modalities
-from dmvae.model.dmvae import DMVAE, Modalities
-from dmvae.model.encoding import ACTIVE_VARIANCE
+from dmvae.model.dmvae import DMVAE
+from dmvae.model.encoding import ACTIVE_VARIANCE, Modalities
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

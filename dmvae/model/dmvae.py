@@ -1,7 +1,7 @@
 """The model: thin methods around the mathematics in the modules beside it."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,19 +15,19 @@ from dmvae.data.batch import Batch
 from dmvae.data.inputs import Inputs, as_batch
 from dmvae.distributions.gaussian import DiagGaussian
 from dmvae.distributions.gaussian_mixture import FittedPrior
-from dmvae.model.assembly import assemble
-from dmvae.model.encoding import check_observed, combine, conform, observe, present, size_factors
+from dmvae.distributions.likelihoods import Likelihood
+from dmvae.model.assembly import Fixed, assemble, check_own_code
+from dmvae.model.encoding import Modalities, check_observed, combine, conform, observe, present, select, size_factors
 from dmvae.model.generation import decode_latents, draw_latents, draw_seed, inference_mode, sample_latents
 from dmvae.model.loss import Decode, Noise, Observed, multimodal_elbo_loss
 from dmvae.model.nll.estimate import NLLEstimate, joint_nll
 from dmvae.model.outputs import DMVAEOutput, ModelOutput
 from dmvae.model.serialization import MODEL_CONFIG as MODEL_CONFIG
 from dmvae.model.serialization import MODEL_WEIGHTS as MODEL_WEIGHTS
-from dmvae.model.serialization import check_weights, read_folder, write_folder
+from dmvae.model.serialization import assign_weights, read_folder, write_folder
 from dmvae.nn.batched import Decoder
+from dmvae.nn.own_networks import encoder_shapes
 
-Modalities = str | Iterable[str]
-"""`"all"`, one modality's name, or several names."""
 _OF_OTHER_TRAINERS = {"epoch", "dataset_size", "uses_ddp"}
 
 
@@ -43,10 +43,7 @@ class DMVAE(nn.Module):
             must have `embedding`, `log_covariance`, `style_embedding` and `style_log_covariance`.
         decoders: likewise. A decoder takes [z_s, z_p], and its output must have `reconstruction`.
 
-    Attributes:
-        encoders: network per modality.
-        decoders: network per modality.
-        likelihoods: distribution per modality.
+    Code that the config names by import path is imported and called.
 
     Raises:
         ValueError: if the config lacks shapes, names an unknown architecture or likelihood, or networks are
@@ -65,19 +62,40 @@ class DMVAE(nn.Module):
         if not isinstance(model_config, DMVAEConfig):
             raise TypeError(f"model_config must be a DMVAEConfig, but got {type(model_config).__name__}.")
         parts = assemble(model_config, encoders, decoders)
-        self.config = model_config.model_copy(update={"custom_architectures": parts.custom})
-        self.likelihoods, self.encoders, self.decoders = parts.likelihoods, parts.encoders, parts.decoders
+        self.config = model_config.model_copy(
+            # a loaded model keeps the versions that it was trained with
+            update={"custom_architectures": parts.custom, "packages": parts.packages | model_config.packages}
+        )
+        self._by_kind: dict[str, Fixed[Any]] = {}
         # torch finds modules here. ModuleDict refuses names such as `type`, which are legal for modalities, hence the
-        # prefix; and its items are slow to get, hence the plain dicts above
+        # prefix; and its items are slow to get, hence the mappings beside it
         for kind in ("likelihoods", "encoders", "decoders"):
-            modules = {f"modality_{name}": module for name, module in getattr(self, kind).items()}
-            setattr(self, f"_{kind}", nn.ModuleDict(modules))
+            modules = getattr(parts, kind)
+            self._by_kind[kind] = Fixed(modules)
+            setattr(self, f"_{kind}", nn.ModuleDict({f"modality_{name}": module for name, module in modules.items()}))
+        shared_dim, private_dims = model_config.latent_dim, model_config.private_dims
+        self._encoder_shapes = {name: encoder_shapes(shared_dim, dim) for name, dim in private_dims.items()}
         self._owner = next(
             (module, name)
             for module in self.modules()
             for name, parameter in module._parameters.items()
             if parameter is not None and parameter.is_floating_point()
         )
+
+    @property
+    def encoders(self) -> Mapping[str, nn.Module]:
+        """Network per modality; none can be replaced."""
+        return self._by_kind["encoders"]
+
+    @property
+    def decoders(self) -> Mapping[str, nn.Module]:
+        """Network per modality; none can be replaced."""
+        return self._by_kind["decoders"]
+
+    @property
+    def likelihoods(self) -> Mapping[str, Likelihood]:
+        """Distribution per modality; none can be replaced."""
+        return self._by_kind["likelihoods"]
 
     @property
     def device(self) -> torch.device:
@@ -148,7 +166,7 @@ class DMVAE(nn.Module):
             )
         bound = multimodal_elbo_loss(
             self.config,
-            observe(batch, self.encoders, self.likelihoods, self.config.missing_cells),
+            observe(batch, self.encoders, self.likelihoods, self._encoder_shapes, self.config.missing_cells),
             self.decode_functions,
             self.likelihoods,
             noise,
@@ -175,12 +193,15 @@ class DMVAE(nn.Module):
         """Encode each modality of the rows that have it; modalities that no row has are left out."""
         names = self._names(modalities, "modalities")
         encoders = {name: self.encoders[name] for name in names}
-        return observe(self._batch(inputs), encoders, self.likelihoods, self.config.missing_cells)
+        cells = self.config.missing_cells
+        return observe(self._batch(inputs), encoders, self.likelihoods, self._encoder_shapes, cells)
 
     @property
     def decode_functions(self) -> dict[str, Decode]:
         """Functions from [z_s, z_p] to the parameters of the likelihood, per modality."""
-        return {name: Decoder(decoder) for name, decoder in self.decoders.items()}
+        return {
+            name: Decoder(decoder, name, self.likelihoods[name].output_shape) for name, decoder in self.decoders.items()
+        }
 
     def posteriors(self, inputs: Inputs, cond_mod: Modalities = "all") -> tuple[DiagGaussian, dict[str, DiagGaussian]]:
         """Return q(z_s | x_A), A being what a row has of `cond_mod`, and each q(z_p | x_m), the prior if m is missing.
@@ -342,22 +363,26 @@ class DMVAE(nn.Module):
         dir: str | Path,  # noqa: A002 (the seed's name)
         encoders: Mapping[str, nn.Module] | None = None,
         decoders: Mapping[str, nn.Module] | None = None,
+        trust: Collection[str] = (),
     ) -> "DMVAE":
         """Load a model from its folder or from a checkpoint, onto the CPU and in eval mode.
 
+        Args:
+            dir: the folder.
+            encoders: networks that were given by hand.
+            decoders: likewise.
+            trust: packages, modules or import paths of own code that the folder may name; others are not imported.
+
         Raises:
             FileNotFoundError: if the folder has no model.
-            ValueError: if a file cannot be read, networks that were given by hand are missing, or the weights do not
-                belong to the config.
+            ValueError: if a file cannot be read, networks that were given by hand are missing, the folder names code
+                that is not trusted, or the weights do not belong to the config.
         """
         config, tensors = read_folder(Path(dir))
+        check_own_code(config, trust, Path(dir))
         with torch.random.fork_rng(devices=[]):  # loading leaves the caller's random numbers alone
             model = cls(config, encoders, decoders)
-        own = model.state_dict()
-        check_weights(Path(dir), own, tensors)
-        # tensors of a file differ from those of a model in alignment and layout, on which the last bits of sums depend
-        copies = {name: torch.empty_like(own[name], dtype=t.dtype).copy_(t) for name, t in tensors.items()}
-        model.load_state_dict(copies, assign=True)
+        assign_weights(model, tensors, Path(dir))
         return model.eval()
 
     def _batch(self, inputs: Inputs) -> Batch:
@@ -369,17 +394,7 @@ class DMVAE(nn.Module):
         return conform(as_batch(inputs, self.config.shapes), self.config, self.likelihoods, self.dtype, self.device)
 
     def _names(self, modalities: Modalities, argument: str) -> tuple[str, ...]:
-        known = self.config.modalities
-        if modalities == "all":
-            return known
-        names = (modalities,) if isinstance(modalities, str) else tuple(modalities)
-        unknown = [name for name in names if name not in known]
-        if unknown or not names:
-            raise ValueError(
-                f"{argument} must be 'all' or name at least one modality of the model, but got {list(names)}. "
-                f"Available: {list(known)}."
-            )
-        return tuple(name for name in known if name in names)
+        return select(self.config.modalities, modalities, argument)
 
     def _decode_functions_of(self, modalities: Modalities, argument: str) -> dict[str, Decode]:
         functions = self.decode_functions

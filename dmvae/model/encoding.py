@@ -1,6 +1,6 @@
 """From incomplete rows to posteriors: check inputs, encode the values that are present, combine the experts."""
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +14,28 @@ from dmvae.distributions.likelihoods import Likelihood
 from dmvae.model.loss import Observed
 from dmvae.nn.batched import EncoderInput, encode_each
 
+Modalities = str | Iterable[str]
+"""`"all"`, one modality's name, or several names."""
 ACTIVE_VARIANCE = 0.01
 """A unit is active if the variance of its posterior mean over rows exceeds this (Burda et al. 2016)."""
+
+
+def select(known: tuple[str, ...], modalities: Modalities, argument: str) -> tuple[str, ...]:
+    """Return the modalities that an argument names, in the model's order.
+
+    Raises:
+        ValueError: if it names none, or one that the model does not have.
+    """
+    if modalities == "all":
+        return known
+    names = (modalities,) if isinstance(modalities, str) else tuple(modalities)
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
+        raise ValueError(
+            f"{argument} must be 'all' or name at least one modality of the model, but got {list(names)}. "
+            f"Available: {list(known)}."
+        )
+    return tuple(name for name in known if name in names)
 
 
 def conform(
@@ -90,11 +110,15 @@ def observe(
     batch: Batch,
     encoders: Mapping[str, nn.Module],
     likelihoods: Mapping[str, Likelihood],
+    shapes: Mapping[str, Mapping[str, tuple[int, ...]]],
     with_cells: Container[str] = (),
 ) -> dict[str, Observed]:
     """Encode each modality of the rows that have it; modalities that no row has are left out.
 
     The encoders of `with_cells` read which cells are observed, besides the values, which are 0 where they are missing.
+
+    Raises:
+        ValueError: if an encoder's outputs have other names or shapes than `shapes` says, by modality and output.
     """
     here: dict[str, _Rows] = {}
     for name in encoders:
@@ -114,7 +138,9 @@ def observe(
         if name in with_cells:
             rows.cells = torch.ones_like(rows.values, dtype=torch.bool) if cells is None else cells
         here[name] = rows
-    outputs = encode_each({name: EncoderInput(encoders[name], rows.values, rows.cells) for name, rows in here.items()})
+    outputs = encode_each(
+        {name: EncoderInput(encoders[name], shapes[name], rows.values, rows.cells) for name, rows in here.items()}
+    )
     observed = {}
     for name, rows in here.items():
         output = outputs[name]

@@ -113,6 +113,12 @@ class TermSums:
         means = self.total / self.count.clamp(min=1)
         return dict(zip(self.names, means.unbind(), strict=True))
 
+    def observed_means(self) -> dict[str, float]:
+        """Return the means of the terms that some row has: not those of a source that no row has."""
+        counts = dict(zip(self.names, self.count.tolist(), strict=True))
+        means = {name: float(mean) for name, mean in self.means().items()}
+        return {name: mean for name, mean in means.items() if counts.get(f"kl_shared/{name}", counts[name])}
+
 
 @dataclass(frozen=True, eq=False)
 class LossOutput:

@@ -80,10 +80,11 @@ class Predictor:
         self.row = row_type(self.shapes, self.named)
 
     @classmethod
-    def load(cls, folder: Path) -> "Predictor":
-        """Load a model from a folder that has `units.json`."""
+    def load(cls, folder: Path, trust: Collection[str] = ()) -> "Predictor":
+        """Load a model from a folder that has `units.json`; `trust` as in `DMVAE.load`."""
         units = json.loads((folder / UNITS).read_text())
-        return cls(DMVAE.load(folder), {name: ModalitySpec.model_validate(unit) for name, unit in units.items()})
+        specs = {name: ModalitySpec.model_validate(unit) for name, unit in units.items()}
+        return cls(DMVAE.load(folder, trust=trust), specs)
 
     def parse(self, rows: Sequence[Any]) -> list[dict[str, Any]]:
         """Check rows, and return them as dicts with every field, None where it is missing.

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dmvae.distributions.gaussian import at_least_float32
 from dmvae.nn.networks import EncoderOutput
 from dmvae.nn.networks.mlp import MLPDecoder, MLPEncoder, Skip
+from dmvae.nn.own_networks import check_output
 
 _ACTIVATIONS: dict[type[nn.Module], Callable[[Tensor], Tensor]] = {nn.ReLU: torch.relu_, nn.SiLU: F.silu}
 _LOG_VAR_RANGE = -20.0, 10.0
@@ -25,13 +26,27 @@ _SMALL = 2**17
 
 @dataclass(frozen=True, eq=False)
 class Decoder:
-    """A decoder network as a function from [z_shared, z_private] to the parameters of a likelihood."""
+    """A decoder network as a function from [z_shared, z_private] to the parameters of a likelihood.
+
+    Attributes:
+        network: the decoder.
+        modality: its name, for messages.
+        output_shape: the shape of the likelihood's parameters for one row.
+    """
 
     network: nn.Module
+    modality: str
+    output_shape: tuple[int, ...]
 
     def __call__(self, z: Float[Tensor, "row latent"]) -> Tensor:
-        """Decode latents, in float32 or better."""
-        return at_least_float32(self.network(in_type_of(self.network, z)).reconstruction)
+        """Decode latents, in float32 or better.
+
+        Raises:
+            ValueError: if the network's output has another shape, which would broadcast to a wrong density.
+        """
+        output = self.network(in_type_of(self.network, z))
+        check_output(output, {"reconstruction": self.output_shape}, "decoder", self.modality, z.shape[0])
+        return at_least_float32(output.reconstruction)
 
 
 def in_type_of(network: nn.Module, latent: Tensor) -> Tensor:
@@ -43,9 +58,13 @@ def in_type_of(network: nn.Module, latent: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class EncoderInput:
-    """An encoder, the values of some rows, and which of their cells are observed; None: its rows have all cells."""
+    """An encoder, the values of some rows, and which of their cells are observed; None: its rows have all cells.
+
+    `shapes` has the name and the shape, for one row, of each output that the encoder must have.
+    """
 
     encoder: nn.Module
+    shapes: Mapping[str, tuple[int, ...]]
     values: Tensor
     cells: Tensor | None = None
 
@@ -85,7 +104,15 @@ def encode_each(given: Mapping[str, EncoderInput]) -> dict[str, EncoderOutput]:
     outputs: dict[str, EncoderOutput] = {}
     for names in group_by_layout(kinds):
         if len(names) == 1:
-            output = given[names[0]].encoder(*given[names[0]].arguments)
+            own = given[names[0]]
+            try:
+                output = own.encoder(*own.arguments)
+            except ValueError as error:  # batch normalisation refuses to train on one row
+                raise ValueError(
+                    f"The encoder of modality {names[0]!r} failed on the {len(own.values)} rows of the batch that have "
+                    f"it: {error}"
+                ) from error
+            check_output(output, own.shapes, "encoder", names[0], len(own.values))
             outputs[names[0]] = EncoderOutput(
                 output.embedding,
                 bound_log_var(output.log_covariance),

@@ -4,6 +4,7 @@ Every random number is a function of (seed, epoch, step, position in the global 
 for any number of workers and from any checkpoint.
 """
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -119,10 +120,10 @@ def train(
 
 
 def _training_metrics(state: TrainState, report: StepReport) -> dict[str, float]:
-    means = {name: float(value) for name, value in state.window.means().items()}
+    every, means = state.window.means(), state.window.observed_means()
     counts = dict(zip(state.window.names, state.window.count.tolist(), strict=True))
     modalities = state.model.config.modalities
-    means["loss"] = sum(means[source] for source in state.model.config.source_names)
+    means["loss"] = sum(float(every[source]) for source in state.model.config.source_names)
     means |= {f"observed/{name}": counts[f"kl_private/{name}"] / max(counts["joint"], 1) for name in modalities}
     means |= {"gradient_norm": report.gradient_norm, "learning_rate": report.learning_rate}
     means["skipped_steps"] = state.skipped
@@ -133,7 +134,7 @@ def _end_epoch(
     state: TrainState, data: TrainingData, config: TrainConfig, collectives: Collectives, metrics: dict[str, float]
 ) -> EpochEnded:
     means, variances = validate(state.model, data.validation_blocks(), config, collectives.all_reduce)
-    improved = state.record_validation(means[config.training.monitor], config.optim)
+    improved = state.record_validation(means.get(config.training.monitor, math.nan), config.optim)
     metrics |= {f"val/{name}": value for name, value in means.items()}
     metrics |= {f"val/active_units/{block}": int((v > ACTIVE_VARIANCE).sum()) for block, v in variances.items()}
     epoch = state.position.epoch

@@ -1,16 +1,21 @@
 """Resolve a run's settings: fill in from the dataset what the configuration leaves open, and check the result."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dmvae.config.likelihoods import values_of
+from dmvae.config.model import DMVAEConfig
 from dmvae.config.training import TrainConfig
 from dmvae.data.format.manifest import Manifest, ModalityInfo
 from dmvae.data.reading.dataset import Dataset
 from dmvae.data.storage import location
+from dmvae.distributions.likelihoods import find, own_path
+from dmvae.model.assembly import dimensions, own_code_of
 from dmvae.model.dmvae import DMVAE
+from dmvae.nn.own_networks import OwnCodeError, check_networks
 
 _LOWEST_RATE = 1e-3  # of a column of counts, where the decoder starts
 _RUN_METRICS = frozenset({"loss", "gradient_norm", "learning_rate", "skipped_steps"})
@@ -19,16 +24,27 @@ _RUN_METRICS = frozenset({"loss", "gradient_norm", "learning_rate", "skipped_ste
 def resolve(config: TrainConfig, dataset: Dataset) -> TrainConfig:
     """Fill in shapes and likelihoods from the dataset, and check that the model can be built and trained.
 
+    Own code that the config names is imported and tried out; its versions are filled in too.
+
     Raises:
         ValueError: if the config names an unknown modality or a different shape, no training row has a modality,
-            a modality has the name of a metric, the model is too large, or `init_from` belongs to another model.
+            a modality has the name of a metric, the model is too large, own code does not fit, or `init_from` belongs
+            to another model.
     """
     resolved = _fill(config, dataset.manifest)
     _check(resolved, dataset)
-    model = _build(resolved)
+    model = blank_model(resolved.model)
+    resolved = resolved.model_copy(
+        update={"model": resolved.model.model_copy(update={"packages": model.config.packages})}
+    )
     if config.init_from is not None:
-        _check_weights(model, config.init_from)
+        _check_weights(model, config.init_from, trusted(resolved.model))
     return resolved
+
+
+def trusted(config: DMVAEConfig) -> tuple[str, ...]:
+    """Return the import paths that a configuration names: its author trusts them in the folders of its models too."""
+    return tuple(own_code_of(config).values())
 
 
 def absolute(config: TrainConfig) -> TrainConfig:
@@ -51,8 +67,7 @@ def _fill(config: TrainConfig, manifest: Manifest) -> TrainConfig:
             f"model.input_dims must be the dataset's shapes {shapes}, but got {given}. Remove model.input_dims."
         )
     model["input_dims"] = shapes
-    proposed = {name: info.likelihood for name, info in manifest.modalities.items()}
-    model["decoders_dist"] = proposed | (model.get("decoders_dist") or {})
+    model["decoders_dist"] = _distributions(model.get("decoders_dist") or {}, manifest)
     params = dict(model.get("decoder_dist_params") or {})
     for name, info in manifest.modalities.items():
         known = _known_params(name, info, model["decoders_dist"][name])
@@ -62,6 +77,20 @@ def _fill(config: TrainConfig, manifest: Manifest) -> TrainConfig:
     missing = {*(model.get("missing_cells") or ()), *manifest.missing_cells}
     model["missing_cells"] = tuple(name for name in shapes if name in missing)
     return TrainConfig.model_validate({**config.model_dump(), "model": model})
+
+
+def _distributions(given: dict[str, str], manifest: Manifest) -> dict[str, str]:
+    """Return the likelihoods that are given, and for the others what the dataset proposes."""
+    proposed = {name: info.likelihood for name, info in manifest.modalities.items()}
+    for name, likelihood in proposed.items():
+        if name not in given and own_path(likelihood) is not None:
+            raise ValueError(
+                f"The dataset proposes the likelihood {likelihood!r} for {name!r}, which is code that is not part of "
+                f"dmvae. If you trust it, set model.decoders_dist.{name} to it; else to another likelihood."
+            )
+    for name, likelihood in given.items():
+        find(likelihood, name)  # imports own code, so that its values and parameters are known
+    return proposed | given
 
 
 def _known_params(name: str, info: ModalityInfo, likelihood: str) -> dict[str, Any]:
@@ -106,21 +135,48 @@ def _check(config: TrainConfig, dataset: Dataset) -> None:
         raise ValueError(
             f"training.monitor: unknown validation metric {config.training.monitor!r}. Available: {', '.join(metrics)}."
         )
+    if dataset.split(config.data.val_split).observed.get(config.training.monitor) == 0:
+        raise ValueError(
+            f"training.monitor = {config.training.monitor!r}, but no row of split {config.data.val_split!r} has that "
+            "modality. Choose another metric, or another data.val_split."
+        )
 
 
-def _build(config: TrainConfig) -> DMVAE:
-    """Build the model without memory for its weights."""
+def blank_model(config: DMVAEConfig) -> DMVAE:
+    """Build a model without memory for its weights, and try out what own code returns.
+
+    Own code that cannot be built or run without memory is built on the CPU.
+
+    Raises:
+        ValueError: if the model is too large, or own code fails or returns something else than the model takes.
+    """
     try:
-        with torch.device("meta"):
-            return DMVAE(config.model)
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what own code copies into such weights is lost
+            return _checked(config)
+    except OwnCodeError:
+        with torch.random.fork_rng(devices=[]):
+            return _checked(config)
     except (TypeError, RuntimeError) as error:  # what torch raises for sizes beyond 64 bits
         reason = str(error).splitlines()[0]
         raise ValueError(f"The model is too large: {reason}. Lower its dimensions.") from None
 
 
-def _check_weights(model: DMVAE, folder: str) -> None:
+def _checked(config: DMVAEConfig) -> DMVAE:
+    model, paths = DMVAE(config), own_code_of(config)
+    for name in config.modalities:
+        dims = dimensions(config, name, model.likelihoods[name])
+        networks = {"encoder": model.encoders[name], "decoder": model.decoders[name]}
+        own = {part for part in ("name", *networks) if f"architectures.{name}.{part}" in paths}
+        if own:
+            tried = networks if "name" in own else {part: networks[part] for part in sorted(own)}
+            check_networks(tried, dims, name, torch.zeros(()), name in config.missing_cells)
+    return model
+
+
+def _check_weights(model: DMVAE, folder: str, trust: tuple[str, ...]) -> None:
     own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    loaded = DMVAE.load(folder)
+    loaded = DMVAE.load(folder, trust=trust)
     found = {name: tuple(tensor.shape) for name, tensor in loaded.state_dict().items()}
     differing = sorted(name for name in own.keys() | found.keys() if own.get(name) != found.get(name))
     if not differing and loaded.config.distributions != model.config.distributions:

@@ -15,6 +15,7 @@ from dmvae.data.reading.loader import read_epoch, read_rows
 from dmvae.data.reading.sampler import EpochSampler
 from dmvae.data.reading.split import Split
 from dmvae.model.dmvae import DMVAE
+from dmvae.training.settings import trusted
 from dmvae.training.state import TrainState, build_optimizer
 from dmvae.training.step import WorkerBatch
 
@@ -67,7 +68,7 @@ def build_state(config: TrainConfig, device: torch.device) -> TrainState:
         split = open_dataset(config.data.dataset).split(config.data.train_split)
         model.initialize_likelihoods(split.read(np.arange(min(_INITIAL_ROWS, len(split)))))
     if config.init_from is not None:
-        model.load_state_dict(DMVAE.load(config.init_from).state_dict())
+        model.load_state_dict(DMVAE.load(config.init_from, trust=trusted(config.model)).state_dict())
     if config.training.compile:
         _compile(model, device)
     return TrainState(model, build_optimizer(model, config.optim))

@@ -14,7 +14,7 @@ from dmvae.config.training import TrainConfig
 from dmvae.data.batch import Batch
 from dmvae.distributions.noise import chain
 from dmvae.model.loss import TermSums
-from dmvae.model.outputs import DMVAEOutput
+from dmvae.training.diagnosis import largest_gradients, name_culprits
 from dmvae.training.state import TrainState, learning_rate, zero_terms
 from dmvae.training.validation import autocast, draw_noise
 
@@ -102,6 +102,7 @@ def train_epoch(
     """
     state.model.train()
     total, parameters = config.training.epochs * steps_per_epoch, list(state.model.parameters())
+    last_norms: Tensor | None = None
     for part in batches:
         done = state.position.epoch * steps_per_epoch + part.step
         rate = learning_rate(config.optim, done, total, state.halvings)
@@ -115,34 +116,40 @@ def train_epoch(
                 # no row of this worker has the modality; other workers may have got zeros from the reduction, and the
                 # optimiser treats None and zero differently
                 parameter.grad = torch.zeros_like(parameter)
-        norm = _clip(parameters, config.optim.clip_norm)
-        fault = "" if math.isfinite(norm) else _fault(state, part.step, culprits)
+        norm, norms = _clip(parameters, config.optim.clip_norm)
+        fault = "" if math.isfinite(norm) else _fault(state, part.step, culprits, rate, norms, last_norms)
         if fault:
             if state.skipped >= config.training.skip_nonfinite:
                 raise NonFiniteLossError(
-                    f"{fault}. Lower optim.learning_rate, set optim.clip_norm, check those rows, or let a few such "
-                    f"steps be skipped with training.skip_nonfinite (now {config.training.skip_nonfinite})."
+                    f"{fault}. Lower optim.learning_rate, check those rows, or let a few such steps be skipped with "
+                    f"training.skip_nonfinite (now {config.training.skip_nonfinite})."
                 )
             state.skipped, terms = state.skipped + 1, zero_terms(state.model)
         else:
+            last_norms = norms
             state.optimizer.step()
         state.position = replace(state.position, step=part.step + 1)
         yield StepReport(part.step, terms, norm, rate, part.global_rows, fault)
 
 
-def _clip(parameters: list[nn.Parameter], clip_norm: float | None) -> float:
-    """Clip the gradient's norm; return the norm before clipping."""
+def _clip(parameters: list[nn.Parameter], clip_norm: float | None) -> tuple[float, Tensor]:
+    """Clip the gradient's norm; return the norm before clipping, and that of each parameter."""
     # as `nn.utils.get_total_norm`, which takes several times as long with small parameters
-    norms = torch._foreach_norm([p.grad for p in parameters if p.grad is not None])
-    norm = torch.linalg.vector_norm(torch.stack(norms))
+    norms = torch.stack(torch._foreach_norm([p.grad for p in parameters if p.grad is not None]))
+    norm = torch.linalg.vector_norm(norms)
     if clip_norm is not None:
         nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
-    return float(norm)
+    return float(norm), norms
 
 
-def _fault(state: TrainState, step: int, culprits: str) -> str:
-    where = f"Loss became non-finite at epoch {state.position.epoch + 1}, step {step + 1}"
-    return f"{where} ({culprits or 'in the rows of another worker, or in the gradient only'})"
+def _fault(state: TrainState, step: int, culprits: str, rate: float, norms: Tensor, last_norms: Tensor | None) -> str:
+    """Say where the loss is not finite and what is known of the cause."""
+    where = f"Loss became non-finite at epoch {state.position.epoch + 1}, step {step + 1} "
+    where += culprits or "(in the rows of another worker, or in the gradient only)"
+    finite = torch.isfinite(norms)
+    # a loss that is not finite leaves no gradient to compare; the last step's tells which part grew
+    gradients = largest_gradients(state.model, torch.where(finite, norms, math.inf) if finite.any() else last_norms)
+    return f"{where}. Learning rate {rate:.2g}" + (f", largest gradients: {gradients}" if gradients else "")
 
 
 def _accumulate(
@@ -163,7 +170,7 @@ def _accumulate(
             output = collectives.forward(micro_batch, draw_noise(state.model, keys), divergence_weight)
             loss = output.row_loss.sum() * (collectives.world_size / part.global_rows)
         if not math.isfinite(float(loss.detach())):
-            culprits = culprits or _name_culprits(micro_batch, output)
+            culprits = culprits or name_culprits(state.model, micro_batch, output)
             loss = loss * math.nan  # every gradient shows it, on every worker
         loss.backward()
         terms = output.terms if terms is None else terms + output.terms
@@ -178,11 +185,3 @@ def _seed_dropout(state: TrainState, config: TrainConfig, part: WorkerBatch) -> 
     torch.default_generator.manual_seed(seed)
     if state.model.device.type == "cuda":
         torch.cuda.manual_seed(seed)
-
-
-def _name_culprits(batch: Batch, output: DMVAEOutput) -> str:
-    rows = (~torch.isfinite(output.row_loss.detach())).nonzero().squeeze(1).cpu()
-    terms = [name for name, value in zip(output.terms.names, output.terms.total.tolist(), strict=True)
-             if not math.isfinite(value)]  # fmt: skip
-    ids = [] if batch.ids is None else batch[rows[:5]].ids.tolist()  # type: ignore[union-attr]
-    return f"terms: {', '.join(terms)}; {len(rows)} rows, ids {ids}{' and more' if len(rows) > 5 else ''}"

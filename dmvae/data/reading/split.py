@@ -4,7 +4,7 @@ import threading
 from collections.abc import Container, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from itertools import pairwise
+from itertools import combinations, pairwise
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from dmvae.data.storage.verify import row_blocks, verify_shard
 Array = np.ndarray[Any, np.dtype[Any]]
 
 _OPENERS = 4
+_MASK_ROWS = 2**16
 """Shards that are fetched and verified at the same time, at most."""
 
 
@@ -150,6 +151,20 @@ class Split:
         """Yield the shards in order, without checking their checksums or values."""
         for info in self._infos:
             yield self._map(self._location.fetch(info), info)
+
+    def never_together(self) -> list[tuple[str, str]]:
+        """Return the pairs of modalities, in the dataset's order, that rows have but no row has both of."""
+        names = [name for name, number in self.observed.items() if number]
+        together = np.eye(len(names), dtype=bool)
+        for shard in self.shards():
+            for first in range(0, shard.rows, _MASK_ROWS):
+                if together.all():
+                    return []
+                rows = np.arange(first, min(first + _MASK_ROWS, shard.rows))
+                present = np.stack([shard.present(name, rows) for name in names]).astype(np.float32)
+                together |= present @ present.T > 0
+        return [pair for pair, met in zip(combinations(names, 2), together[np.triu_indices(len(names), 1)], strict=True)
+                if not met]  # fmt: skip
 
     def verify(self, full: bool = False) -> None:
         """Check the checksum and the observed values of every shard.

@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from dmvae.config.likelihoods import LikelihoodSpec
+
 _OF_ANY_MODULE = frozenset(vars(nn.Module()))
 
 
@@ -16,6 +18,7 @@ class Likelihood(nn.Module):
     Leading dimensions broadcast: an output `(sources, rows, *output_shape)` goes with values `(rows, *shape)`.
 
     Attributes:
+        spec: what configurations know of a likelihood that is named by its import path; None: real values.
         shape: shape of one row of the modality.
         output_shape: shape that the decoder must return for one row.
         support: the legal values, in words.
@@ -28,6 +31,7 @@ class Likelihood(nn.Module):
         rate_factor: multiplies the learning rate of the likelihood's parameters.
     """
 
+    spec: ClassVar[LikelihoodSpec | None] = None
     support: ClassVar[str] = "finite numbers"
     is_continuous: ClassVar[bool] = False
     are_counts: ClassVar[bool] = False

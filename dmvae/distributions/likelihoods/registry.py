@@ -5,9 +5,12 @@ from collections.abc import Callable
 
 from dmvae.config.likelihoods import SPECS, LikelihoodSpec
 from dmvae.config.model import DMVAEConfig
+from dmvae.config.own_code import LIKELIHOODS, announced, import_object, is_import_path
 from dmvae.distributions.likelihoods.likelihood import Likelihood
 
 _REGISTRY: dict[str, Callable[..., Likelihood]] = {}
+_PATHS: dict[str, str] = {}
+"""Import paths of what was imported because a configuration names it, by that name."""
 
 
 def register(name: str, likelihood: Callable[..., Likelihood], spec: LikelihoodSpec | None = None) -> None:
@@ -28,25 +31,48 @@ def register(name: str, likelihood: Callable[..., Likelihood], spec: LikelihoodS
         SPECS[name] = spec
 
 
+def own_path(name: str) -> str | None:
+    """Return the import path that a likelihood's name is or that an installed package announces it as, if any."""
+    if is_import_path(name):
+        return name
+    return _PATHS.get(name) if name in _REGISTRY else announced(LIKELIHOODS).get(name)
+
+
+def find(name: str, modality: str) -> Callable[..., Likelihood]:
+    """Return what builds a likelihood; own code is imported, and its class attribute `spec` entered in `SPECS`.
+
+    Raises:
+        ValueError: if no likelihood of that name is registered or announced, or it cannot be imported.
+    """
+    path = own_path(name)
+    if path is not None and name not in _REGISTRY:
+        found = import_object(path, f"model.decoders_dist.{modality}")
+        if name not in _REGISTRY:  # its module may register it
+            register(name, found, getattr(found, "spec", None))
+        _PATHS[name] = path
+    if name not in _REGISTRY:
+        available = ", ".join(sorted(_REGISTRY))
+        raise ValueError(f"Unknown likelihood {name!r} for modality {modality!r}. Available: {available}.")
+    return _REGISTRY[name]
+
+
 def build(config: DMVAEConfig, modality: str) -> Likelihood:
     """Build the likelihood that `config` names for `modality`.
 
     Raises:
-        ValueError: if no likelihood of that name is registered, it does not take the parameters given, or what is
+        ValueError: if no likelihood of that name is known, it does not take the parameters given, or what is
             registered returns no `Likelihood`.
     """
     dist, params = config.distributions[modality], config.dist_params(modality)
-    if dist not in _REGISTRY:
-        available = ", ".join(sorted(_REGISTRY))
-        raise ValueError(f"Unknown likelihood {dist!r} for modality {modality!r}. Available: {available}.")
+    likelihood = find(dist, modality)
     try:
-        inspect.signature(_REGISTRY[dist]).bind(config.shapes[modality], **params)
+        inspect.signature(likelihood).bind(config.shapes[modality], **params)
     except TypeError as error:
         raise ValueError(
             f"Cannot build likelihood {dist!r} for modality {modality!r}: {error}. "
             f"Correct decoder_dist_params.{modality}."
         ) from None
-    built = _REGISTRY[dist](config.shapes[modality], **params)
+    built = likelihood(config.shapes[modality], **params)
     if not isinstance(built, Likelihood):
         raise ValueError(
             f"Likelihood {dist!r} must return a dmvae.distributions.likelihoods.Likelihood, but got "

@@ -45,6 +45,11 @@ def register(name: str, encoder: Builder, decoder: Builder, fault: Check = _no_f
     _REGISTRY[name] = Architecture(encoder, decoder, fault)
 
 
+def is_registered(name: str) -> bool:
+    """Tell whether an architecture is registered as `name`."""
+    return name in _REGISTRY
+
+
 def architecture_of(settings: ArchitectureConfig, dims: Dimensions, modality: str) -> Architecture:
     """Return the architecture that a modality's settings name.
 

@@ -34,12 +34,14 @@ class Extras:
         density_components: Gaussians in a density fitted to the latents of the training rows; 0: the prior alone.
         missing_rates: shares of the modalities that `robustness` removes.
         device: where the NLL is computed.
+        trust: packages whose code the model may import.
     """
 
     output: Path | None = None
     density_components: int = 0
     missing_rates: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75)
     device: Device = "auto"
+    trust: tuple[str, ...] = ()
 
 
 def evaluate_split(
@@ -67,11 +69,11 @@ def evaluate_split(
     """
     extras = extras or Extras()
     with local(model) as folder:
-        loaded, split = DMVAE.load(folder), dataset.split(config.split)
+        loaded, split = DMVAE.load(folder, trust=extras.trust), dataset.split(config.split)
         check_measures(loaded.config, config, dataset, train_split)
         suite = EvaluationSuite(loaded, dataset.split(train_split), split, progress=progress)
         removal = suite.removal(extras.missing_rates) if "robustness" in config.measures else None
-        task = Task(model, dataset.where, config, extras.device, removal)
+        task = Task(model, dataset.where, config, extras.device, removal, extras.trust)
         store = None if extras.output is None else RowStore(extras.output, _key(folder, task, dataset))
     progress(f"NLL of {config.split}: {len(split):,} rows, {config.num_draws} draws each")
     table = evaluate_nll(task, workers, progress, store)
@@ -109,12 +111,12 @@ def evaluate(config: EvaluateConfig, progress: Callable[[str], None]) -> dict[st
             f"output must be set for a model at a URI, but got model={config.model!r} alone. Set output to a folder."
         )
     with local(config.model) as folder:
-        model = DMVAE.load(folder)
+        model = DMVAE.load(folder, trust=config.trust)
         _warn_of_other_dataset(folder, dataset, progress)
     check_fit(model, dataset)
     check_support(model.config, dataset.split(config.evaluation.split), model.dtype)
     output = Path(config.output or _default_output(Path(config.model), config.evaluation.split))
-    extras = Extras(output, config.density_components, config.missing_rates, config.device)
+    extras = Extras(output, config.density_components, config.missing_rates, config.device, config.trust)
     with local_cluster(config.workers) if config.workers > 1 else nullcontext():
         metrics = evaluate_split(
             config.model, dataset, config.evaluation, config.train_split, config.workers, progress, extras

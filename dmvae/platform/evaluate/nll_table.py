@@ -29,6 +29,7 @@ class Task:
         config: the split, and how its NLL is estimated.
         device: where to compute.
         removal: also evaluate what is left when modalities are removed.
+        trust: packages whose code the model may import.
     """
 
     model_dir: str
@@ -36,6 +37,7 @@ class Task:
     config: EvaluationConfig
     device: Device = "auto"
     removal: Removal | None = None
+    trust: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,7 +163,7 @@ class Evaluator:
     def __init__(self, task: Task) -> None:
         self._task = task
         with local(task.model_dir) as folder:
-            self._model = DMVAE.load(folder)
+            self._model = DMVAE.load(folder, trust=task.trust)
         self._model.to(torch_device(task.device))
         self._split = open_dataset(task.dataset).split(task.config.split)
 

@@ -37,7 +37,7 @@ def report(config: ReportConfig, progress: Callable[[str], None]) -> Path:
         ValueError: if the model does not fit the dataset, or the split does not exist.
     """
     model_dir, run_dir = _folders(Path(config.model))
-    model, dataset = DMVAE.load(model_dir), open_dataset(config.dataset)
+    model, dataset = DMVAE.load(model_dir, trust=config.trust), open_dataset(config.dataset)
     check_fit(model, dataset)
     split = dataset.split(config.split)
     pictures: list[Picture] = []

@@ -123,7 +123,7 @@ class Application:
         version = self._current_version()
         name = self._config.model.removeprefix("models:/").partition("@")[0].partition("/")[0]
         with downloaded(f"models:/{name}/{version}", self._config.tracking) as folder:
-            predictor = Predictor.load(folder)
+            predictor = Predictor.load(folder, self._config.trust)
         predictor.model.to(torch_device())
         return version, predictor
 
@@ -141,7 +141,7 @@ def run(config: ServeConfig, progress: Callable[[str], None]) -> None:
         RegistryError: if MLflow cannot be reached, has no such model, or lacks its files.
     """
     with downloaded(config.model, config.tracking) as folder:
-        Predictor.load(folder)  # an error is shown here, not in the log of a replica
+        Predictor.load(folder, config.trust)  # an error is shown here, not in the log of a replica
     tracking = config.tracking.model_copy(update={"uri": tracking_uri(config.tracking)})
     with local_cluster(config.replicas + 1):
         start(config.model_copy(update={"tracking": tracking}))

@@ -64,7 +64,7 @@ def embed(config: EmbedConfig, progress: Callable[[str], None]) -> EmbedSummary:
     """
     dataset, output = open_dataset(config.dataset), Path(config.output)
     with _model_folder(config) as folder:
-        check_fit(DMVAE.load(folder), dataset)
+        check_fit(DMVAE.load(folder, trust=config.trust), dataset)
         key = _key(folder, dataset, config)
         shards = list(_shards(dataset, config.split))
         todo = [shard for shard in shards if not _is_finished(output / shard.file, shard, key)]
@@ -121,14 +121,14 @@ class Embedder:
     def __init__(self, folder: str, dataset: str, output: str, config: EmbedConfig, key: str) -> None:
         torch.set_num_threads(1)
         self._dataset, self._output, self._config, self._key = open_dataset(dataset), Path(output), config, key
-        self._model = DMVAE.load(folder)
+        self._model = DMVAE.load(folder, trust=config.trust)
         self._model.to(torch_device())
         self._stored = {
             name: ModalitySpec.model_validate(info.model_dump())
             for name, info in self._dataset.manifest.modalities.items()
         }
         has_specs = Path(folder, UNITS).is_file()
-        self._trained = Predictor.load(Path(folder)).units if has_specs else self._stored
+        self._trained = Predictor.load(Path(folder), config.trust).units if has_specs else self._stored
 
     def write(self, shard: Shard) -> Shard:
         """Embed a shard; its file appears once it is complete."""

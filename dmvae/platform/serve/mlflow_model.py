@@ -3,12 +3,9 @@
 import logging
 import os
 import shutil
-import subprocess
-import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +13,20 @@ import mlflow
 
 from dmvae.model.predictor import Predictor, Request
 from dmvae.platform.serve.model_card import README
-
-_PACKAGES = ("torch", "pydantic", "jaxtyping", "safetensors", "numpy", "mlflow")
-_PACKAGE_DIR = Path(__file__).parents[2]
+from dmvae.platform.serve.shipped_code import ShippedCode
 
 
-def save(content: Path, target: Path) -> None:
+def save(content: Path, target: Path, code: ShippedCode, trust: Collection[str]) -> None:
     """Write an MLflow model.
 
     Args:
         content: a folder with weights, configuration, `units.json` and the card.
         target: the folder to write; its parent also gets a copy of the code.
+        code: to bring along.
+        trust: import paths of own code, which the model may import wherever it is loaded.
     """
-    predictor = Predictor.load(content)
-    code = target.with_name("code") / "dmvae"
-    _copy_core(code)
+    predictor = Predictor.load(content, trust)
+    copied = code.copy(target.with_name("code"))
     with warnings.catch_warnings(), quiet_mlflow():
         warnings.simplefilter("ignore")  # MLflow finds the values of an answer too loosely typed
         mlflow.pyfunc.save_model(
@@ -40,13 +36,14 @@ def save(content: Path, target: Path) -> None:
             model_config={
                 "shapes": {name: list(shape) for name, shape in predictor.shapes.items()},
                 "named": predictor.named,
+                "trust": list(trust),
             },
-            code_paths=[str(code)],
+            code_paths=[str(path) for path in copied],
             input_example=(
                 [_example(predictor)],
                 {"operation": "impute", "num_samples": 0, "num_draws": 100, "seed": 0},
             ),
-            pip_requirements=[f"{name}=={version(name).partition('+')[0]}" for name in _PACKAGES],
+            pip_requirements=code.requirements,
         )
     shutil.copy2(content / README, target / "README.md")
 
@@ -84,16 +81,3 @@ def _rounded(values: Any, high: float | None, digits: int) -> Any:
     if isinstance(values, list):
         return [_rounded(value, high, digits) for value in values]
     return round(values if high is None else min(max(values, 0.0), high), digits)
-
-
-def _copy_core(target: Path) -> None:
-    """Copy the modules that a `Predictor` imports, and no others."""
-    program = (
-        "import sys, dmvae.model.predictor; "
-        "print(*(m.__file__ for n, m in sys.modules.items() if n.split('.')[0] == 'dmvae'))"
-    )
-    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)  # noqa: S603
-    for file in map(Path, found.stdout.split()):
-        copy = target / file.relative_to(_PACKAGE_DIR)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(file, copy)

@@ -9,7 +9,9 @@ CARD = "card.json"
 README = "card.md"
 
 
-def make_card(run: Mapping[str, Any], result: Mapping[str, Any], dataset: Dataset, weights: str) -> dict[str, Any]:
+def make_card(
+    run: Mapping[str, Any], result: Mapping[str, Any], dataset: Dataset, weights: str, own_code: Mapping[str, str]
+) -> dict[str, Any]:
     """Return the content of `card.json`.
 
     Args:
@@ -17,6 +19,7 @@ def make_card(run: Mapping[str, Any], result: Mapping[str, Any], dataset: Datase
         result: of `result.json`.
         dataset: the one that the run was trained on.
         weights: SHA-256 of the weights.
+        own_code: how each package of own code comes along, in words.
     """
     train = dataset.split(run["data"]["train_split"])
     return {
@@ -27,6 +30,7 @@ def make_card(run: Mapping[str, Any], result: Mapping[str, Any], dataset: Datase
         "train_observed": train.observed,
         "metrics": result["metrics"],
         "weights": weights,
+        **({"own_code": dict(own_code)} if own_code else {}),
     }
 
 
@@ -66,7 +70,7 @@ Trained on {card["train_rows"]:,} rows of the dataset {card["dataset"]["name"]} 
 `{split}/nll` is the negative log-likelihood in nats per row, of the values as the model reads them. The operation `nll`
 returns that of the values as you pass them, before any scaling.
 
-## How to use it
+{_own_code(card)}## How to use it
 
     import mlflow
     model = mlflow.pyfunc.load_model("models:/NAME@champion")
@@ -81,6 +85,13 @@ over draws, and `best`, the prediction from the means of the posteriors.
 The model knows only what its training rows show. An imputed value is plausible, not measured. If an `nll` answer has
 `trusted: false`, its true error may be larger than the `nll_se` that it reports.
 """
+
+
+def _own_code(card: Mapping[str, Any]) -> str:
+    rows = "\n".join(f"| {package} | {how} |" for package, how in card.get("own_code", {}).items())
+    if not rows:
+        return ""
+    return f"Loading this model runs code that is not part of dmvae:\n\n| package | comes as |\n|---|---|\n{rows}\n\n"
 
 
 def _standard_error(metrics: Mapping[str, float], name: str) -> str:

@@ -148,6 +148,7 @@ def _evaluate(config: PromoteConfig, folder: Path, output: Path, version: str) -
         "dataset": config.dataset,
         "workers": config.workers,
         "output": str(output),
+        "trust": config.trust,
         "evaluation": config.evaluation.model_dump(mode="json", exclude_none=True),
     }
     program = f"import sys; from {__name__} import evaluate_here; evaluate_here(sys.argv[1])"

@@ -4,9 +4,9 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +16,25 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from dmvae.config.errors import UserError
+from dmvae.config.own_code import check_trust
 from dmvae.config.section import scrub
 from dmvae.config.tracking import TrackingConfig
 from dmvae.data.files import sha256_of
 from dmvae.data.reading.dataset import Dataset, open_dataset
+from dmvae.model.assembly import own_code_of
 from dmvae.model.dmvae import DMVAE
 from dmvae.model.predictor import UNITS
-from dmvae.model.serialization import MODEL_CONFIG, MODEL_WEIGHTS
+from dmvae.model.serialization import MODEL_CONFIG, MODEL_WEIGHTS, read_config
 from dmvae.platform.remote_fs import local
 from dmvae.platform.serve.mlflow_model import quiet_mlflow, save
 from dmvae.platform.serve.model_card import CARD, README, card_text, make_card
+from dmvae.platform.serve.shipped_code import find_code
 from dmvae.platform.tracking.delivery_log import UnreachableError
 from dmvae.platform.tracking.mlflow_delivery import RefusedError, answers, connect
 from dmvae.platform.tracking.runs import tracking_uri
 
 CHAMPION, PREVIOUS = "champion", "previous"
+BEST = "best"
 
 
 class RegistryError(UserError):
@@ -45,6 +49,8 @@ class Registered:
     version: str
     uri: str
     tracking_uri: str
+    own_code: dict[str, str] = field(default_factory=dict)
+    """How each package of own code comes along, in words."""
 
 
 @contextmanager
@@ -66,30 +72,38 @@ def mlflow_client(uri: str, action: str, fix: str = "Check tracking.uri.") -> It
         raise RegistryError(f"Cannot {action}: {error} (MLflow at {scrub(uri)}). {fix}") from None
 
 
-def register(run_dir: Path, name: str, tracking: TrackingConfig) -> Registered:
+def register(run_dir: Path, name: str, tracking: TrackingConfig, trust: Collection[str] = ()) -> Registered:
     """Register the best model of a finished run as a new version of `name`.
 
-    Registering the same weights again returns the version that has them.
+    Registering the same weights again returns the version that has them. Own code that the model names is run, and
+    becomes a requirement or, if no index has it, a part of the model.
 
     Raises:
         RegistryError: if the run is not finished, its dataset has changed, or MLflow cannot be reached.
     """
     uri = tracking_uri(tracking)
     result, run = _read(run_dir)
-    dataset = _dataset_of(run)
-    with tempfile.TemporaryDirectory() as scratch:
-        content, saved = Path(scratch) / "content", Path(scratch) / "model"
-        card = _write_content(content, run_dir, run, result, dataset)
-        with mlflow_client(uri, f"register {name!r}") as client:
-            version = _version_with(client, name, card["weights"])
-            if version is None:
-                save(content, saved)
+    dataset, best = _dataset_of(run), run_dir / BEST
+    own = own_code_of(read_config(best))
+    check_trust(own, trust, str(best))
+    with mlflow_client(uri, f"register {name!r}") as client:
+        version = _version_with(client, name, sha256_of(best / MODEL_WEIGHTS))
+        if version is None:
+            with tempfile.TemporaryDirectory() as scratch:
+                content, saved, paths = Path(scratch) / "content", Path(scratch) / "model", list(own.values())
+                specs = _write_model(content, best, dataset)
+                code = find_code(content, paths)
+                card = make_card(run, result, dataset, sha256_of(content / MODEL_WEIGHTS), code.own)
+                (content / CARD).write_text(json.dumps(card, indent=2) + "\n")
+                (content / README).write_text(card_text(card, specs))
+                save(content, saved, code, paths)
                 version = _upload(client, name, saved, result["run_id"], card)
-    return Registered(name, str(version.version), f"models:/{name}/{version.version}", scrub(uri))
+    own_code = json.loads(version.tags.get("own_code", "{}"))
+    return Registered(name, str(version.version), f"models:/{name}/{version.version}", scrub(uri), own_code)
 
 
 def _read(run_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    files = [run_dir / "result.json", run_dir / "run.json", run_dir / "best" / MODEL_WEIGHTS]
+    files = [run_dir / "result.json", run_dir / "run.json", run_dir / BEST / MODEL_WEIGHTS]
     missing = [str(file) for file in files if not file.is_file()]
     if missing:
         raise RegistryError(
@@ -109,21 +123,16 @@ def _dataset_of(run: Mapping[str, Any]) -> Dataset:
     return dataset
 
 
-def _write_content(
-    content: Path, run_dir: Path, run: Mapping[str, Any], result: Mapping[str, Any], dataset: Dataset
-) -> dict[str, Any]:
-    """Write the files of a registered model: weights, configuration, `units.json` and card; return the card."""
+def _write_model(content: Path, best: Path, dataset: Dataset) -> dict[str, Any]:
+    """Write weights, configuration and `units.json`; return the specs of the modalities."""
     content.mkdir()
     for file in (MODEL_CONFIG, MODEL_WEIGHTS):
-        shutil.copy2(run_dir / "best" / file, content / file)
+        shutil.copy2(best / file, content / file)
     has_size_factor = dataset.manifest.size_factor is not None
     modalities = dataset.manifest.modalities.items()
     specs = {name: info.model_dump(mode="json") | {"has_size_factor": has_size_factor} for name, info in modalities}
     (content / UNITS).write_text(json.dumps(specs, indent=2) + "\n")
-    card = make_card(run, result, dataset, sha256_of(content / MODEL_WEIGHTS))
-    (content / CARD).write_text(json.dumps(card, indent=2) + "\n")
-    (content / README).write_text(card_text(card, specs))
-    return card
+    return specs
 
 
 def _version_with(client: MlflowClient, name: str, weights: str) -> ModelVersion | None:
@@ -144,17 +153,19 @@ def _upload(client: MlflowClient, name: str, saved: Path, run_id: str, card: Map
     except MlflowException:
         client.get_registered_model(name)  # it exists already; any other error is raised again here
     tags = {"weights": card["weights"], "dataset": card["dataset"]["fingerprint"], "run": card["run"]}
+    tags |= {"own_code": json.dumps(card["own_code"])} if "own_code" in card else {}
     # `models:/ID` would be looked up in the tracking server that MLflow's global state names
     source = client.get_logged_model(logged.model_id).artifact_location
     text = (saved / "README.md").read_text()
     return client.create_model_version(name, source, run_id, tags=tags, description=text, model_id=logged.model_id)
 
 
-def load(source: str) -> Any:
+def load(source: str, trust: Collection[str] = ()) -> DMVAE:
     """Return the `DMVAE` at a folder, a URI (`s3://BUCKET/RUN/best`) or in the registry.
 
     Args:
         source: for a registered model, `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
+        trust: as in `DMVAE.load`.
 
     Raises:
         FileNotFoundError: if the folder holds no model.
@@ -162,9 +173,9 @@ def load(source: str) -> Any:
     """
     if not source.startswith("models:/"):
         with local(source) as folder:
-            return DMVAE.load(folder)
+            return DMVAE.load(folder, trust=trust)
     with downloaded(source, TrackingConfig()) as folder:
-        return DMVAE.load(folder)
+        return DMVAE.load(folder, trust=trust)
 
 
 @contextmanager

@@ -50,7 +50,7 @@ class Recorder:
     def _line(self, event: MetricsLogged) -> str:
         line = f"epoch {event.epoch + 1}/{self._config.epochs}  step {event.global_step}  loss {self._loss:.3f}"
         if isinstance(event, EpochEnded):
-            value = event.metrics[f"val/{self._config.monitor}"]
+            value = event.metrics.get(f"val/{self._config.monitor}", math.nan)
             line += f"  val/{self._config.monitor} {value:.3f}{'*' if event.improved else ' '}"
             line += f" {event.metrics['train/rows_per_second']:,.0f} rows/s"
         return f"{line}  {self._progress.time_left(event.global_step)}"

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from ray.train import (
     CheckpointConfig,
     FailureConfig,
@@ -18,12 +17,10 @@ from ray.train import (
     UserCallback,
 )
 from ray.train.torch import TorchTrainer
-from torch import nn
 
 from dmvae.config.section import scrub
 from dmvae.config.training import TrainConfig
 from dmvae.data.reading.dataset import Dataset, open_dataset
-from dmvae.model.dmvae import DMVAE
 from dmvae.platform.cluster import limits, local_cluster, messages, resources
 from dmvae.platform.errors import RunError
 from dmvae.platform.evaluate.checks import check_data
@@ -34,10 +31,11 @@ from dmvae.platform.stopping import stop_in_order
 from dmvae.platform.tracking.outbox import Outbox
 from dmvae.platform.tracking.runs import DatasetRecord, open_run, tracking_uri
 from dmvae.platform.tracking.tracked_run import TrackedRun
+from dmvae.platform.train.notes import notes
 from dmvae.platform.train.run_store import BEST, CHECKPOINTS, LAST, NUM_KEPT, RESULT, SCORE, RunStore
 from dmvae.platform.train.worker import WorkerTask, work
 from dmvae.training import checkpoint
-from dmvae.training.settings import absolute, resolve, run_record
+from dmvae.training.settings import absolute, resolve, run_record, trusted
 
 _RULES = ResumeRules(
     "run",
@@ -52,6 +50,7 @@ _RULES = ResumeRules(
         "tracking.*",
         "runs_dir",
         "time_budget",
+        "model.packages.*",  # a warning says so
         "data.dataset",  # a dataset is identified by its fingerprint, wherever it is stored
     ),
     may_grow=("training.epochs",),
@@ -98,6 +97,7 @@ def train_run(config: TrainConfig, progress: Callable[[str], None]) -> TrainSumm
     store.download()
     record = run_record(resolved, dataset.manifest)
     _check_same_run(store, record)
+    _warn_of_versions(store, resolved, progress)
     finished = _read_result(store, resolved)
     if finished is not None:
         return finished
@@ -110,13 +110,14 @@ def train_run(config: TrainConfig, progress: Callable[[str], None]) -> TrainSumm
             resolved.name,
             store.run_dir / "tracking",
             params,
-            dataset=dataset_record(resolved, dataset),
+            {f"version.{package}": version for package, version in resolved.model.packages.items()},
+            dataset_record(resolved, dataset),
         ) as tracked,
         log_file(store.run_dir, progress) as log,
     ):
         store.write_record(checkpoint.RUN_CONFIG, record)
         with local_cluster(math.ceil(resolved.workers.num * resolved.workers.cpus)):
-            best = _train(resolved, record, store, tracked, log)
+            best = _train(resolved, dataset, record, store, tracked, log)
             test_metrics = evaluate_split(
                 (store.folder / BEST).where,
                 dataset,
@@ -124,7 +125,7 @@ def train_run(config: TrainConfig, progress: Callable[[str], None]) -> TrainSumm
                 resolved.data.train_split,
                 resolved.workers.num,
                 log,
-                Extras(device=resolved.workers.device),
+                Extras(device=resolved.workers.device, trust=trusted(resolved.model)),
             )
         metrics = {f"best/val/{resolved.training.monitor}": best[SCORE], **test_metrics}
         with Outbox(tracked) as outbox:
@@ -134,10 +135,15 @@ def train_run(config: TrainConfig, progress: Callable[[str], None]) -> TrainSumm
 
 
 def _train(
-    config: TrainConfig, record: dict[str, Any], store: RunStore, tracked: TrackedRun, progress: Callable[[str], None]
+    config: TrainConfig,
+    dataset: Dataset,
+    record: dict[str, Any],
+    store: RunStore,
+    tracked: TrackedRun,
+    progress: Callable[[str], None],
 ) -> dict[str, Any]:
     """Train to the end, and publish the best and the last checkpoint; return what the best was reported with."""
-    _announce(config, progress)
+    _announce(config, dataset, progress)
     with messages(progress) as queue, stop_in_order(config.time_budget, progress) as stop:
         store.repair(progress)
         fit(config, WorkerTask(absolute(config), record, store, tracked, queue, stop))
@@ -168,6 +174,15 @@ def _check_same_run(store: RunStore, record: Mapping[str, Any]) -> None:
     rules.check(store.run_dir / checkpoint.RUN_CONFIG, record, store.where, remedy)
 
 
+def _warn_of_versions(store: RunStore, config: TrainConfig, progress: Callable[[str], None]) -> None:
+    """Tell which packages of own code have another version than when the run began."""
+    file = store.run_dir / checkpoint.RUN_CONFIG
+    before = json.loads(file.read_text())["model"].get("packages", {}) if file.is_file() else {}
+    for package, version in config.model.packages.items():
+        if before.get(package, version) != version:
+            progress(f"warning: The run began with {package} {before[package]} and resumes with {version}")
+
+
 def _result(config: TrainConfig, metrics: dict[str, float], tracked: TrackedRun) -> dict[str, Any]:
     training = config.training
     return {"epochs": training.epochs, "patience": training.patience, "metrics": metrics, "run_id": tracked.run_id}
@@ -184,7 +199,7 @@ def _read_result(store: RunStore, config: TrainConfig) -> TrainSummary | None:
     return TrainSummary(store.run_dir, store.where, result["metrics"], result["run_id"], uri, was_finished=True)
 
 
-def _announce(config: TrainConfig, progress: Callable[[str], None]) -> None:
+def _announce(config: TrainConfig, dataset: Dataset, progress: Callable[[str], None]) -> None:
     workers = config.workers
     device = "GPU" if _use_gpu(config) else "CPU"
     number = f"{workers.num}" if workers.min_num is None else f"{workers.min_num} to {workers.num}"
@@ -194,12 +209,8 @@ def _announce(config: TrainConfig, progress: Callable[[str], None]) -> None:
         progress(f"note: The cluster has {free:g} of {wanted:g} CPUs; its autoscaler is asked for more")
     elif free < wanted:
         progress(f"warning: The run waits for {wanted:g} CPUs, but the cluster has {free:g}. Lower workers.num")
-    with torch.device("meta"):
-        layers = DMVAE(config.model).modules()
-    if any(isinstance(layer, nn.Dropout | nn.modules.batchnorm._BatchNorm) for layer in layers):
-        progress("note: With dropout or batch normalisation, the result depends on the number of workers")
-    if device == "CPU" and config.training.precision == "bfloat16":
-        progress("note: bfloat16 saves no time on CPUs")
+    for line in notes(config, dataset, device):
+        progress(line)
 
 
 def fit(

@@ -1,5 +1,6 @@
 """One Ray Train worker: build, resume, train, and report checkpoints."""
 
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from dmvae.platform.train.collectives import agree, distribute
 from dmvae.platform.train.recorder import Recorder
 from dmvae.platform.train.run_store import SCORE, RunStore
 from dmvae.training import checkpoint
+from dmvae.training.diagnosis import describe_latents
 from dmvae.training.loop import CheckpointDue, EpochEnded, StepSkipped, train
 from dmvae.training.setup import WorkerData, build_state
 from dmvae.training.state import TrainState, is_finished
@@ -100,6 +102,7 @@ def _train(
     total, log = task.config.training.epochs * steps, task.queue.put
     recorder = None if outbox is None else Recorder(task.config.training, outbox, log, total, done)
     score, is_best, evaluated = None, False, dict[str, float]()
+    last: EpochEnded | None = None
     for event in train(state, data, task.config, workers):
         if isinstance(event, CheckpointDue):
             report = {"step": event.global_step, SCORE: score, **evaluated}
@@ -111,11 +114,15 @@ def _train(
                 log(f"warning: Skipped a step ({state.skipped} so far): {fault}")
         else:
             if isinstance(event, EpochEnded):
-                score, is_best = event.metrics[f"val/{task.config.training.monitor}"], event.improved
+                last = event
+                score, is_best = event.metrics.get(f"val/{task.config.training.monitor}", math.nan), event.improved
                 if task.evaluator is not None and recorder is not None:
                     evaluated = task.evaluator(state.model, event)
             if recorder is not None:
                 recorder.record(event)
+    if last is not None and recorder is not None and task.evaluator is None:
+        for line in describe_latents(task.config.model, last.metrics):
+            log(line)
 
 
 def _resume(state: TrainState, queue: Queue) -> None:

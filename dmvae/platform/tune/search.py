@@ -29,7 +29,7 @@ from dmvae.platform.tune.space import check_space, max_concurrent
 from dmvae.platform.tune.study import Trial
 from dmvae.platform.tune.trial import TrialTask
 from dmvae.platform.tune.trials import run_trials
-from dmvae.training.settings import absolute
+from dmvae.training.settings import absolute, trusted
 
 _STUDY = "study.json"
 _BEST_TOML = "best.toml"
@@ -58,6 +58,7 @@ class SearchSummary:
         study_dir: the study's folder.
         trials: all trials, in the order in which they were drawn.
         best: the best trial, or the trials on the Pareto front.
+        config: the best configuration.
         retrained: the run of the best configuration; None with `retrain.how = "none"`.
         run_id: id of the study's MLflow run.
         tracking_uri: MLflow's URI.
@@ -66,6 +67,7 @@ class SearchSummary:
     study_dir: Path
     trials: list[Trial]
     best: list[Trial]
+    config: TrainConfig
     retrained: TrainSummary | None
     run_id: str
     tracking_uri: str
@@ -124,7 +126,7 @@ def search(config: SearchConfig, progress: Callable[[str], None]) -> SearchSumma
             found = _write_best(config, best[0], dataset, study_dir)
             _record_study(config, trials, study_dir, tracked, log)
             retrained = _retrain(config, found, best[0], study_dir, dataset, tracked, log)
-    return SearchSummary(study_dir, trials, best, retrained, tracked.run_id, tracking_uri(config.base.tracking))
+    return SearchSummary(study_dir, trials, best, found, retrained, tracked.run_id, tracking_uri(config.base.tracking))
 
 
 def _keep_best_so_far(
@@ -151,9 +153,9 @@ def best_so_far(config: SearchConfig) -> SearchSummary:
     best = study.best_trials(config, trials)
     if not best:
         raise RunError(f"No trial of the study is finished within the limits. Wait, or look into {study_dir}.")
-    _write_best(config, best[0], open_dataset(config.base.data.dataset), study_dir)
+    found = _write_best(config, best[0], open_dataset(config.base.data.dataset), study_dir)
     run_id = best[0].result.run_id if best[0].result is not None else ""
-    return SearchSummary(study_dir, trials, best, None, run_id, tracking_uri(config.base.tracking))
+    return SearchSummary(study_dir, trials, best, found, None, run_id, tracking_uri(config.base.tracking))
 
 
 def _why_none(trials: list[Trial], study_dir: Path) -> str:
@@ -199,11 +201,17 @@ def _retrain(
     if config.retrain.how == "none":
         return None
     if config.retrain.how == "checkpoint":
-        from dmvae.platform.evaluate.evaluate import evaluate_split
+        from dmvae.platform.evaluate.evaluate import Extras, evaluate_split
 
         evaluation = found.evaluation
         figures = evaluate_split(
-            str(best.folder / "best"), dataset, evaluation, found.data.train_split, found.workers.num, progress
+            str(best.folder / "best"),
+            dataset,
+            evaluation,
+            found.data.train_split,
+            found.workers.num,
+            progress,
+            Extras(trust=trusted(found.model)),
         )
         with Outbox(tracked) as outbox:
             outbox.log_metrics(figures, len(study.trials_of(study_dir)))

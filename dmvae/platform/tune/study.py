@@ -21,7 +21,8 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from dmvae.config.search import Domain, SearchConfig, Value
+from dmvae.config.model import Value
+from dmvae.config.search import Domain, SearchConfig
 from dmvae.data.files import write_atomically
 from dmvae.evaluation.search_objectives import compared_values
 

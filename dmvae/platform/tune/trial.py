@@ -28,7 +28,7 @@ from dmvae.platform.train.worker import WorkerTask
 from dmvae.platform.tune.study import PARAMS, RESULT, TrialResult, write_result
 from dmvae.platform.tune.trial_checkpoints import BEST, TrialCheckpoints
 from dmvae.training.loop import EpochEnded, MetricsLogged, train
-from dmvae.training.settings import resolve, run_record
+from dmvae.training.settings import blank_model, resolve, run_record, trusted
 from dmvae.training.setup import WorkerData, build_state
 from dmvae.training.state import is_finished
 from dmvae.training.step import Collectives, NonFiniteLossError
@@ -125,8 +125,7 @@ def _train_and_evaluate(
     config = task.config
     dataset = open_dataset(config.base.data.dataset)
     resolved = resolve(lay_over(config.base, params, folder.name, tuple(dataset.manifest.modalities)), dataset)
-    with torch.device("meta"):
-        size = sum(p.numel() for p in DMVAE(resolved.model).parameters())
+    size = sum(p.numel() for p in blank_model(resolved.model).parameters())
     if size > config.limits.get("parameters", math.inf):
         reason = f"{size} parameters exceed limits.parameters = {config.limits['parameters']:g}"
         return TrialResult("infeasible", 0, {"parameters": float(size)}, reason, tracked.run_id)
@@ -216,7 +215,7 @@ def _train_here(
                     {f"rung/{name}": reported[name] for name in task.config.objectives}, event.global_step
                 )
                 _report(task.config, reported, event.epoch + 1)
-    return DMVAE.load(folder / BEST), _seconds(times)
+    return DMVAE.load(folder / BEST, trust=trusted(config.model)), _seconds(times)
 
 
 def _train_nested(
@@ -234,7 +233,8 @@ def _train_nested(
     store.publish(task.queue.put)
     lines = map(json.loads, (folder / "tracking" / "metrics.jsonl").read_text().splitlines())
     speeds = [line["metrics"][_SPEED] for line in lines if _SPEED in line.get("metrics", {})]
-    return DMVAE.load(folder / BEST), _seconds([config.training.batch_size / speed for speed in speeds])
+    seconds = _seconds([config.training.batch_size / speed for speed in speeds])
+    return DMVAE.load(folder / BEST, trust=trusted(config.model)), seconds
 
 
 class _Forward(TuneReportCallback):

@@ -21,6 +21,8 @@ from dmvae.platform.train.trainer import _check_same_run, train_run
 from dmvae.training.settings import resolve, run_record
 from tests.runs import make_config, make_dataset
 
+NETS, WRONG = "tests.example_package.nets", "tests.example_package.wrong"
+
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -49,6 +51,11 @@ def test_the_dataset_fills_in_shapes_and_likelihoods(dataset: Path, tmp_path: Pa
         ({"training": {"monitor": "log_likelihood/joint/left"}}, ["log_likelihood/joint/left"]),
         ({"model": {"decoders_dist": {"left": "categorical"}}}, ["'left' is float32", "integers"]),
         ({"tracking": {"uri": "http://127.0.0.1:9"}}, ["127.0.0.1:9"]),
+        ({"model": {"architectures": {"left": {"name": "nowhere.nets:Net"}}}}, ["architectures.left.name", "nowhere"]),
+        ({"model": {"architectures": {"left": {"name": f"{NETS}:table", "params": {"widht": 3}}}}}, ["'widht'"]),
+        ({"model": {"architectures": {"left": {"decoder": f"{WRONG}:OneColumn"}}}}, ["'left'", "(2, 5)", "(2, 1)"]),
+        ({"model": {"architectures": {"left": {"encoder": f"{WRONG}:Normalised"}}}}, ["'left' has batch norm"]),
+        ({"model": {"decoders_dist": {"left": "nowhere:Cauchy"}}}, ["decoders_dist.left", "'nowhere' not found"]),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_written(
@@ -150,3 +157,19 @@ def test_a_modality_with_the_name_of_a_metric_is_refused(tmp_path: Path) -> None
     config = TrainConfig.model_validate({"name": "x", "data": {"dataset": str(folder)}})
     with pytest.raises(ValueError, match="'loss' has the name of a metric"):
         resolve(config, open_dataset(folder))
+
+
+def test_own_code_is_recorded_with_its_version(dataset: Path, tmp_path: Path) -> None:
+    opened = open_dataset(dataset)
+    config = make_config(tmp_path, dataset, model={"architectures": {"left": {"name": f"{NETS}:table"}}})
+    model = run_record(resolve(config, opened), opened.manifest)["model"]
+    assert model["architectures"]["left"]["name"] == f"{NETS}:table"
+    assert model["packages"]["tests"].startswith("sha256:")
+
+
+def test_own_code_that_only_the_dataset_names_is_not_imported(dataset: Path, tmp_path: Path) -> None:
+    source = {"kind": "npz", "path": str(dataset.parent / "rows.npz")}
+    tree = {"dataset": str(tmp_path / "data"), "source": source, "likelihood": {"left": "nowhere:Cauchy"}}
+    copy = prepare(PrepareConfig.model_validate(tree), lambda line: None)
+    with pytest.raises(ValueError, match=r"The dataset proposes .*'nowhere:Cauchy'.* set model\.decoders_dist\.left"):
+        resolve(make_config(tmp_path, copy), open_dataset(copy))
