@@ -12,20 +12,35 @@ from dmvae.config.likelihoods import ColumnKind
 from dmvae.config.section import ModalityName, Section, Size
 
 
+class NpzArray(Section):
+    """The array of one modality.
+
+    Attributes:
+        array: its name in the file. None if it is the modality's.
+        dtype: the type to convert values to. None keeps the type, except that integers other than uint8 become int64.
+    """
+
+    array: str | None = None
+    dtype: Literal["uint8", "int64", "float16", "float32", "float64"] | None = None
+
+
 class NpzSource(Section):
     """Arrays in one `.npz` file, with rows along the first axis.
 
-    Every array is a modality, except `id` (integers or strings), `label` (integers, of which negative ones mean no
-    label, or names), `split` (strings), `size_factor` (positive numbers; NaN means none) and `mask.NAME` (boolean or
-    0/1; true where the row has modality NAME). Without a mask, a row of floats that are all NaN is missing.
+    Every array of numbers with as many rows as the others is a modality, except `id` (integers or strings), `label`
+    (integers, of which negative ones mean no label, or names), `split` (strings), `size_factor` (positive numbers; NaN
+    means none) and `mask.NAME` (boolean or 0/1; true where the row has modality NAME). Other arrays are left alone.
+    Without a mask, a row of floats that are all NaN is missing.
 
     Attributes:
         path: the `.npz` file.
+        modalities: the array of each modality. None takes all arrays that can be one.
         group: the array that assigns each row to a group (integers or strings). All rows of a group go to one split.
     """
 
     kind: Literal["npz"] = "npz"
     path: str = Field(min_length=1)
+    modalities: dict[ModalityName, NpzArray] | None = Field(default=None, min_length=1)
     group: str | None = None
 
 
@@ -165,8 +180,9 @@ class H5muModality(Section):
     """What to read of one modality of a MuData file.
 
     Attributes:
-        key: the modality's name in the file. None if it is the same.
-        layer: the layer to read. None reads `X`.
+        key: the modality's name in the file. None if it is the same. Of an `.h5ad` file, which has one, it is not
+            needed.
+        layer: the layer, or the array of `obsm`, to read. None reads `X`, or the only layer if there is no `X`.
         features: a boolean column of the modality's `var`, such as `highly_variable`. None takes all features.
         dtype: the type to convert values to. None keeps floats and makes integers, which are counts, float32.
     """
@@ -178,14 +194,16 @@ class H5muModality(Section):
 
 
 class H5muSource(Section):
-    """A MuData `.h5mu` file as muon and scverse write it, dense or sparse.
+    """A MuData `.h5mu` or AnnData `.h5ad` file as muon and scverse write it, dense or sparse.
 
     Each observation is a row, and its name is the id. A modality is missing in the observations that it lacks.
 
     Attributes:
-        path: the `.h5mu` file.
-        modalities: what to read, by modality. None reads `X` of every modality, under its name in the file.
-        label: the column of `obs` with labels (integers or names). Optional.
+        path: the `.h5mu` or `.h5ad` file.
+        modalities: what to read, by modality. None reads `X` of every modality, under its name in the file; of an
+            `.h5ad` file, `X` and the arrays of `obsm` whose names do not begin with `X_`.
+        label: the column of `obs` with labels (integers or names), or of the `obs` of a modality, which
+            `MODALITY:COLUMN` names. This holds for the columns below, too. Optional.
         split: the column of `obs` with split names (strings or categories). Optional.
         size_factor: the column of `obs` with size factors for counts. Optional.
         group: the column of `obs` that assigns each row to a group, such as the patient. All rows of a group go to

@@ -5,6 +5,7 @@ import struct
 import tokenize
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,11 +21,14 @@ from dmvae.data.preparation.rows import Rows
 from dmvae.data.preparation.sources.arrow_columns import (
     Array,
     check_size_factors,
+    convert,
     find_row_columns,
+    not_taken,
     read_row_column,
     shown,
 )
 from dmvae.data.preparation.stream import Chunk, SourceLocation, Stream, chunk_rows
+from dmvae.data.preparation.tables import nearest
 
 # what zipfile and numpy raise on damaged files
 _UNREADABLE = (
@@ -54,7 +58,7 @@ def read(source: NpzSource, seed: int, scratch: Path) -> Stream:
             members = {name.removesuffix(".npy"): _Member(file, name) for name in file.namelist()}
         layout = _layout(source, members)
     labels = ClassNames()
-    return Stream(_chunks(path, members, layout, labels), layout.num_rows, labels=labels)
+    return Stream(_chunks(path, members, layout, labels), layout.num_rows, layout.notes, labels=labels)
 
 
 @contextmanager
@@ -77,12 +81,36 @@ class _Member:
         self.name = name
         with file.open(name) as stream:
             self.shape, self._fortran, self.dtype = _header(stream)
-        if self.dtype.hasobject or self.dtype.names:
-            raise ValueError(f"array {name!r} is of type {self.dtype}")
 
     @property
     def row_bytes(self) -> int:
         return math.prod(self.shape[1:]) * self.dtype.itemsize
+
+    @property
+    def is_numeric(self) -> bool:
+        """Whether the array holds numbers or booleans."""
+        return self.dtype.kind in "fiub"
+
+    @property
+    def kind(self) -> str:
+        """The type and shape of the array, for messages."""
+        return f"{self.dtype}{list(self.shape)}"
+
+    def fits(self, num_rows: int | None) -> bool:
+        """Tell whether the array can be a modality of so many rows."""
+        return self.is_numeric and bool(self.shape) and self.shape[0] == num_rows
+
+    def check(self) -> None:
+        """Refuse an array that cannot be read by rows.
+
+        Raises:
+            DatasetError: if it holds Python objects or is a single number.
+        """
+        name = self.name.removesuffix(".npy")
+        if self.dtype.hasobject or self.dtype.names:
+            raise DatasetError(f"Array {name!r} must hold numbers or strings, but got {self.dtype}. Convert it.")
+        if not self.shape:
+            raise DatasetError(f"Array {name!r} must have rows, but is a single number. Remove it.")
 
     def rows(self, file: zipfile.ZipFile, step: int) -> Iterator[Array]:
         """Yield the array, `step` rows at a time."""
@@ -122,40 +150,93 @@ def _read(stream: Any, size: int) -> bytes:
 class _Layout(NamedTuple):
     """What each array is.
 
-    `fields` gives the array of each field of `Rows` besides the modalities and their masks.
+    `modalities` gives the array and the type of each modality, `masks` the modalities that have one, `fields` the array
+    of each other field of `Rows`.
     """
 
-    modalities: list[str]
+    modalities: dict[str, tuple[str, str | None]]
     masks: list[str]
     fields: dict[str, str]
     num_rows: int
     row_bytes: int
+    notes: tuple[str, ...]
+
+    @property
+    def arrays(self) -> list[str]:
+        """The arrays that are read."""
+        chosen = [array for array, _ in self.modalities.values()]
+        return list(dict.fromkeys([*chosen, *self.fields.values(), *(f"mask.{name}" for name in self.masks)]))
 
 
 def _layout(source: NpzSource, members: dict[str, _Member]) -> _Layout:
     settings = ("id", "label", "split", "size_factor", "group")
     fields = find_row_columns(source, settings, members, source.path, "array")
     masks = [name.removeprefix("mask.") for name in members if name.startswith("mask.")]
-    modalities = [name for name in members if name not in fields.values() and not name.startswith("mask.")]
-    if not modalities:
+    others = [name for name in members if name not in fields.values() and not name.startswith("mask.")]
+    if source.modalities is None:
+        _refuse_split_arrays(others)
+        known = [members[name] for name in (*fields.values(), *(f"mask.{name}" for name in masks))]
+        num_rows = _num_rows(known or [members[name] for name in others if members[name].is_numeric], members)
+        # what is named in a mask is meant, and is checked below
+        taken = [name for name in others if name in masks or members[name].fits(num_rows)]
+        chosen: dict[str, tuple[str, str | None]] = {name: (name, None) for name in taken}
+    else:
+        chosen = {name: (array.array or name, array.dtype) for name, array in source.modalities.items()}
+    if not chosen:
         raise DatasetError(f"No modality among the arrays {shown(sorted(members))}. Add an array for each modality.")
-    stray = sorted(set(masks) - set(modalities))
-    if stray:
-        raise DatasetError(f"Unknown modalities {stray} in masks. Rename them; modalities are {sorted(modalities)}.")
-    for name, member in members.items():
-        if not member.shape:
-            raise DatasetError(f"Array {name!r} must have rows, but is a single number. Remove it.")
-    lengths = {name: member.shape[0] for name, member in members.items()}
+    for name, (array, _) in chosen.items():
+        if array not in members:
+            raise DatasetError(
+                f"Array {array!r} not found: the file has {shown(sorted(members))}.{nearest(array, list(members))} "
+                f"Set source.modalities.{name}.array."
+            )
+    stray = sorted(set(masks) - set(chosen))
+    if stray and source.modalities is None:
+        raise DatasetError(f"Unknown modalities {stray} in masks. Rename them; modalities are {sorted(chosen)}.")
+    found = _Layout(chosen, [name for name in masks if name in chosen], fields, 0, 0, ())
+    for array in found.arrays:
+        members[array].check()
+    lengths = {array: members[array].shape[0] for array in found.arrays}
     if len(set(lengths.values())) > 1:
-        raise DatasetError(f"Arrays must have the same number of rows, but got {lengths}.")
-    row_bytes = sum(member.row_bytes for member in members.values())
-    return _Layout(modalities, masks, fields, next(iter(lengths.values())), row_bytes)
+        raise DatasetError(
+            f"Arrays must have the same number of rows, but got {lengths}. Choose arrays with source.modalities."
+        )
+    return found._replace(
+        num_rows=next(iter(lengths.values())),
+        row_bytes=sum(members[array].row_bytes for array in found.arrays),
+        notes=tuple(not_taken([f"{name} {members[name].kind}" for name in members if name not in lengths], "arrays")),
+    )
+
+
+def _refuse_split_arrays(names: list[str]) -> None:
+    """Refuse arrays such as `x_train` and `x_test`, whose rows are no rows of one another."""
+    for name in names:
+        if name.endswith("_train") and (test := f"{name.removesuffix('train')}test") in names:
+            raise DatasetError(
+                f"Arrays {name!r} and {test!r} are splits of one modality. Concatenate them, and add an array 'split' "
+                f"with the split of each row."
+            )
+
+
+def _num_rows(arrays: list[_Member], members: dict[str, _Member]) -> int | None:
+    """Return the number of rows that most arrays have; None if there is none.
+
+    Raises:
+        DatasetError: if as many arrays have another number.
+    """
+    counts = Counter(array.shape[0] for array in arrays if array.shape).most_common(2)
+    if len(counts) > 1 and counts[0][1] == counts[1][1]:
+        raise DatasetError(
+            f"Arrays must have the same number of rows, but got "
+            f"{ {name: member.shape for name, member in members.items()} }. Choose arrays with source.modalities."
+        )
+    return counts[0][0] if counts else None
 
 
 def _chunks(path: Path, members: dict[str, _Member], layout: _Layout, labels: ClassNames) -> Iterator[Chunk]:
     step = chunk_rows(layout.row_bytes)
     with _readable(path), zipfile.ZipFile(path) as file:
-        readers = {name: member.rows(file, step) for name, member in members.items()}
+        readers = {name: members[name].rows(file, step) for name in layout.arrays}
         for start in range(0, layout.num_rows, step):
             arrays = {name: next(reader) for name, reader in readers.items()}
             location = SourceLocation(str(path), start)
@@ -163,7 +244,9 @@ def _chunks(path: Path, members: dict[str, _Member], layout: _Layout, labels: Cl
 
 
 def _rows(arrays: dict[str, Array], layout: _Layout, location: SourceLocation, labels: ClassNames) -> Rows:
-    modalities = {name: _modality(arrays[name]) for name in layout.modalities}
+    modalities = {
+        name: _modality(name, arrays[array], dtype, location) for name, (array, dtype) in layout.modalities.items()
+    }
     num_rows = len(next(iter(arrays.values())))
     fields = {"ids": np.arange(location.first, location.first + num_rows)} | {
         field: _field(field, name, arrays[name], location, labels) for field, name in layout.fields.items()
@@ -200,8 +283,10 @@ def _check_kind(name: str, array: Array, kinds: str, expected: str) -> Array:
     return array
 
 
-def _modality(array: Array) -> Array:
-    if array.dtype == bool or (array.dtype.kind in "iu" and array.dtype != np.uint8):
+def _modality(name: str, array: Array, dtype: str | None, location: SourceLocation) -> Array:
+    if dtype is not None:
+        array = convert(name, array, np.dtype(dtype), location)
+    elif array.dtype == bool or (array.dtype.kind in "iu" and array.dtype != np.uint8):
         array = array.astype(np.int64)
     return array.reshape(len(array), 1) if array.ndim == 1 else array
 

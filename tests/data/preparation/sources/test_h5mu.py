@@ -1,4 +1,5 @@
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,22 @@ COUNTS = np.random.default_rng(0).poisson(1, (6, 5))
 PROTEINS = np.random.default_rng(1).normal(size=(4, 3)).astype(np.float32)
 
 
+@pytest.fixture(autouse=True)
+def _names_stored_as_older_releases_do() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pd.set_option("future.infer_string", False)
+    yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pd.reset_option("future.infer_string")
+
+
 @pytest.fixture
 def path(tmp_path: Path) -> str:
     """Cells with RNA, with surface proteins, with both, in another order."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        pd.set_option("future.infer_string", False)  # so that names are stored as older releases do
         rna = anndata.AnnData(scipy.sparse.csr_matrix(np.log1p(COUNTS)), obs=pd.DataFrame(index=RNA))
         rna.layers["counts"] = scipy.sparse.csr_matrix(COUNTS)
         rna.layers["by_gene"] = scipy.sparse.csc_matrix(COUNTS)
@@ -45,7 +56,6 @@ def path(tmp_path: Path) -> str:
         both.obs["batch"] = pd.Categorical([4, 7, 4, 4, 7, 7, 4, 4])
         both.obs["depth"] = np.arange(1.0, 9)
         both.write(tmp_path / "cells.h5mu")
-        pd.reset_option("future.infer_string")
     return str(tmp_path / "cells.h5mu")
 
 
@@ -128,7 +138,6 @@ def test_elements_that_are_stored_twice_add_up(path: str, layer: str) -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ({}, "Cannot read .*cells.h5mu: .*'prot:adt'"),
         ({"modalities": {"atac": {}}}, r"Modality 'atac' not found in .*cells.h5mu, which has prot:adt, rna\."),
         ({"modalities": {"rna": {"layer": "raw"}}}, r"Layer 'raw' not found in .*which has by_gene, counts\."),
         ({"modalities": {"rna": {"features": "best"}}}, "Column 'best' not found in var"),
@@ -147,8 +156,95 @@ def test_what_is_not_there_is_named(path: str, source: dict[str, Any], message: 
         read_all(H5muSource.model_validate({"path": path, **source}))
 
 
-def test_an_anndata_is_no_mudata(tmp_path: Path) -> None:
+def written(path: Path, annotated: Any) -> str:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        annotated.write(path)
+    return str(path)
+
+
+def cells(**arrays: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        var = None if "X" in arrays else pd.DataFrame(index=list("abcde"))
+        found = anndata.AnnData(arrays.get("X"), obs=pd.DataFrame({"type": list("TBTBTB")}, index=RNA), var=var)
+        found.layers.update(arrays.get("layers", {}))
+        found.obsm.update(arrays.get("obsm", {}))
+    return found
+
+
+def test_any_name_in_the_file_becomes_a_legal_one_and_is_said(path: str) -> None:
+    stream = read_source(H5muSource(path=path), 0, Path())
+    assert stream.notes == (
+        "modality 'prot:adt' is named 'prot_adt'",
+        "not taken: 2 matrices (rna: layers/by_gene, rna: layers/counts)",
+    )
+    assert {name: values.shape[1] for name, values in collect(stream).data.items()} == {"prot_adt": 3, "rna": 5}
+
+
+def test_names_that_become_the_same_are_refused(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        both = mudata.MuData({"a b": cells(X=COUNTS), "a:b": cells(X=COUNTS)})
+    with pytest.raises(DatasetError, match=r"'a:b' of .* would be named 'a_b', as another one is"):
+        read_all(H5muSource(path=written(tmp_path / "t.h5mu", both)))
+
+
+def test_an_anndata_has_x_and_the_arrays_of_obsm(tmp_path: Path) -> None:
+    frame = pd.DataFrame(PROTEINS[[0, 1, 2, 3, 0, 1]], index=RNA, columns=["cd3", "cd4", "cd8"])
+    path = written(tmp_path / "t.h5ad", cells(X=COUNTS, obsm={"protein": frame, "X_pca": np.zeros((6, 2))}))
+    stream = read_source(H5muSource(path=path, label="type"), 0, Path())
+    assert stream.notes == ("not taken: 1 matrices (obsm/X_pca)",)
+    assert stream.features["protein"] == ("cd3", "cd4", "cd8")
+    rows = collect(stream)
+    assert rows.ids.tolist() == RNA
+    assert np.array_equal(rows.data["X"], COUNTS)
+    assert np.array_equal(rows.data["protein"], frame.to_numpy())
+    named = H5muSource.model_validate({"path": path, "modalities": {"rna": {}, "protein": {}}})
+    assert np.array_equal(read_all(named).data["rna"], COUNTS)
+    twice = H5muSource.model_validate({"path": path, "modalities": {"rna": {}, "protien": {}}})
+    with pytest.raises(DatasetError, match=r"\['rna', 'protien'\] would all be X .* obsm X_pca, protein"):
+        read_all(twice)
+
+
+def test_without_x_the_only_layer_is_read_and_said(tmp_path: Path) -> None:
+    path = written(tmp_path / "one.h5ad", cells(layers={"counts": COUNTS}))
+    stream = read_source(H5muSource(path=path), 0, Path())
+    assert stream.notes == ("X: there is no X, and layers/counts is read",)
+    assert np.array_equal(collect(stream).data["X"], COUNTS)
+    path = written(tmp_path / "two.h5ad", cells(layers={"counts": COUNTS, "log": COUNTS}))
+    with pytest.raises(DatasetError, match=r"No X in .*layers counts, log and obsm none. Set .*X.layer"):
+        read_all(H5muSource(path=path))
+
+
+def test_a_layer_may_be_an_array_of_obsm_of_a_modality(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        one = mudata.MuData({"rna": cells(X=COUNTS, obsm={"protein": PROTEINS[[0, 1, 2, 3, 0, 1]]})})
+    source = {"modalities": {"rna": {}, "protein": {"key": "rna", "layer": "protein"}}}
+    rows = read_all(H5muSource.model_validate({"path": written(tmp_path / "t.h5mu", one), **source}))
+    assert np.array_equal(rows.data["protein"], PROTEINS[[0, 1, 2, 3, 0, 1]])
+
+
+def test_columns_of_a_modality_s_own_obs_are_found(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        rna, other = cells(X=COUNTS), cells(X=COUNTS[:4, :2].repeat(2, axis=0)[:6])[:4].copy()
+        both = mudata.MuData({"rna": rna, "other": other})
+        both.obs = pd.DataFrame(index=both.obs.index)
+    path = written(tmp_path / "t.h5mu", both)
+    with pytest.raises(DatasetError, match=r"'type' of .* is in the obs of other, rna. Name one .* other:type"):
+        read_all(H5muSource(path=path, label="type"))
+    stream = read_source(H5muSource(path=path, label="other:type"), 0, Path())
+    labels = collect(stream).labels
+    assert labels is not None
+    assert stream.labels.names == ("B", "T")
+    assert stream.labels.final[labels[:4]].tolist() == [1, 0, 1, 0]
+    assert labels[4:].tolist() == [-1, -1]
+
+
+def test_what_is_neither_is_named(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "one.h5ad", "w") as file:
         file.create_group("obs")
-    with pytest.raises(DatasetError, match=r"one.h5ad is not a MuData file.*mudata\.MuData"):
+    with pytest.raises(DatasetError, match=r"one.h5ad is neither a MuData nor an AnnData file"):
         read_all(H5muSource(path=str(tmp_path / "one.h5ad")))

@@ -19,11 +19,13 @@ import torch
 from PIL import Image
 
 from dmvae.config.data import PrepareConfig
+from dmvae.config.sources import NpzSource
 from dmvae.data.errors import DatasetError
 from dmvae.data.preparation import external_shuffle, stream
-from dmvae.data.preparation.prepare import prepare
+from dmvae.data.preparation.prepare import prepare, read_source
 from dmvae.data.preparation.rows import Rows
 from dmvae.data.reading.dataset import open_dataset
+from tests.data.preparation.test_rows import collect
 
 NUM = 60
 
@@ -198,7 +200,6 @@ def bad_image(folder: Path) -> dict[str, Any]:
             lambda f: bad_parquet(f, x=[[1.0], [2], [3], [np.inf]]),
             r"'x' must be finite, but got infinity in .*bad.parquet, row 3",
         ),
-        (lambda f: bad_parquet(f, x=[[1.0, 1], [np.nan, 1]]), r"NaN in 1 rows, the first in .*bad.parquet, row 1 "),
         (
             lambda f: bad_parquet(f, x=[1.0, 2.0], split=["train", "../up"]),
             r"Cannot use the split in .*bad.parquet, row 1: ",
@@ -242,3 +243,36 @@ def test_a_killed_run_leaves_nothing_that_looks_like_a_dataset(tmp_path: Path) -
     source = {"kind": "npz", "path": f"{tmp_path}/rows.npz"}
     prepare(PrepareConfig.model_validate({"dataset": f"{tmp_path}/data", "source": source}), progress=lambda _: None)
     assert len(open_dataset(tmp_path / "data").split("train")) == 40_000
+
+
+def saved(tmp_path: Path, **arrays: Any) -> str:
+    np.savez(tmp_path / "t.npz", **arrays)
+    return str(tmp_path / "t.npz")
+
+
+def test_arrays_that_are_no_modality_are_left_alone_and_said(tmp_path: Path) -> None:
+    x, names = np.zeros((40, 3), np.float32), np.array(["a", "b", "c"])
+    objects = np.array([{"made": "by hand"}], dtype=object)
+    path = saved(tmp_path, x=x, feature_names=names, version=np.int64(3), info=objects)
+    stream = read_source(NpzSource(path=path), 0, tmp_path)
+    assert stream.notes == ("not taken: 3 arrays (feature_names <U1[3], version int64[], info object[1])",)
+    assert list(collect(stream).data) == ["x"]
+
+
+def test_arrays_and_their_types_are_chosen(tmp_path: Path) -> None:
+    path = saved(tmp_path, **{"x-raw": np.arange(6).reshape(3, 2), "z": np.zeros((3, 1))})
+    source = NpzSource.model_validate({"path": path, "modalities": {"x": {"array": "x-raw", "dtype": "float32"}}})
+    stream = read_source(source, 0, tmp_path)
+    assert stream.notes == ("not taken: 1 arrays (z float64[3, 1])",)
+    rows = collect(stream)
+    assert rows.data["x"].dtype == np.float32
+    assert rows.data["x"].tolist() == [[0, 1], [2, 3], [4, 5]]
+    wrong = NpzSource.model_validate({"path": path, "modalities": {"x": {"array": "x-rwa"}}})
+    with pytest.raises(DatasetError, match=r"Array 'x-rwa' not found.*Did you mean 'x-raw'\?"):
+        read_source(wrong, 0, tmp_path)
+
+
+def test_arrays_of_splits_are_refused(tmp_path: Path) -> None:
+    path = saved(tmp_path, x_train=np.zeros((6, 2)), y_train=np.zeros(6), x_test=np.zeros((2, 2)), y_test=np.zeros(2))
+    with pytest.raises(DatasetError, match=r"'x_train' and 'x_test' are splits of one modality. Concatenate them"):
+        read_source(NpzSource(path=path), 0, tmp_path)
