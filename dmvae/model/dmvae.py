@@ -24,7 +24,7 @@ from dmvae.model.nll.estimate import NLLEstimate, joint_nll
 from dmvae.model.outputs import DMVAEOutput, ModelOutput
 from dmvae.model.serialization import MODEL_CONFIG as MODEL_CONFIG
 from dmvae.model.serialization import MODEL_WEIGHTS as MODEL_WEIGHTS
-from dmvae.model.serialization import assign_weights, read_folder, write_folder
+from dmvae.model.serialization import check_header, read_config, read_weights, write_folder
 from dmvae.nn.batched import Decoder
 from dmvae.nn.own_networks import encoder_shapes
 
@@ -378,11 +378,17 @@ class DMVAE(nn.Module):
             ValueError: if a file cannot be read, networks that were given by hand are missing, the folder names code
                 that is not trusted, or the weights do not belong to the config.
         """
-        config, tensors = read_folder(Path(dir))
+        config = read_config(Path(dir))
         check_own_code(config, trust, Path(dir))
+        if not (encoders or decoders or trust):  # those of strangers: sizes must fit before memory is asked for
+            check_header(Path(dir), _state_on_meta(cls, config, Path(dir)))
         with torch.random.fork_rng(devices=[]):  # loading leaves the caller's random numbers alone
             model = cls(config, encoders, decoders)
-        assign_weights(model, tensors, Path(dir))
+        own = model.state_dict()
+        # tensors of a file differ from those of a model in alignment and layout, on which the last bits of sums depend
+        tensors = read_weights(Path(dir), own)
+        copies = {name: torch.empty_like(own[name], dtype=t.dtype).copy_(t) for name, t in tensors.items()}
+        model.load_state_dict(copies, assign=True)
         return model.eval()
 
     def _batch(self, inputs: Inputs) -> Batch:
@@ -399,3 +405,11 @@ class DMVAE(nn.Module):
     def _decode_functions_of(self, modalities: Modalities, argument: str) -> dict[str, Decode]:
         functions = self.decode_functions
         return {name: functions[name] for name in self._names(modalities, argument)}
+
+
+def _state_on_meta(cls: type[DMVAE], config: DMVAEConfig, folder: Path) -> dict[str, Tensor]:
+    try:
+        with torch.device("meta"):
+            return cls(config).state_dict()
+    except (ValueError, RuntimeError) as error:  # torch raises RuntimeError for sizes that overflow
+        raise ValueError(f"Cannot build the model of {folder / MODEL_CONFIG}: {error}") from error

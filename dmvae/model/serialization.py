@@ -1,21 +1,28 @@
 """Model folders on disk: the configuration as JSON and the weights as safetensors; nothing is a pickle."""
 
+import math
 import sys
 from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dmvae.config.model import DMVAEConfig
+from dmvae.data.files import flush
+from dmvae.data.records import read_record
 
 MODEL_CONFIG = "model.json"
 MODEL_WEIGHTS = "model.safetensors"
+_REMEDY = "Copy the model from its source again, or train it again."
+_FLOATS = ("F32", "F64", "F16", "BF16")
+_LARGEST = 1e18
+"""The largest weight that is taken for one: the square of a larger one is no number in float32."""
 
 
 def write_folder(folder: Path, config: DMVAEConfig, weights: Mapping[str, Tensor]) -> None:
-    """Write `model.json` and `model.safetensors` into a folder, each atomically."""
+    """Write `model.json` and `model.safetensors` into a folder, each whole and flushed to the disk."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -26,40 +33,25 @@ def write_folder(folder: Path, config: DMVAEConfig, weights: Mapping[str, Tensor
     partial_weights, partial_config = (folder / f".{file}.partial" for file in (MODEL_WEIGHTS, MODEL_CONFIG))
     save_file(tensors, partial_weights)
     partial_config.write_text(config.model_dump_json(indent=2) + "\n")
-    partial_weights.replace(folder / MODEL_WEIGHTS)
-    partial_config.replace(folder / MODEL_CONFIG)
-
-
-def read_folder(folder: Path) -> tuple[DMVAEConfig, dict[str, Tensor]]:
-    """Read the configuration and the weights of a model or a checkpoint, onto the CPU.
-
-    Raises:
-        FileNotFoundError: if the folder has no model.
-        ValueError: if a file cannot be read.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    absent = [file for file in (MODEL_CONFIG, MODEL_WEIGHTS) if not (folder / file).is_file()]
-    if absent:
-        raise FileNotFoundError(f"Model not found: {folder} has no {' and no '.join(absent)}.")
-    config = read_config(folder)
-    try:
-        return config, load_file(folder / MODEL_WEIGHTS)
-    except SafetensorError as error:
-        raise ValueError(f"Cannot read {folder / MODEL_WEIGHTS}: {error}.") from error
+    for partial, name in ((partial_weights, MODEL_WEIGHTS), (partial_config, MODEL_CONFIG)):
+        flush(partial)
+        partial.replace(folder / name)
+    flush(folder)
 
 
 def read_config(folder: Path) -> DMVAEConfig:
     """Read the configuration of a model or a checkpoint.
 
     Raises:
-        ValueError: if it cannot be read.
+        FileNotFoundError: if the folder has no model.
+        ValueError: if the file cannot be read, naming the setting.
     """
-    try:
-        return DMVAEConfig.model_validate_json((folder / MODEL_CONFIG).read_bytes())
-    except ValueError as error:
-        raise ValueError(f"Cannot read {folder / MODEL_CONFIG}: {error}") from error
+    absent = [file for file in (MODEL_CONFIG, MODEL_WEIGHTS) if not (folder / file).is_file()]
+    if absent:
+        raise FileNotFoundError(f"Model not found: {folder} has no {' and no '.join(absent)}.")
+    config = read_record(folder / MODEL_CONFIG, DMVAEConfig, _REMEDY)
+    assert config is not None
+    return config
 
 
 def find_carried_code(folder: Path, packages: Iterable[str]) -> None:
@@ -72,18 +64,76 @@ def find_carried_code(folder: Path, packages: Iterable[str]) -> None:
         sys.path.append(str(code))
 
 
-def assign_weights(model: nn.Module, weights: Mapping[str, Tensor], folder: Path) -> None:
-    """Put weights of a folder in the place of a model's own.
+def read_weights(folder: Path, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Read the weights of a model or a checkpoint, onto the CPU, once their names, shapes and types fit.
+
+    Args:
+        folder: of the model.
+        own: the state of the model that its configuration describes, on any device, such as `meta`.
 
     Raises:
-        ValueError: naming the tensors whose names or shapes are not those that the configuration requires.
+        ValueError: if the file cannot be read, does not fit, or has values that no training leaves, by tensor.
     """
-    own = model.state_dict()
+    from safetensors.torch import load_file
+
+    check_header(folder, own)
+    file = folder / MODEL_WEIGHTS
+    weights = load_file(file)
+    for name, tensor in weights.items():
+        largest = tensor.abs().max().item() if tensor.is_floating_point() and tensor.numel() else 0.0
+        if not largest <= _LARGEST:  # false for NaN too
+            what = f"a value of {largest:.3g}" if math.isfinite(largest) else "NaN or infinity"
+            raise ValueError(f"Weights in {file} are damaged: tensor {name!r} has {what}. {_REMEDY}")
+    return weights
+
+
+def check_header(folder: Path, own: Mapping[str, Tensor]) -> None:
+    """Check names, shapes and types of the weights in a folder, without reading any.
+
+    Args:
+        folder: of the model.
+        own: as in `read_weights`.
+
+    Raises:
+        ValueError: if the file cannot be read, or does not fit.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(folder / MODEL_WEIGHTS, "pt") as header:
+            slices = {name: header.get_slice(name) for name in header.keys()}  # noqa: SIM118
+            _check_shapes(folder, own, {name: tuple(part.get_shape()) for name, part in slices.items()})
+            _check_types(folder, own, {name: part.get_dtype() for name, part in slices.items()})
+    except SafetensorError as error:
+        raise ValueError(f"Cannot read {folder / MODEL_WEIGHTS}: {error}. {_REMEDY}") from error
+
+
+def _check_shapes(folder: Path, own: Mapping[str, Tensor], found: Mapping[str, tuple[int, ...]]) -> None:
     expected = {name: tuple(tensor.shape) for name, tensor in own.items()}
-    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     if expected != found:
         differing = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
-        raise ValueError(f"{folder / MODEL_WEIGHTS} does not fit {MODEL_CONFIG} beside it: {differing[:5]} differ.")
-    # tensors of a file differ from those of a model in alignment and layout, on which the last bits of sums depend
-    copies = {name: torch.empty_like(own[name], dtype=t.dtype).copy_(t) for name, t in weights.items()}
-    model.load_state_dict(copies, assign=True)
+        first = differing[0]
+        raise ValueError(
+            f"{folder / MODEL_WEIGHTS} does not fit {MODEL_CONFIG} beside it: {differing[:5]} differ (expected shape "
+            f"{expected.get(first)} for the first, got {found.get(first)}). {_REMEDY}"
+        )
+
+
+def _check_types(folder: Path, own: Mapping[str, Tensor], found: Mapping[str, str]) -> None:
+    floats = {name: dtype for name, dtype in found.items() if own[name].is_floating_point()}
+    wrong = {name: dtype for name, dtype in floats.items() if dtype not in _FLOATS}
+    wrong |= {name: found[name] for name in found.keys() - floats.keys() if found[name] != "I64"}
+    if wrong:
+        name = min(wrong)
+        expected = ", ".join(_FLOATS) if name in floats else "I64"
+        raise ValueError(
+            f"{folder / MODEL_WEIGHTS} has tensor {name!r} of type {wrong[name]}, but expected {expected}. Convert the "
+            f"weights with safetensors and torch, or save the model again."
+        )
+    if len(set(floats.values())) > 1:
+        first = {dtype: name for name, dtype in sorted(floats.items(), reverse=True)}
+        mixed = ", ".join(f"{dtype} ({name!r})" for dtype, name in sorted(first.items()))
+        raise ValueError(
+            f"{folder / MODEL_WEIGHTS} mixes types, but all weights must have one: {mixed}. Convert the model with "
+            f"model.to(torch.float32), and save it again."
+        )

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from dmvae.config.model import DMVAEConfig
 from dmvae.config.training import OptimConfig
+from dmvae.data.files import sha256_of
 from dmvae.model.dmvae import DMVAE
 from dmvae.training import checkpoint
 from dmvae.training.checkpoint import CheckpointError
@@ -102,3 +104,58 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     checkpoint.save(make_state(), {}, tmp_path / "c")
     with pytest.raises(CheckpointError, match="another model"):
         checkpoint.load(make_state(latent_dim=4), tmp_path / "c")
+
+
+def admit(folder: Path) -> None:
+    """Make the checksums of a checkpoint agree with its files."""
+    files = [file for file in folder.iterdir() if file.name != checkpoint.CHECKSUMS]
+    (folder / checkpoint.CHECKSUMS).write_text(json.dumps({file.name: sha256_of(file) for file in files}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"position": {"epoch": -5, "step": 0}}, r"state\.json, position\.epoch: .*but got -5"),
+        ({"position": {"epoch": 1}}, r"position\.step: this field is missing"),
+        ({"best": "good"}, "best: "),
+        ({"window": [[1.0], [1.0]]}, "window: expected"),
+        ({"newer": 1}, "newer: unknown field"),
+        ({"version": 2}, "upgrade dmvae"),
+    ],
+)
+def test_a_malformed_checkpoint_whose_checksums_agree_is_refused_and_changes_nothing(
+    change: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    state, folder = make_state(), tmp_path / "c"
+    checkpoint.save(state, {}, folder)
+    content = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps(content | change))
+    admit(folder)
+    other = make_state()
+    with torch.no_grad():
+        for parameter in other.model.parameters():
+            parameter.add_(1.0)
+    before = [parameter.clone() for parameter in other.model.parameters()]
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint.load(other, folder)
+    assert all(torch.equal(*pair) for pair in zip(before, other.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("wrong", ["nan", "name", "shape"])
+def test_tensors_of_a_checkpoint_that_do_not_fit_are_named(wrong: str, tmp_path: Path) -> None:
+    folder = tmp_path / "c"
+    checkpoint.save(make_state(), {}, folder)
+    file = folder / ("model.safetensors" if wrong == "nan" else "optimizer.safetensors")
+    tensors = load_file(file)
+    name = next(name for name in sorted(tensors) if not name.endswith("/step"))
+    if wrong == "nan":
+        tensors[name].view(-1)[0] = torch.nan
+    elif wrong == "name":
+        tensors["x/exp_avg"] = tensors.pop(name)
+        name = "x/exp_avg"
+    else:
+        tensors[name] = tensors[name][None].contiguous()
+    save_file(tensors, file)
+    admit(folder)
+    with pytest.raises(CheckpointError, match=name):
+        checkpoint.load(make_state(), folder)

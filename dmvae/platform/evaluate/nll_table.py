@@ -133,7 +133,7 @@ def evaluate_nll(
         store: keeps finished blocks on disk; blocks that it holds already are not estimated again.
 
     Raises:
-        ValueError: if a GPU is requested and none is visible.
+        ValueError: if a GPU is requested and none is visible, or an estimate is not finite.
     """
     split = open_dataset(task.dataset).split(task.config.split)
     total = -(-len(split) // BLOCK_ROWS)
@@ -143,6 +143,7 @@ def evaluate_nll(
     report = Progress(progress, f"NLL of {split.name}:", len(split), already_done=done)
     try:
         for number, block in map_on_workers(Evaluator, (task,), Evaluator.estimate, todo, workers, task.device):
+            _check_finite(block, split.name)
             blocks[number] = block
             if store is not None:
                 store.add(number, block)
@@ -155,6 +156,16 @@ def evaluate_nll(
     if store is not None and todo:
         store.finish(columns)
     return NLLTable(columns)
+
+
+def _check_finite(block: Columns, split: str) -> None:
+    wrong = block["id"][~np.isfinite(block["nll"])]
+    if len(wrong):
+        raise ValueError(
+            f"NLL is not finite for {len(wrong)} rows of a block of split {split!r}, the first with id {wrong[0]}. Its "
+            f"values or the model's weights are far outside of those in training. Check the dataset with jobs.inspect, "
+            f"and the model on another split."
+        )
 
 
 class Evaluator:

@@ -139,6 +139,7 @@ class Embedder:
         for first in range(0, shard.rows, _BLOCK_ROWS):
             rows = np.arange(shard.first + first, shard.first + min(first + _BLOCK_ROWS, shard.rows))
             table = self._table(split.read(rows, self._model.dtype)).replace_schema_metadata({_KEY: self._key.encode()})
+            _check_finite(table, shard)
             writer = writer or pq.ParquetWriter(draft, table.schema)
             writer.write_table(table)
         if writer is not None:
@@ -194,6 +195,21 @@ class Embedder:
             for name, values in batch.data.items()
         }
         return replace(batch, data=data)
+
+
+def _check_finite(table: pa.Table, shard: Shard) -> None:
+    for name in table.column_names:
+        column = table[name].combine_chunks()
+        if not pa.types.is_list(column.type) or not len(column.values):
+            continue
+        wrong = ~np.isfinite(column.values.to_numpy().reshape(len(column), -1)).all(axis=1)
+        wrong &= column.is_valid().to_numpy(zero_copy_only=False)
+        if wrong.any():
+            raise ValueError(
+                f"{name} is not finite for {int(wrong.sum())} rows of split {shard.split!r}, the first with id "
+                f"{table['id'][int(wrong.argmax())]}. Its values or the model's weights are far outside of those in "
+                f"training. Check the dataset with jobs.inspect."
+            )
 
 
 def _lists(values: torch.Tensor, valid: np.ndarray | None = None) -> pa.Array:

@@ -169,9 +169,11 @@ class RunStore:
 
     def _report(self, name: str) -> dict[str, Any]:
         """Return what a checkpoint was reported with; nothing of a damaged one."""
-        with suppress(ValueError, KeyError):
-            report: dict[str, Any] = json.loads((self._checkpoints / name / checkpoint.STATE).read() or "{}")["report"]
-            return report
+        file = self._checkpoints / name / checkpoint.STATE
+        with suppress(ValueError):
+            report = checkpoint.parse_report(file.read() or "", file.where)
+            if isinstance(report.get("step"), int) and isinstance(report.get(SCORE, 0.0), float | int | None):
+                return report
         return {}
 
     def _set_best(self, best: Folder, files: Path) -> None:

@@ -194,7 +194,7 @@ def _train_here(
     device = torch.device("cuda" if use_gpu else "cpu")
     state = build_state(config, device)
     checkpoints = TrialCheckpoints(folder, record)
-    times = checkpoints.resume(state)
+    times = checkpoints.resume(state, task.queue.put)
     data, written = WorkerData(config, 0, 1, state.model.dtype, device), time.monotonic()
     with Outbox(tracked) as outbox:
         for event in train(state, data, config, Collectives(state.model)):

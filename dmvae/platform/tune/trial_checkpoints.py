@@ -1,6 +1,7 @@
 """The checkpoints of a trial that trains in its own process."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,23 @@ class TrialCheckpoints:
         for left in folder.glob(".*.partial"):
             shutil.rmtree(left)
 
-    def resume(self, state: TrainState) -> list[float]:
-        """Load the newest intact checkpoint, if there is one; return the seconds per step of its epochs."""
+    def resume(self, state: TrainState, log: Callable[[str], None]) -> list[float]:
+        """Load the newest intact checkpoint, if there is one; return the seconds per step of its epochs.
+
+        A damaged one is logged and renamed to `broken_NAME`.
+        """
         for folder in reversed(self._checkpoints):
             try:
+                seconds = checkpoint.read_report(folder).get("seconds")
+                if not isinstance(seconds, list) or not all(isinstance(value, float) for value in seconds):
+                    raise checkpoint.CheckpointError(f"Checkpoint {folder}, report: expected a list of seconds.")
                 checkpoint.load(state, folder)
-            except checkpoint.CheckpointError:
+            except checkpoint.CheckpointError as error:
+                log(f"warning: {error} Skipping it.")
+                LocalFolder(folder.with_name(f"broken_{folder.name}")).remove()
+                folder.rename(folder.with_name(f"broken_{folder.name}"))
                 continue
-            return list(checkpoint.read_report(folder)["seconds"])
+            return seconds
         return []
 
     def remember(self, model: DMVAE) -> None:
