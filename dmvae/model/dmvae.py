@@ -16,7 +16,7 @@ from dmvae.data.inputs import Inputs, as_batch
 from dmvae.distributions.gaussian import DiagGaussian
 from dmvae.distributions.gaussian_mixture import FittedPrior
 from dmvae.distributions.likelihoods import Likelihood
-from dmvae.model.assembly import Fixed, assemble, check_own_code
+from dmvae.model.assembly import Fixed, assemble, check_own_code, own_code_of
 from dmvae.model.encoding import Modalities, check_observed, combine, conform, observe, present, select, size_factors
 from dmvae.model.generation import decode_latents, draw_latents, draw_seed, inference_mode, sample_latents
 from dmvae.model.loss import Decode, Noise, Observed, multimodal_elbo_loss
@@ -380,7 +380,7 @@ class DMVAE(nn.Module):
         """
         config = read_config(Path(dir))
         check_own_code(config, trust, Path(dir))
-        if not (encoders or decoders or trust):  # those of strangers: sizes must fit before memory is asked for
+        if not (encoders or decoders or own_code_of(config)):  # sizes must fit before memory is asked for
             check_header(Path(dir), _state_on_meta(cls, config, Path(dir)))
         with torch.random.fork_rng(devices=[]):  # loading leaves the caller's random numbers alone
             model = cls(config, encoders, decoders)

@@ -1,13 +1,15 @@
 """One memory-mapped shard; rows are gathered by byte offset, without a loop over rows or record batches."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.ipc
-from jaxtyping import Bool, Int64
+from jaxtyping import Bool, Int64, UInt64
 
 from dmvae.data.errors import DatasetError
 from dmvae.data.format.gather import Addresses, Gatherer
@@ -64,6 +66,7 @@ class MappedShard:
         self.rows = int(sizes.sum())
         self.record_batch_rows = int(sizes[0]) if len(sizes) else 1
         self._check_sizes(sizes)
+        self._starts = self._group_starts(batches)
         self._ids = pa.chunked_array([batch.column("id") for batch in batches], reader.schema.field("id").type)
         if self._ids.null_count:
             row = self._ids.is_null().to_pylist().index(True)
@@ -92,6 +95,39 @@ class MappedShard:
         if self.columns.id_type == "int64":
             return self.gather("id", rows)
         return np.asarray(self._ids.take(pa.array(rows)).to_pylist(), dtype=str)
+
+    @property
+    def num_groups(self) -> int:
+        """The number of record batches."""
+        return len(self._starts) - 1
+
+    def word_sums(self, first: int, last: int) -> UInt64[np.ndarray, " group"]:
+        """Return the sum, modulo 2^64, of the 64-bit words of each record batch from `first` up to `last`.
+
+        The sums cover the whole file: what lies before a record batch counts to the one before it. A flipped bit always
+        changes a sum. It takes a tenth of the time of SHA-256, but does not tell who changed a file on purpose.
+        """
+        if not self._words:
+            return np.zeros(0, dtype=np.uint64)
+        memory = np.frombuffer(self._buffer, dtype=np.uint64, count=self._words)
+        rest = int.from_bytes(memoryview(self._buffer)[8 * self._words :], "little")
+        sums = [memory[a:b].sum(dtype=np.uint64) for a, b in pairwise(self._starts[first : last + 1].tolist())]
+        if last == self.num_groups:
+            sums[-1] += np.uint64(rest)
+        return np.array(sums, dtype=np.uint64)
+
+    def _group_starts(self, batches: Sequence[pa.RecordBatch]) -> Int64[np.ndarray, " start"]:
+        """Return where each record batch begins in the file, in words of 64 bits; the first begins with the file."""
+        self._words = int(self._buffer.size) // 8
+        starts = [
+            min(b.address for column in batch.columns for b in column.buffers() if b is not None and b.size)
+            for batch in batches
+        ]
+        inner = (np.array(starts[1:], dtype=np.int64) - self._buffer.address) // 8
+        found = np.array([0, *inner.tolist(), self._words][: len(batches) + 1 if batches else 2], dtype=np.int64)
+        if (np.diff(found) < 0).any() or (len(inner) and not 0 <= inner.min() <= inner.max() <= self._words):
+            raise DatasetError(f"Record batches of {self.where} must be in order. Prepare the dataset again.")
+        return found
 
     def _check_sizes(self, sizes: Int64[np.ndarray, " group"]) -> None:
         even = len(sizes) == 0 or (bool((sizes[:-1] == sizes[0]).all()) and 0 < sizes[-1] <= sizes[0])
@@ -131,7 +167,7 @@ class ShardFile:
     Attributes:
         path: the file.
         where: its origin, for messages.
-        is_verified: whether its SHA-256 was compared with the manifest when it was copied here.
+        is_verified: whether its SHA-256 was compared with the manifest just now, when it was copied here.
         hold: an object that keeps the file from being removed.
     """
 

@@ -69,8 +69,9 @@ def open_dataset(path: str | Path, *, verify_on_use: bool = True) -> Dataset:
 
     Args:
         path: a folder, or a URI such as `s3://BUCKET/NAME`, `gs://...`, `file://...`.
-        verify_on_use: also check a shard's SHA-256 and values before its first row is read, unless the unchanged file
-            passed the check before (for this user).
+        verify_on_use: also check a shard's SHA-256 and values before its first row is read, unless this node has
+            verified the same content before; then compare each record batch with its recorded sum when it is first
+            read.
 
     Raises:
         DatasetError: if `path` is not a dataset, a shard is absent, truncated, outside the folder or does not match the

@@ -20,7 +20,7 @@ from dmvae.data.format.schema import missing_cells
 from dmvae.data.format.shard import MappedShard, ShardFile
 from dmvae.data.scaling import Scale
 from dmvae.data.storage.location import DatasetLocation
-from dmvae.data.storage.verify import row_blocks, verify_shard
+from dmvae.data.storage.verify import Sums, check_sums, row_blocks, verify_shard
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -33,7 +33,9 @@ class Split:
     """The rows of one split; a row's position counts through the shards in the order of the manifest.
 
     A thread fetches, verifies and maps a shard when one of its rows is first read, or read ahead. The shard stays
-    mapped, unless the whole dataset does not fit on this node.
+    mapped, unless the whole dataset does not fit on this node. A shard that this node has verified before is not hashed
+    again; instead, each record batch is compared with its recorded sum when one of its rows is first read, so that
+    damage since then is found within an epoch of every run.
 
     Attributes:
         where: the dataset's folder or URI.
@@ -48,6 +50,7 @@ class Split:
         self._starts = np.cumsum([0] + [info.rows for info in self._infos])
         sizes = [info.record_batch_rows for info in self._infos]
         self._rows = Gatherer(manifest.columns, [info.rows for info in self._infos], sizes)
+        self._first_group = np.cumsum([0, *(-(-info.rows // info.record_batch_rows) for info in self._infos)])
         self._shards: dict[int, Future[MappedShard]] = {}
         self._opener: ThreadPoolExecutor | None = None
         self._keeps_all = location.holds(manifest.bytes)
@@ -55,6 +58,8 @@ class Split:
         self._with_cells = self.manifest.missing_cells
         self._incomplete = [name for name, count in self.observed.items() if count < len(self)]
         self._verify_on_use = verify_on_use
+        self._sums: dict[int, Sums] = {}
+        self._is_checked = np.full(len(self.record_batch_rows), not verify_on_use)
         self._lock, self._reading = threading.Lock(), threading.Lock()
 
     def __len__(self) -> int:
@@ -139,8 +144,8 @@ class Split:
                 self._shard(number)
 
     def ids(self) -> Array:
-        """Return the ids of all rows, int64 or strings."""
-        return np.concatenate([self._ids(rows, shards) for rows, shards in self._by_shard()])
+        """Return the ids of all rows, int64 or strings, without comparing the sums of all record batches."""
+        return np.concatenate([self._ids(rows, shards) for rows, shards in self._by_shard(check=False)])
 
     def labels(self) -> Tensor | None:
         """Return the labels of all rows, -1 for a row without one; None if the dataset has no labels."""
@@ -206,19 +211,34 @@ class Split:
             )
 
     @contextmanager
-    def _located(self, positions: Array) -> "Iterator[tuple[Located, dict[int, MappedShard]]]":
+    def _located(self, positions: Array, check: bool = True) -> "Iterator[tuple[Located, dict[int, MappedShard]]]":
         """Yield where rows are stored, and their shards, which stay mapped meanwhile; for one thread at a time."""
         with self._reading:
             rows = self._rows.locate(positions)
             numbers = self._numbers(rows)
             self._keep_only(numbers)
             opening = {number: self._shard(number) for number in numbers}
-            yield rows, {number: shard.result() for number, shard in opening.items()}
+            shards = {number: shard.result() for number, shard in opening.items()}
+            if check:
+                self._check_groups(rows, shards)
+            yield rows, shards
 
-    def _by_shard(self) -> "Iterator[tuple[Located, dict[int, MappedShard]]]":
+    def _check_groups(self, rows: Located, shards: Mapping[int, MappedShard]) -> None:
+        """Compare the record batches of `rows` that no call has read before with the sums of the verified shard."""
+        unread = ~self._is_checked[rows.group]
+        if not unread.any():
+            return
+        groups, first = np.unique(rows.group[unread], return_index=True)
+        files = rows.file[unread][first]
+        for number in np.unique(files).tolist():
+            mine = groups[files == number]
+            check_sums(shards[number], self._sums[number], (mine - self._first_group[number]).tolist())
+            self._is_checked[mine] = True
+
+    def _by_shard(self, check: bool = True) -> "Iterator[tuple[Located, dict[int, MappedShard]]]":
         """Yield the same for all rows in order, one shard at a time."""
         for start, stop in pairwise(self._starts.tolist()):
-            with self._located(np.arange(start, stop)) as found:
+            with self._located(np.arange(start, stop), check) as found:
                 yield found
 
     def _numbers(self, rows: Located) -> list[int]:
@@ -265,7 +285,7 @@ class Split:
         info = self._infos[number]
         file = self._location.fetch(info)
         if self._verify_on_use:
-            verify_shard(file, info, self.manifest)
+            self._sums[number] = verify_shard(file, info, self.manifest)
         shard = self._map(file, info)
         with self._lock:
             shard.enter(self._rows, number)

@@ -169,7 +169,7 @@ class RemoteDataset:
         """
         where = self._uri_of(info.path)
         cached = self._cache.get(info, where, lambda file: self._copy(info, where, file))
-        return ShardFile(cached.path, where, is_verified=True, hold=cached)
+        return ShardFile(cached.path, where, is_verified=cached.is_fresh, hold=cached)
 
     def holds(self, num_bytes: int) -> bool:
         """Return whether `num_bytes` of shards fit in the cache."""

@@ -30,10 +30,15 @@ def cache_folder() -> Path:
 
 
 class CachedShard:
-    """A complete shard in the cache, which is not removed as long as this object lives."""
+    """A complete shard in the cache, which is not removed as long as this object lives.
 
-    def __init__(self, path: Path, descriptor: int) -> None:
-        self.path = path
+    Attributes:
+        path: of the file.
+        is_fresh: whether it was copied, and its SHA-256 compared, just now.
+    """
+
+    def __init__(self, path: Path, descriptor: int, is_fresh: bool) -> None:
+        self.path, self.is_fresh = path, is_fresh
         self._descriptor = descriptor
 
     def __del__(self) -> None:
@@ -70,11 +75,12 @@ class ShardCache:
             DatasetError: if the shard does not fit in the cache, or the copy does not match the manifest.
         """
         whole, part = (self.folder / f"{info.sha256}.{end}" for end in ("arrow", "part"))
+        is_fresh = False
         while True:
             if (descriptor := _lock_shared(whole)) is not None:
-                # only the access time, because the modification time tells whether a shard was verified
+                # only the access time, which tells what to evict
                 os.utime(whole, ns=(time.time_ns(), os.fstat(descriptor).st_mtime_ns))
-                return CachedShard(whole, descriptor)
+                return CachedShard(whole, descriptor, is_fresh)
             with _exclusive(part) as file:
                 if file is None:
                     continue
@@ -88,6 +94,7 @@ class ShardCache:
                     os.fsync(file.fileno())
                     _check(part, info, where)
                     part.replace(whole)
+                    is_fresh = True
                 except BaseException as error:
                     part.unlink(missing_ok=True)
                     if isinstance(error, OSError) and error.errno in _NO_ROOM:

@@ -1,13 +1,13 @@
 """Verify shards: their checksums against the manifest, and that a model can be trained on their values."""
 
-import json
 import os
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import UInt64
 
 from dmvae.config.likelihoods import values_of
 from dmvae.data.errors import DatasetError
@@ -122,25 +122,30 @@ def _first(shard: MappedShard, column: str, rows: Array) -> str:
     return f"{shard.where}, column {column!r}, row {rows[0]} (id {shard.ids(rows[:1])[0]})"
 
 
-def verify_shard(file: ShardFile, info: ShardInfo, manifest: Manifest, remember: bool = True) -> None:
-    """Check a shard's checksum and values against the manifest, once for each (path, size, modification time).
+Sums = UInt64[np.ndarray, " group"]
+
+
+def verify_shard(file: ShardFile, info: ShardInfo, manifest: Manifest, remember: bool = True) -> Sums:
+    """Check a shard's SHA-256 and values against the manifest, once for each content and manifest on this node.
+
+    A shard that passed before is not read again here: the sums of its record batches that were recorded then are
+    returned, and the reader compares each with the file when it first reads one of its rows.
 
     Args:
         file: the shard.
         info: its entry in the manifest.
         manifest: the manifest of the dataset.
-        remember: skip the check if the unchanged file passed it before, trust the checksum of a file that was verified
-            when it was copied here, and record this check in the user's cache folder.
+        remember: use and record sums in the user's cache folder, and trust the SHA-256 of a file that was verified when
+            it was copied here just now.
 
     Raises:
         DatasetError: if the file was altered, or has an invalid value.
     """
-    path = file.path
-    status = path.stat()
-    entry = [status.st_size, status.st_mtime_ns, info.sha256, manifest.fingerprint]
-    if remember and _remembered().get(str(path.resolve())) == entry:
-        return
-    found = info.sha256 if remember and file.is_verified else sha256_of(path)
+    memory = cache_folder() / "sums" / f"{info.sha256}-{manifest.fingerprint[:16]}.npy"
+    known = _read_sums(memory, info) if remember else None
+    if known is not None:
+        return known
+    found = info.sha256 if remember and file.is_verified else sha256_of(file.path)
     if found != info.sha256:
         raise DatasetError(
             f"Checksum mismatch in {file.where}: expected SHA-256 {info.sha256[:12]}..., got {found[:12]}.... The "
@@ -168,31 +173,45 @@ def verify_shard(file: ShardFile, info: ShardInfo, manifest: Manifest, remember:
                 f"{file.where}, but {seen} are. Compute the manifest from the shards with "
                 f"dmvae.data.preparation.build_manifest."
             )
+    sums = shard.word_sums(0, shard.num_groups)
     if remember:
-        _remember(str(path.resolve()), entry)
+        _write_sums(memory, sums)
+    return sums
 
 
-def _cache_file() -> Path:
-    return cache_folder() / "verified.json"
+def check_sums(shard: MappedShard, expected: Sums, groups: Sequence[int]) -> None:
+    """Compare record batches with the sums that `verify_shard` returned.
+
+    Raises:
+        DatasetError: naming the first record batch that differs.
+    """
+    for group in groups:
+        if group >= len(expected) or shard.word_sums(group, group + 1)[0] != expected[group]:
+            first = group * shard.record_batch_rows
+            last = min(first + shard.record_batch_rows, shard.rows) - 1
+            raise DatasetError(
+                f"Checksum mismatch in {shard.where}, record batch {group} (rows {first} to {last}): the shard has "
+                f"changed since it was verified. Copy the shard again, or prepare the dataset again."
+            )
 
 
-def _remembered() -> dict[str, list[Any]]:
+def _read_sums(memory: Path, info: ShardInfo) -> Sums | None:
     try:
-        content = json.loads(_cache_file().read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+        sums = np.load(memory, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    is_whole = isinstance(sums, np.ndarray) and sums.dtype == np.uint64
+    return sums if is_whole and sums.shape == (max(1, -(-info.rows // info.record_batch_rows)),) else None
 
 
-def _remember(path: str, entry: list[Any]) -> None:
-    """Add an entry. A concurrent writer or a read-only folder may lose it; then the shard is checked once more."""
-    cache = _cache_file()
-    part = cache.with_name(f".{cache.name}.{os.getpid()}")
+def _write_sums(memory: Path, sums: Sums) -> None:
+    """Record sums; in a read-only folder they are lost, and the shard is verified again in full."""
+    part = memory.with_name(f".{memory.name}.{os.getpid()}")
     try:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        known = {other: value for other, value in _remembered().items() if Path(other).exists()}
-        part.write_text(json.dumps(known | {path: entry}), encoding="utf-8")
-        part.replace(cache)
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("wb") as file:
+            np.save(file, sums, allow_pickle=False)
+        part.replace(memory)
     except OSError:
         with suppress(OSError):
             part.unlink(missing_ok=True)

@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from dmvae.data.preparation.writer import write_dataset
 from dmvae.data.reading.dataset import Dataset, open_dataset
 from dmvae.data.reading.split import Split
 from dmvae.data.storage import verify
+from dmvae.data.storage.shard_cache import cache_folder
 from tests.data.preparation.test_rows import make_rows
 
 
@@ -107,10 +109,67 @@ def test_a_shard_is_verified_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert len(checked) == 1
     use().verify(full=True)
     assert len(checked) == 2
-    shard = tmp_path / "data/train/part-00000.arrow"
-    shard.touch()
+    (tmp_path / "data/train/part-00000.arrow").touch()
+    (tmp_path / "data").rename(tmp_path / "moved")
+    (tmp_path / "moved").rename(tmp_path / "data")
     use()
-    assert len(checked) == 3
+    assert len(checked) == 2
+
+
+def flip_keeping_times(file: Path, byte: int) -> None:
+    """Flip a bit of a file as rot does, or a restore that keeps times."""
+    status, content = file.stat(), bytearray(file.read_bytes())
+    content[byte] ^= 4
+    file.write_bytes(content)
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def test_every_bit_that_flips_after_verification_is_found_when_its_rows_are_read(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "data", {"train": make_rows(60, string_ids=True)}, record_batch_rows=8)
+    everything = np.arange(60)
+    open_dataset(tmp_path / "data").split("train").read(everything)
+    file = tmp_path / "data/train/part-00000.arrow"
+    whole = file.read_bytes()
+    for byte in range(0, len(whole), max(1, len(whole) // 300)):
+        flip_keeping_times(file, byte)
+        with pytest.raises(DatasetError, match=r"part-00000\.arrow"):
+            open_dataset(tmp_path / "data").split("train").read(everything)
+        file.write_bytes(whole)
+    open_dataset(tmp_path / "data").split("train").read(everything)
+
+
+def test_damage_names_the_record_batch_and_leaves_others_readable(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "data", {"train": numbers(60)}, record_batch_rows=8)
+    dataset = open_dataset(tmp_path / "data")
+    dataset.split("train").read(np.arange(60))
+    file = tmp_path / "data/train/part-00000.arrow"
+    shard = dataset.split("train")
+    where = next(shard.shards())
+    start = 8 * int(where._starts[3]) + 8
+    flip_keeping_times(file, start)
+    split = open_dataset(tmp_path / "data").split("train")
+    split.read(np.arange(24))
+    with pytest.raises(DatasetError, match=r"record batch 3 \(rows 24 to 31\)"):
+        split.read(np.array([30]))
+    split.read(np.arange(32, 60))
+
+
+def test_shards_that_changed_places_are_found(tmp_path: Path) -> None:
+    rows = numbers(40)
+    write_dataset(tmp_path / "data", {"train": rows.take(slice(0, 20)), "val": rows.take(slice(20, 40))})
+    for name in ("train", "val"):
+        open_dataset(tmp_path / "data").split(name).read(np.arange(20))
+    one, two = (tmp_path / f"data/{name}/part-00000.arrow" for name in ("train", "val"))
+    first, second = one.read_bytes(), two.read_bytes()
+    assert len(first) == len(second)
+    times = one.stat().st_mtime_ns, two.stat().st_mtime_ns
+    one.write_bytes(second)
+    two.write_bytes(first)
+    os.utime(one, ns=(times[0], times[0]))
+    os.utime(two, ns=(times[1], times[1]))
+    for name in ("train", "val"):
+        with pytest.raises(DatasetError, match="record batch 0"):
+            open_dataset(tmp_path / "data").split(name).read(np.array([0]))
 
 
 def test_verification_works_where_nothing_can_be_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,10 +180,12 @@ def test_verification_works_where_nothing_can_be_remembered(tmp_path: Path, monk
 
 
 def test_a_damaged_memory_of_checks_is_ignored(tmp_path: Path) -> None:
-    (tmp_path / "cache/dmvae").mkdir(parents=True)
-    (tmp_path / "cache/dmvae/verified.json").write_text("[")
     write_dataset(tmp_path / "data", {"train": make_rows()})
     open_dataset(tmp_path / "data").split("train").verify()
+    (memory,) = cache_folder().glob("sums/*.npy")
+    for content in (b"", b"[", memory.read_bytes()[:-4]):
+        memory.write_bytes(content)
+        open_dataset(tmp_path / "data").split("train").read(np.array([0]))
 
 
 def test_ids_that_occur_twice_are_found(tmp_path: Path) -> None:
