@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic_core import to_jsonable_python
+
 from dmvae.config.section import Section
 from dmvae.platform.errors import RunError
 
@@ -41,7 +43,7 @@ class ResumeRules:
         if not file.is_file():
             return
         before, after = _settings(json.loads(file.read_text())), _settings(now)
-        before |= {key: default_of(self.section, key) for key in after.keys() - before.keys()}
+        before |= {key: to_jsonable_python(default_of(self.section, key)) for key in after.keys() - before.keys()}
         refused = [
             f"  {key}: {before.get(key)!r} in the {self.kind}, {after.get(key)!r} requested"
             for key in sorted(before.keys() | after.keys())
