@@ -8,6 +8,7 @@ import logging
 import os
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -33,6 +34,9 @@ T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 _TIMEOUT_SECONDS = 12.0
+RESUME_SECONDS = 600.0
+"""How long a run or study that resumes waits for MLflow; a new one tells of a wrong address at once."""
+_RETRY_SECONDS = 2.0
 _MIGRATION_SECONDS = 120.0  # to create a database file; a busy machine needs many times as long as an idle one
 _PARAM_LENGTH, _TAG_LENGTH, _DIGEST_LENGTH = 6000, 5000, 36
 
@@ -71,6 +75,39 @@ class SyncResult:
     message: str = ""
 
 
+@dataclass(frozen=True)
+class Waiting:
+    """How to wait for MLflow, whose restart takes a minute or two.
+
+    Attributes:
+        seconds: at most; a first attempt is always made.
+        log: called with a line when the waiting begins.
+    """
+
+    seconds: float
+    log: Callable[[str], None]
+
+    def until(self, call: Callable[[], T]) -> T:
+        """Return `call()` once MLflow answers it.
+
+        Raises:
+            UnreachableError: if MLflow still does not answer when the time is over.
+        """
+        deadline, is_told = time.monotonic() + self.seconds, False
+        while True:
+            try:
+                return call()
+            except UnreachableError as error:
+                if time.monotonic() >= deadline:
+                    raise
+                if not is_told:
+                    self.log(
+                        f"warning: MLflow does not answer ({error}); waiting for it up to {self.seconds / 60:.0f} min"
+                    )
+                is_told = True
+                time.sleep(_RETRY_SECONDS)
+
+
 def tracking_uri(config: TrackingConfig) -> str:
     """Return the tracking URI; a SQLite path is made absolute, for workers with another working directory."""
     uri = config.uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
@@ -95,24 +132,39 @@ def open_run(
     params: Mapping[str, Any],
     tags: Mapping[str, str] | None = None,
     dataset: DatasetRecord | None = None,
+    waiting: Waiting | None = None,
 ) -> Iterator[TrackedRun]:
     """Create an MLflow run, or reopen the run that `outbox_dir` belongs to, and end it after the block.
 
     Leaving the block ends the run as FINISHED, FAILED (an exception) or KILLED (an interrupt), unless the outbox says
     that it has ended. Database and experiment are created here, so that workers never race to create them.
 
+    Args:
+        config: names the server and the experiment.
+        name: of the run.
+        outbox_dir: the folder of its `Outbox`.
+        params: settings to record.
+        tags: to set beside those of the environment.
+        dataset: to record as the run's input.
+        waiting: how long to wait for a server that does not answer; None: 12 seconds.
+
     Raises:
-        TrackingError: if a server cannot be reached within 12 seconds or rejects the run, if the recorded run was
+        TrackingError: if a server cannot be reached in that time or rejects the run, if the recorded run was
             deleted, or if another driver uses `outbox_dir`.
     """
     uri, outbox_dir = tracking_uri(config), outbox_dir.absolute()
     outbox_dir.mkdir(parents=True, exist_ok=True)
+
+    def establish() -> str:
+        client, experiment_id = _with_timeout(_timeout_of(uri), lambda: _open_experiment(uri, config.experiment))
+        with answers(uri):
+            run_id = _reopen(client, uri, outbox_dir) or _create(client, experiment_id, name, uri, outbox_dir)
+            _describe(client, run_id, format_params(params), {**environment_tags(), **(tags or {})}, dataset)
+        return run_id
+
     with hold_lock(outbox_dir / "driver.lock"):
         with fail_fast, _explained(uri):
-            client, experiment_id = _with_timeout(_timeout_of(uri), lambda: _open_experiment(uri, config.experiment))
-            with answers(uri):
-                run_id = _reopen(client, uri, outbox_dir) or _create(client, experiment_id, name, uri, outbox_dir)
-                _describe(client, run_id, format_params(params), {**environment_tags(), **(tags or {})}, dataset)
+            run_id = establish() if waiting is None else waiting.until(establish)
         run = TrackedRun(uri, run_id, outbox_dir)
         status: Ending = "KILLED"
         reason = "interrupted"

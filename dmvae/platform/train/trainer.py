@@ -29,7 +29,7 @@ from dmvae.platform.logs import log_file
 from dmvae.platform.resume import ResumeRules
 from dmvae.platform.stopping import stop_in_order
 from dmvae.platform.tracking.outbox import Outbox
-from dmvae.platform.tracking.runs import DatasetRecord, open_run, tracking_uri
+from dmvae.platform.tracking.runs import RESUME_SECONDS, DatasetRecord, Waiting, open_run, tracking_uri
 from dmvae.platform.tracking.tracked_run import TrackedRun
 from dmvae.platform.train.notes import notes
 from dmvae.platform.train.run_store import BEST, CHECKPOINTS, LAST, NUM_KEPT, RESULT, SCORE, RunStore
@@ -112,6 +112,7 @@ def train_run(config: TrainConfig, progress: Callable[[str], None]) -> TrainSumm
             params,
             {f"version.{package}": version for package, version in resolved.model.packages.items()},
             dataset_record(resolved, dataset),
+            None if store.is_empty else Waiting(RESUME_SECONDS, progress),
         ) as tracked,
         log_file(store.run_dir, progress) as log,
     ):

@@ -21,7 +21,7 @@ from dmvae.platform.logs import log_file
 from dmvae.platform.resume import ResumeRules
 from dmvae.platform.stopping import time_limit
 from dmvae.platform.tracking.outbox import Outbox
-from dmvae.platform.tracking.runs import open_run, sync, tracking_uri
+from dmvae.platform.tracking.runs import RESUME_SECONDS, Waiting, open_run, sync, tracking_uri
 from dmvae.platform.tracking.tracked_run import TrackedRun
 from dmvae.platform.train.trainer import TrainSummary, dataset_record, train_run
 from dmvae.platform.tune import study
@@ -106,6 +106,7 @@ def search(config: SearchConfig, progress: Callable[[str], None]) -> SearchSumma
                 record,
                 {"kind": "search"},
                 dataset_record(config.base, dataset),
+                Waiting(RESUME_SECONDS, progress) if study.trials_of(study_dir) else None,
             ) as tracked,
             log_file(study_dir, progress) as log,
         ):

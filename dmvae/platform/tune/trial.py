@@ -20,7 +20,7 @@ from dmvae.evaluation.search_objectives import Estimate, ObjectiveEvaluator, com
 from dmvae.model.dmvae import DMVAE
 from dmvae.platform.errors import RunError
 from dmvae.platform.tracking.outbox import Outbox
-from dmvae.platform.tracking.runs import open_run
+from dmvae.platform.tracking.runs import Waiting, open_run
 from dmvae.platform.tracking.tracked_run import TrackedRun
 from dmvae.platform.train.run_store import RunStore
 from dmvae.platform.train.trainer import fit
@@ -35,6 +35,7 @@ from dmvae.training.step import Collectives, NonFiniteLossError
 
 TRIAL, EPOCH = "trial", "epoch"
 _SPEED = "train/rows_per_second"
+_MLFLOW_SECONDS = 3600.0  # a trial waits this long for a server that is away: that is no fault of the trial
 _CHECKPOINT_SECONDS = 10.0  # between checkpoints of a trial in this process: the most that a kill costs
 
 
@@ -87,6 +88,7 @@ def run_trial(drawn: dict[str, Any], task: TrialTask) -> None:
             folder / "tracking",
             params,
             tags={"mlflow.parentRunId": task.parent, "trial": str(number)},
+            waiting=Waiting(_MLFLOW_SECONDS, task.queue.put),
         ) as tracked:
             try:
                 result = _outcome(task, folder, params, tracked)

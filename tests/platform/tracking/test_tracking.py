@@ -5,6 +5,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,9 +23,10 @@ from dmvae.config.tracking import TrackingConfig
 from dmvae.platform.remote_fs import RemoteFolder
 from dmvae.platform.tracking.delivery_log import TrackingError
 from dmvae.platform.tracking.outbox import Outbox
-from dmvae.platform.tracking.runs import DatasetRecord, format_params, open_run, sync, tracking_uri
+from dmvae.platform.tracking.runs import DatasetRecord, Waiting, format_params, open_run, sync, tracking_uri
 from dmvae.platform.tracking.tracked_run import TrackedRun
 from dmvae.platform.train.run_store import RunStore
+from tests.kills import wait_for
 
 pytestmark = [
     pytest.mark.slow,
@@ -374,3 +376,28 @@ def write_line(child: subprocess.Popen[str], line: str) -> None:
     assert child.stdin is not None
     child.stdin.write(line + "\n")
     child.stdin.flush()
+
+
+def test_who_waits_for_mlflow_gets_its_run_when_the_server_is_back(tmp_path: Path) -> None:
+    port, told, opened = free_port(), list[str](), list[str]()
+    config = TrackingConfig(uri=f"http://127.0.0.1:{port}")
+
+    def trial() -> None:
+        with open_run(config, "patient", tmp_path / "tracking", {}, waiting=Waiting(120.0, told.append)) as run:
+            opened.append(run.run_id)
+
+    thread = threading.Thread(target=trial)
+    thread.start()
+    wait_for(lambda: bool(told), 60)
+    with server(tmp_path, port):
+        thread.join(120)
+        assert MlflowClient(config.uri).get_run(opened[0]).info.status == "FINISHED"
+    assert len(told) == 1
+    assert told[0].startswith("warning: MLflow does not answer")
+
+
+def test_waiting_for_mlflow_ends(tmp_path: Path) -> None:
+    config = TrackingConfig(uri=f"http://127.0.0.1:{free_port()}")
+    waiting = Waiting(0.0, lambda line: None)
+    with pytest.raises(TrackingError, match="Cannot reach MLflow"), open_run(config, "", tmp_path, {}, waiting=waiting):
+        pass
