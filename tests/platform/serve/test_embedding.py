@@ -8,7 +8,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from dmvae.platform.train.settings import resolve
 
 from dmvae import DMVAE
 from dmvae.cli import run_verb
@@ -21,6 +20,7 @@ from dmvae.data.reading.dataset import open_dataset
 from dmvae.data.reading.loader import read_rows
 from dmvae.model.predictor import UNITS, ModalitySpec, Predictor, Request
 from dmvae.platform.serve.embedding import Embedder, _key, _shards, embed
+from dmvae.training.settings import resolve
 from tests.runs import make_config, make_dataset, train_here
 
 pytestmark = pytest.mark.usefixtures("cluster")
