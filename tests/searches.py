@@ -19,6 +19,7 @@ def make_search(folder: Path, dataset: Path, name: str = "study", **changes: Any
             "model.latent_dim": {"low": 1, "high": 6},
             "optim.learning_rate": {"low": 1e-3, "high": 1e-1, "log": True},
         },
+        "objectives": ["imputation"],
         "scheduler": "none",
         "judged_rows": 200,
         "num_draws": 60,

@@ -99,10 +99,11 @@ class SearchConfig(Section, hide_input_in_errors=True):
     """The budget: number of configurations to try; raise it to continue a finished study."""
     space: dict[str, Domain] = Field(default_factory=lambda: dict(DEFAULT_SPACE))
     """What is searched: the path of a setting in the base configuration, and its domain."""
-    objectives: tuple[str, ...] = ("imputation",)
-    """Validation metrics by which trials are compared: imputation, conditional_nll, joint_nll, coherence, parameters,
-    seconds_per_step, or another entry of `dmvae.evaluation.search_objectives.OBJECTIVES`. Several without `weights`:
-    their Pareto front."""
+    objectives: tuple[str, ...] = ("imputation_and_nll",)
+    """Validation metrics by which trials are compared: imputation_and_nll, imputation, conditional_nll, joint_nll,
+    coherence, parameters, seconds_per_step, or another entry of `dmvae.evaluation.search_objectives.OBJECTIVES`.
+    Several without `weights`: their Pareto front. With one value, or `weights`, the best trial is the one with the
+    lowest joint NLL among those within one standard error of the best value."""
     weights: tuple[PositiveFloat, ...] | None = None
     """Weights of the objectives: trials are compared by the weighted sum (coherence counts negatively)."""
     limits: dict[Literal["parameters", "seconds_per_step"], PositiveFloat] = Field(default_factory=dict)

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dmvae.config.search import SearchConfig
-from dmvae.data.batch import Batch, has
+from dmvae.data.batch import Batch, has, has_cells
 from dmvae.data.reading.dataset import Dataset
 from dmvae.data.reading.split import Split
 from dmvae.evaluation.imputation import held_out_errors
@@ -25,6 +25,7 @@ from dmvae.model.dmvae import DMVAE
 
 _PARTS = 8  # blocks of rows that the standard error of a ratio is taken from
 _IMPUTATION_DRAWS = 20
+_NLL_SHARE = 0.25  # of the NLL per value beside the logarithm of the imputation error; see docs/results.md
 
 
 @dataclass(frozen=True)
@@ -166,11 +167,30 @@ def _imputation(evaluation: ModelEvaluation) -> dict[str, Estimate]:
     return found | {"imputation": _average(parts)}
 
 
+def _imputation_and_nll(evaluation: ModelEvaluation) -> dict[str, Estimate]:
+    """The logarithm of the imputation error, plus a quarter of the joint NLL in nats per observed value.
+
+    The logarithm of an error is, up to a constant, the NLL per value of a normal distribution with that deviation. So
+    both are nats per value, and neither depends on the units of a modality but for a constant.
+    """
+    errors = _imputation(evaluation)
+    logs = [
+        Estimate(math.log(part.value), part.se / part.value) for name, part in errors.items() if name != "imputation"
+    ]
+    error, rows = _average(logs), evaluation.evaluator.rows
+    values = torch.stack([has_cells(rows, name).flatten(1).sum(1).double() for name in rows.data]).sum(0)
+    nll = evaluation.joint_nll.cpu().double()
+    per_value = float(nll.sum() / values.sum())
+    # of a ratio of sums, by the delta method
+    spread = float((nll - per_value * values).std()) * math.sqrt(len(values)) / float(values.sum())
+    both = Estimate(error.value + _NLL_SHARE * per_value, error.se + _NLL_SHARE * spread)
+    return errors | _joint_nll(evaluation) | {"imputation_and_nll": both}
+
+
 def _check_imputation(evaluator: ObjectiveEvaluator) -> None:
     if not evaluator.deviations:
         raise ValueError(
-            "Cannot compute the objective 'imputation': the dataset has no floating-point modality. "
-            "Use conditional_nll."
+            "Cannot compute an error of imputation: the dataset has no floating-point modality. Use conditional_nll."
         )
 
 
@@ -193,6 +213,7 @@ def _parameters(evaluation: ModelEvaluation) -> dict[str, Estimate]:
 
 OBJECTIVES: dict[str, SearchObjective] = {
     "imputation": SearchObjective(_imputation, _check_imputation, predicts=True),
+    "imputation_and_nll": SearchObjective(_imputation_and_nll, _check_imputation, predicts=True),
     "conditional_nll": SearchObjective(_conditional_nll, predicts=True),
     "joint_nll": SearchObjective(_joint_nll),
     "coherence": SearchObjective(
@@ -225,6 +246,12 @@ def check(dataset: Dataset, train_split: str, split: str, names: Sequence[str], 
                     f"Cannot compute the objective {name!r}: of the first {num_rows} rows of split {split!r}, fewer "
                     f"than {2 * _PARTS} have {modality!r} and another modality. Use joint_nll, or raise judged_rows."
                 )
+
+
+def compared_error(config: SearchConfig, metrics: Mapping[str, float]) -> float:
+    """Return the standard error of the one value that a search minimises; errors of weighted objectives add up."""
+    errors = [metrics.get(f"{name}_se", 0.0) for name in config.objectives]
+    return math.fsum(w * e for w, e in zip(config.weights or (1.0,), errors, strict=True))
 
 
 def compared_values(config: SearchConfig, metrics: Mapping[str, float]) -> tuple[float, ...]:

@@ -19,7 +19,7 @@ def make(**changes: Any) -> SearchConfig:
 def test_a_budget_is_all_that_a_search_needs_to_name() -> None:
     config = make()
     assert config.space.keys() == DEFAULT_SPACE.keys()
-    assert config.objectives == ("imputation",)
+    assert config.objectives == ("imputation_and_nll",)
 
 
 def test_the_base_may_be_the_name_of_a_file() -> None:

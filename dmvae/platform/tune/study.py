@@ -24,7 +24,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from dmvae.config.model import Value
 from dmvae.config.search import Domain, SearchConfig
 from dmvae.data.files import write_atomically
-from dmvae.evaluation.search_objectives import compared_values
+from dmvae.evaluation.search_objectives import compared_error, compared_values
 
 Status = Literal["complete", "stopped", "infeasible", "failed"]
 PARAMS, RESULT = "params.json", "result.json"
@@ -97,7 +97,11 @@ def write_result(folder: Path, result: TrialResult) -> None:
 
 
 def best_trials(config: SearchConfig, trials: list[Trial]) -> list[Trial]:
-    """Return the best trial, or with several objectives the Pareto front; of equals, the earlier trial."""
+    """Return the best trial, or with several objectives the Pareto front; of equals, the earlier trial.
+
+    Of trials within one standard error of the best value, the best is the one with the lowest joint NLL, if the
+    objectives come with one.
+    """
     candidates = [
         (compared_values(config, t.result.figures), t) for t in trials if t.result is not None and t.is_candidate
     ]
@@ -106,7 +110,20 @@ def best_trials(config: SearchConfig, trials: list[Trial]) -> list[Trial]:
     for values, trial in sorted(candidates, key=lambda pair: (pair[0], pair[1].number)):
         if not any(all(a <= b for a, b in zip(other, values, strict=True)) for other, _ in front):
             front.append((values, trial))
-    return [trial for _, trial in front]
+    best = [trial for _, trial in front]
+    return best if config.is_multiple or not best else [_lowest_nll(config, best[0], candidates)]
+
+
+def _lowest_nll(config: SearchConfig, best: Trial, candidates: list[tuple[tuple[float, ...], Trial]]) -> Trial:
+    """Return the trial of the lowest joint NLL among those within one standard error of the best."""
+    assert best.result is not None
+    limit = compared_values(config, best.result.figures)[0] + compared_error(config, best.result.figures)
+    close = [
+        (trial.result.figures["joint_nll"], trial.number, trial)
+        for (value,), trial in candidates
+        if value <= limit and trial.result is not None and "joint_nll" in trial.result.figures
+    ]
+    return min(close)[-1] if close else best
 
 
 def distribution(domain: Domain) -> BaseDistribution:

@@ -47,7 +47,7 @@ def test_a_start_outside_the_space_is_refused(dataset: Path, tmp_path: Path) -> 
 
 def test_an_objective_that_the_data_cannot_give_is_refused(dataset: Path) -> None:
     opened = open_dataset(dataset)
-    with pytest.raises(ValueError, match=r"Unknown objective 'loss'\. Available: imputation, conditional_nll"):
+    with pytest.raises(ValueError, match=r"Unknown objective 'loss'\. Available: imputation, imputation_and_nll"):
         search_objectives.check(opened, "train", "val", ("imputation", "loss"), 200)
     with pytest.raises(ValueError, match="have no labels"):
         search_objectives.check(opened, "train", "val", ("coherence",), 200)
@@ -84,6 +84,13 @@ def test_the_best_was_trained_to_its_end_and_several_objectives_have_a_front(dat
     assert [trial.number for trial in trials] == list(range(6))
     assert trials[5].result is None
     assert [trial.number for trial in best_trials(config, trials)] == [3]
+
+    # of those within one standard error of the best, the one with the best density
+    close = tmp_path / "close"
+    for number, (error, nll) in enumerate([(0.50, 3.0), (0.52, 1.0), (0.51, 2.0), (0.54, 0.0)]):
+        folder = write_params(close, number, {"model.latent_dim": 2, "optim.learning_rate": 0.01})
+        write_result(folder, TrialResult("complete", 3, {"imputation": error, "imputation_se": 0.03, "joint_nll": nll}))
+    assert [trial.number for trial in best_trials(config, trials_of(close))] == [1]
 
     several = make_search(tmp_path, dataset, objectives=["imputation", "parameters"])
     front = tmp_path / "front"
