@@ -88,17 +88,13 @@ def exact_log_prob(model: DMVAE, batch: Batch) -> Tensor:
     return result
 
 
-def exact_conditional(model: DMVAE, batch: Batch, missing: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation of the cells of every row given those that `missing`, `(rows, cells)`, leaves.
-
-    The cells of all modalities lie side by side, and `batch` has all of them.
-    """
+def exact_conditional(model: DMVAE, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation, `(rows, cells)`, of all cells side by side, given those that each row has."""
     names = list(model.config.modalities)
     mean, covariance = joint_gaussian(model, names)
     values = torch.cat([batch.data[name].flatten(1) for name in names], dim=1)
     means, deviations = torch.zeros_like(values), torch.zeros_like(values)
-    for row, gone in enumerate(missing):
-        known = ~gone
+    for row, known in enumerate(observed_cells(batch, names)):
         gain = torch.linalg.solve(covariance[known][:, known], covariance[known]).T
         means[row] = mean + gain @ (values[row] - mean)[known]
         deviations[row] = (covariance - gain @ covariance[known]).diagonal().clamp(min=0).sqrt()

@@ -21,6 +21,7 @@ from dmvae.model.encoding import Modalities, check_observed, combine, conform, o
 from dmvae.model.generation import decode_latents, draw_latents, draw_seed, inference_mode, sample_latents
 from dmvae.model.loss import Decode, Noise, Observed, multimodal_elbo_loss
 from dmvae.model.nll.estimate import NLLEstimate, joint_nll
+from dmvae.model.nll.posterior_draws import posterior_draws
 from dmvae.model.outputs import DMVAEOutput, ModelOutput
 from dmvae.model.serialization import MODEL_CONFIG as MODEL_CONFIG
 from dmvae.model.serialization import MODEL_WEIGHTS as MODEL_WEIGHTS
@@ -247,6 +248,18 @@ class DMVAE(nn.Module):
         present = {name: part.present for name, part in observed.items()}
         return draw_latents(shared, private, present, N, return_mean, flatten, generator, density)
 
+    def draw_posterior(self, inputs: Inputs, num_draws: int, seed: int = 0) -> ModelOutput:
+        """Draw latents from a fit to each row's posterior given all that it has; see `dmvae.model.nll.posterior_draws`.
+
+        Slower than `encode`, which draws from the encoders' posteriors, and closer.
+
+        Returns:
+            `.z` and `.modalities_z[m]`, `(num_draws, rows, dim)`.
+        """
+        batch = self._batch(inputs)
+        with inference_mode(self):
+            return posterior_draws(self, batch, num_draws, seed)
+
     def decode(self, embedding: Mapping[str, Any], modalities: Modalities = "all") -> ModelOutput:
         """Decode latents as `encode` and `generate_from_prior` return them.
 
@@ -283,6 +296,17 @@ class DMVAE(nn.Module):
         if inputs is None or not likelihood.are_counts:
             return likelihood.mean(output)
         return likelihood.mean_at(output, size_factors(self._batch(inputs), modality, likelihood.size_factor, output))
+
+    def draw_values(
+        self, output: Tensor, modality: str, inputs: Inputs | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Draw x_m given a decoder's output `(..., rows, *output_shape)`: its mean is `means`, its spread the noise."""
+        likelihood = self.likelihoods[modality]
+        with torch.no_grad():
+            if inputs is None or not likelihood.are_counts:
+                return likelihood.sample(output, generator)
+            sizes = size_factors(self._batch(inputs), modality, likelihood.size_factor, output)
+            return likelihood.sample_at(output, sizes, generator)
 
     def generate_from_prior(
         self, n_samples: int, generator: torch.Generator | None = None, density: FittedPrior | None = None

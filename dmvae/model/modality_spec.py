@@ -45,9 +45,12 @@ class ModalitySpec(BaseModel):
         """Convert values `(..., *shape)` from the model's units to the data's."""
         return self._scale.show(values)
 
-    def log_jacobian(self, values: Tensor) -> Tensor:
-        """Return the nats to add to -log p of each row of values in the model's units, for that in the data's units."""
-        return self._scale.log_jacobian(values)
+    def log_jacobian(self, values: Tensor, cells: Tensor | None = None) -> Tensor:
+        """Return the nats to add to -log p of each row of values in the model's units, for that in the data's units.
+
+        With `cells`, true where a value is observed, -log p is that of the observed cells.
+        """
+        return self._scale.log_jacobian(values, cells)
 
     def parsed(self, given: Any, where: str) -> list[Any]:
         """Return the values of a row as numbers in the order of the features, NaN where one is missing.

@@ -15,7 +15,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, create_model
 from torch import Tensor
 
-from dmvae.data.batch import Batch
+from dmvae.data.batch import Batch, has
 from dmvae.distributions.likelihoods.columns import Columns
 from dmvae.model.dmvae import DMVAE
 from dmvae.model.modality_spec import ModalitySpec as ModalitySpec
@@ -24,10 +24,12 @@ UNITS = "units.json"
 Operation = Literal["encode", "reconstruct", "impute", "nll", "sample"]
 OPERATIONS: tuple[Operation, ...] = ("encode", "reconstruct", "impute", "nll", "sample")
 MAX_DRAWS = 100_000
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+"""Of the draws of imputed values."""
 
 
 def row_type(shapes: Mapping[str, Sequence[int]], named: Collection[str] = ()) -> type[BaseModel]:
-    """Return the type of one row: modalities may be left out or null, and unknown names are refused.
+    """Return the type of one row: modalities and cells may be left out or null, and unknown names are refused.
 
     Values of the modalities in `named` are a list, or an object by the names of their features.
     """
@@ -36,7 +38,7 @@ def row_type(shapes: Mapping[str, Sequence[int]], named: Collection[str] = ()) -
         if name in named:
             fields[name] = (list[Any] | dict[str, Any] | None, None)
             continue
-        nested: Any = float
+        nested: Any = float | None if shape else float
         for _ in shape:
             nested = list[nested]
         fields[name] = (nested | None, None)
@@ -51,9 +53,9 @@ class Request(BaseModel):
     operation: Operation = "impute"
     """`encode`, `reconstruct` observed modalities, `impute` missing ones, `nll`, or `sample` from the prior."""
     num_samples: int = Field(0, ge=0, le=1000)
-    """Draws that `impute` returns beside mean and standard deviation."""
+    """Draws of the mean that `impute` returns beside mean and standard deviation."""
     num_draws: PositiveInt = Field(100, ge=2, le=MAX_DRAWS)
-    """Draws for the mean and standard deviation of `impute`; decoder rows per modality of `nll`."""
+    """Draws for the mean, standard deviation and quantiles of `impute`; decoder rows per modality of `nll`."""
     seed: int = Field(0, ge=0, lt=2**62)
     """Seed of the draws."""
 
@@ -113,15 +115,22 @@ class Predictor:
         """
         data, masks = {}, {}
         for name, unit in self.units.items():
-            masks[name] = torch.tensor([row[name] is not None for row in rows], dtype=torch.bool)
+            given = self._given(name, rows)
+            known = ~given.isnan()
             # in float64, since values with a large mean must be scaled before they lose digits
             wide, dtype = (torch.float64, torch.float32) if unit.classes is None else (torch.int64, torch.int64)
-            values = torch.zeros((len(rows), *unit.shape), dtype=wide)
-            for number, row in enumerate(rows):
-                if row[name] is not None:
-                    values[number] = self._checked(name, row[name], number)
-            data[name] = unit.read(values, dtype)
+            values = unit.read(given.nan_to_num(nan=0).to(wide), dtype)
+            data[name] = torch.where(known, values, 0)
+            masks[name] = known if name in self.model.config.missing_cells else known.flatten(1).any(1)
         return Batch(data, masks, size_factors=self._size_factors(rows))
+
+    def _given(self, name: str, rows: Sequence[Mapping[str, Any]]) -> Tensor:
+        """Return the values of a modality in the data's units, in float64; NaN where a row lacks them."""
+        given = torch.full((len(rows), *self.units[name].shape), math.nan, dtype=torch.float64)
+        for number, row in enumerate(rows):
+            if row[name] is not None:
+                given[number] = self._checked(name, row[name], number)
+        return given
 
     def _size_factors(self, rows: Sequence[Mapping[str, Any]]) -> Tensor | None:
         if not self.counts:
@@ -144,11 +153,15 @@ class Predictor:
         parsed = self.parse(rows)
         batch = self.batch(parsed)
         answers: list[dict[str, Any]] = [
-            {"observed": [name for name in self.units if row[name] is not None]} for row in parsed
+            {"observed": [name for name in self.units if bool(has(batch, name)[number])]}
+            for number in range(len(parsed))
         ]
         if answers:
             generator = torch.Generator(device=self.model.device).manual_seed(request.seed)
-            getattr(self, f"_{request.operation}")(batch, request, answers, generator)
+            if request.operation == "impute":
+                self._impute(batch, parsed, request, answers, generator)
+            else:
+                getattr(self, f"_{request.operation}")(batch, request, answers, generator)
         return answers
 
     def _encode(self, batch: Batch, _: Request, answers: list[dict[str, Any]], __: torch.Generator) -> None:
@@ -171,38 +184,68 @@ class Predictor:
                     answer.setdefault("values", {})[name] = unit.written(shown[number])
 
     def _impute(
-        self, batch: Batch, request: Request, answers: list[dict[str, Any]], generator: torch.Generator
+        self,
+        batch: Batch,
+        parsed: Sequence[Mapping[str, Any]],
+        request: Request,
+        answers: list[dict[str, Any]],
+        generator: torch.Generator,
     ) -> None:
-        """Impute with the same normal draws for every row, so that answers do not depend on the other rows."""
-        num = max(request.num_draws, request.num_samples)
-        with torch.no_grad():
-            shared, private = self.model.posteriors(batch)
-        drawn = {
-            name: gaussian.sample(_normals(num, gaussian.mean, generator))
-            for name, gaussian in {"": shared, **private}.items()
-        }
+        """Impute modalities and cells, given everything else that the row has; cells that it has keep their values.
+
+        All rows have the same normal draws, so that answers do not depend on the other rows.
+        """
+        drawn, middle = self._latents(batch, max(request.num_draws, request.num_samples), request.seed, generator)
         for answer in answers:
             answer["imputed"] = {}
         for name, unit in self.units.items():
-            missing = [number for number, answer in enumerate(answers) if name not in answer["observed"]]
+            given = self._given(name, parsed)
+            missing = given.isnan().flatten(1).any(1).nonzero().squeeze(1).tolist()
             if not missing:
                 continue
-            rows = batch[torch.tensor(missing)]
-            draws = unit.show(self._decoded(name, drawn[""][:, missing], drawn[name][:, missing], rows))
-            best = unit.show(self._decoded(name, shared.mean[missing], private[name].mean[missing], rows))
+            rows, given = batch[torch.tensor(missing)], given[missing]
+            known, classes = ~given.isnan(), self.model.likelihoods[name].classes
+            if classes is not None:
+                known, given = known.unsqueeze(-1), _one_hot(given, classes)
+            output = self._output(name, drawn[""][:, missing], drawn[name][:, missing])
+            draws = unit.show(self.model.means(output, name, rows).double().cpu())
+            best = unit.show(self._decoded(name, middle[""][missing], middle[name][missing], rows))
+            quantiles = self._quantiles(name, output, rows, request.seed)
+            draws, best = (torch.where(known, given, values) for values in (draws, best))
+            quantiles = {share: torch.where(known, given, values) for share, values in quantiles.items()}
             mean, sd = draws.mean(0), draws.std(0)
-            classes = self._class_probabilities(name, drawn[""][:, missing], drawn[name][:, missing])
+            by_class = self._class_probabilities(name, drawn[""][:, missing], drawn[name][:, missing])
             for place, number in enumerate(missing):
                 told = {
                     "mean": unit.numbers(mean[place]),
                     "sd": unit.numbers(sd[place]),
                     "best": unit.written(best[place]),
                 }
-                if classes:
-                    told["probabilities"] = {column: p[place] for column, p in classes.items()}
+                if quantiles:
+                    told["quantiles"] = {share: unit.numbers(values[place]) for share, values in quantiles.items()}
+                if by_class:
+                    told["probabilities"] = {column: p[place] for column, p in by_class.items()}
                 if request.num_samples:
                     told["samples"] = [unit.written(draw) for draw in draws[: request.num_samples, place]]
                 answers[number]["imputed"][name] = told
+
+    def _latents(
+        self, batch: Batch, num: int, seed: int, generator: torch.Generator
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return draws `(draw, row, dim)` of the shared (``""``) and each private latent, and their means.
+
+        They are of the encoders' posteriors, or of a fit to each row's where rows may have any pattern of cells.
+        """
+        if self.model.config.missing_cells:
+            alike = replace(batch, ids=torch.zeros(len(batch), dtype=torch.int64))
+            found = self.model.draw_posterior(alike, num, seed)
+            drawn = {"": found.z, **found.modalities_z}
+            return drawn, {name: draws.mean(0) for name, draws in drawn.items()}
+        with torch.no_grad():
+            shared, private = self.model.posteriors(batch)
+        latents = {"": shared, **private}
+        drawn = {name: gaussian.sample(_normals(num, gaussian.mean, generator)) for name, gaussian in latents.items()}
+        return drawn, {name: gaussian.mean for name, gaussian in latents.items()}
 
     def _class_probabilities(self, name: str, shared: Tensor, private: Tensor) -> dict[str, list[dict[str, float]]]:
         """Return the mean over draws `(draw, row, dim)` of the probabilities of classes: by column, row and class."""
@@ -217,16 +260,38 @@ class Predictor:
             for place, p in sorted(likelihood.probabilities(output).items())
         }
 
+    def _quantiles(self, name: str, output: Tensor, rows: Batch, seed: int) -> dict[str, Tensor]:
+        """Return quantiles `(row, *shape)` of draws of the values, whose spread includes the noise; none of classes.
+
+        Every row has the same random numbers, so that answers do not depend on the other rows.
+        """
+        if self.units[name].classes is not None:
+            return {}
+        parts = []
+        for place in range(len(rows)):
+            generator = torch.Generator(device=self.model.device).manual_seed(seed)
+            own = self.model.draw_values(output[:, place : place + 1], name, rows[place], generator)
+            parts.append(self.units[name].show(own.double().cpu()))
+        draws = torch.cat(parts, dim=1)
+        return {f"{share:g}": draws.quantile(share, dim=0, interpolation="nearest") for share in QUANTILES}
+
+    def _output(self, name: str, shared: Tensor, private: Tensor) -> Tensor:
+        """Decode latents `(..., row, dim)` to the output of one modality's decoder."""
+        output: Tensor = self.model.decode({"z": shared, "modalities_z": {name: private}}, name)[name]
+        return output
+
     def _decoded(self, name: str, shared: Tensor, private: Tensor, rows: Batch) -> Tensor:
         """Decode latents `(..., row, dim)` to the mean of one modality, on the CPU."""
-        output = self.model.decode({"z": shared, "modalities_z": {name: private}}, name)[name]
-        return self.model.means(output, name, rows).double().cpu()
+        return self.model.means(self._output(name, shared, private), name, rows).double().cpu()
 
     def _nll(self, batch: Batch, request: Request, answers: list[dict[str, Any]], _: torch.Generator) -> None:
         # the same id for all: draws depend on the id and the seed, and must not depend on the other rows
         batch = replace(batch, ids=torch.zeros(len(batch), dtype=torch.int64))
         found = self.model.joint_nll(batch, request.num_draws, seed=request.seed)
-        jacobians = {name: unit.log_jacobian(batch.data[name]).tolist() for name, unit in self.units.items()}
+        cells = batch.cells or {}
+        jacobians = {
+            name: unit.log_jacobian(batch.data[name], cells.get(name)).tolist() for name, unit in self.units.items()
+        }
         for number, answer in enumerate(answers):
             jacobian = math.fsum(jacobians[name][number] for name in answer["observed"])
             answer |= {"nll": float(found.nll[number]) + jacobian, "nll_se": float(found.se[number])}
@@ -249,18 +314,33 @@ class Predictor:
             raise ValueError(f"{where}: expected shape {unit.shape}, got ragged lists or no numbers.") from None
         if array.shape != unit.shape:
             raise ValueError(f"{where}: expected shape {unit.shape}, got {array.shape}.")
-        if not np.isfinite(array).all():
-            raise ValueError(f"{where}: values must be finite, but got NaN or infinity. Leave out what is missing.")
-        if unit.dtype == "uint8" and (array.min() < 0 or array.max() > 255):
-            raise ValueError(f"{where}: values must be 0 to 255, but got {array.min():g} to {array.max():g}.")
-        if unit.scaling == "log1p" and array.min() < 0:
-            raise ValueError(f"{where}: values must be 0 or more, but got {array.min():g}.")
-        if unit.classes is not None and ((array % 1 != 0).any() or array.min() < 0 or array.max() >= unit.classes):
-            raise ValueError(f"{where}: values must be classes 0 to {unit.classes - 1}, but got {array.max():g}.")
-        if name in self.counts and ((array % 1 != 0).any() or array.min() < 0):
-            wrong = array[(array % 1 != 0) | (array < 0)][0]
+        known = ~np.isnan(array)
+        if not known.all() and name not in self.model.config.missing_cells:
+            raise ValueError(
+                f"{where}: values must be finite, but got NaN or null. The model was trained on rows that have all "
+                f"cells of {name!r}: leave out the modality."
+            )
+        if np.isinf(array).any():
+            raise ValueError(f"{where}: values must be finite, but got infinity. Set a missing one to null.")
+        checked = array[known]
+        if not len(checked):
+            return torch.from_numpy(array)
+        low, high, is_whole = checked.min(), checked.max(), not (checked % 1).any()
+        if unit.dtype == "uint8" and (low < 0 or high > 255):
+            raise ValueError(f"{where}: values must be 0 to 255, but got {low:g} to {high:g}.")
+        if unit.scaling == "log1p" and low < 0:
+            raise ValueError(f"{where}: values must be 0 or more, but got {low:g}.")
+        if unit.classes is not None and (not is_whole or low < 0 or high >= unit.classes):
+            raise ValueError(f"{where}: values must be classes 0 to {unit.classes - 1}, but got {high:g}.")
+        if name in self.counts and (not is_whole or low < 0):
+            wrong = checked[(checked % 1 != 0) | (checked < 0)][0]
             raise ValueError(f"{where}: counts must be whole numbers of 0 or more, but got {wrong:g}.")
         return torch.from_numpy(array)
+
+
+def _one_hot(given: Tensor, classes: int) -> Tensor:
+    """Return classes, NaN where they are missing, as probabilities in a last dimension."""
+    return torch.eq(given.unsqueeze(-1), torch.arange(classes)).double()
 
 
 def _normals(num: int, like: Tensor, generator: torch.Generator) -> Tensor:

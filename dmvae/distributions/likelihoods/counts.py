@@ -50,6 +50,16 @@ class Counts(Likelihood):
         """Draw counts at `size_factor`."""
         return torch.poisson(self.mean(output), generator=generator)
 
+    def sample_at(
+        self,
+        output: Float[Tensor, "..."],
+        size_factors: Float[Tensor, " row"],
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Draw counts at the rows' size factors."""
+        shift = (size_factors / self.size_factor).log().view(-1, *(1 for _ in self.shape))
+        return self.sample(output + shift, generator)
+
     def in_support(self, value: Tensor) -> bool:
         """Tell whether every value is a whole number of 0 or more."""
         return bool(((value >= 0) & (value == value.floor()) & value.isfinite()).all())

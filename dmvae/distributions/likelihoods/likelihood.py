@@ -78,6 +78,15 @@ class Likelihood(nn.Module):
         """Draw values given the decoder's output, with its leading dimensions; counts at `size_factor`."""
         raise NotImplementedError(f"{type(self).__name__} does not define `sample`.")
 
+    def sample_at(
+        self,
+        output: Float[Tensor, "..."],
+        size_factors: Float[Tensor, " row"],
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Draw values for an output `(..., row, *shape)`, counts at the rows' size factors."""
+        return self.sample(output, generator)
+
     def observe(self, value: Tensor, size_factors: Tensor | None) -> Tensor:
         """Return observed rows in the form that `log_prob`, `score` and `information` take: by default, the values."""
         return value

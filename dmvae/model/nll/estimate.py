@@ -164,18 +164,41 @@ def joint_nll(
     probes = 1 + model.config.latent_dim + max(model.config.private_dims[name] for name in modalities)
     budget = _Budget(K, _affordable_steps(K, probes) if proposal == "refined" else 0, min(K, batch_size_K))
     estimate = NLLEstimate.for_empty_rows(len(batch), K, "refined" if budget.steps else "encoder", model.device)
-    forward_mode = _forward_mode(model, modalities) if budget.steps else dict.fromkeys(modalities, False)
     ids = torch.arange(len(batch)) if batch.ids is None else batch.ids
     keys = chain(seed, row_keys(ids)).to(model.device)
-    at_once = _rows_at_once(
-        model, modalities, max(budget.chunk, *((STARTS_AT_ONCE * probes, PILOT_CHAINS) if budget.steps else (1,)))
-    )
+    at_once = max(budget.chunk, *((STARTS_AT_ONCE * probes, PILOT_CHAINS) if budget.steps else (1,)))
+    for _, chosen, rows in rows_by_pattern(model, batch, keys, modalities, at_once, derivatives=bool(budget.steps)):
+        estimate = estimate.put(chosen, _estimate(rows, budget))
+    return estimate
+
+
+def rows_by_pattern(
+    model: LatentModel,
+    batch: Batch,
+    keys: Int64[Tensor, " row"],
+    modalities: Sequence[str],
+    decoded_per_row: int,
+    derivatives: bool = True,
+) -> Iterator[tuple[tuple[str, ...], Int64[Tensor, " chosen"], PatternRows]]:
+    """Yield rows that have the same of `modalities`, encoded, in pieces of bounded memory; none without any.
+
+    Args:
+        model: in eval mode.
+        batch: rows on the model's device.
+        keys: names of the rows' noise.
+        modalities: which to count.
+        decoded_per_row: decoder rows per modality that one row takes at once.
+        derivatives: whether decoders are linearised.
+
+    Yields:
+        The modalities, the places of the rows in the batch, and the rows.
+    """
+    forward_mode = _forward_mode(model, modalities) if derivatives else dict.fromkeys(modalities, False)
+    at_once = _rows_at_once(model, modalities, decoded_per_row)
     for names, members in _patterns(batch, modalities):
         for start, num in pieces(len(members), at_once):
             chosen = members[start : start + num]
-            rows = _gather(model, batch, keys, names, chosen, forward_mode)
-            estimate = estimate.put(chosen, _estimate(rows, budget))
-    return estimate
+            yield names, chosen, _gather(model, batch, keys, names, chosen, forward_mode)
 
 
 def _affordable_steps(total: int, probes: int) -> int:

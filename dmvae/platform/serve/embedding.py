@@ -15,14 +15,15 @@ import pyarrow.parquet as pq
 import torch
 
 from dmvae.config.registry import EmbedConfig
-from dmvae.data.batch import Batch, has
+from dmvae.data.batch import Batch, has, has_cells
 from dmvae.data.files import sha256_of
 from dmvae.data.progress import Progress
 from dmvae.data.reading.dataset import Dataset, open_dataset
 from dmvae.distributions.likelihoods.columns import Columns
+from dmvae.evaluation.metrics import generator_of
 from dmvae.model.dmvae import DMVAE
 from dmvae.model.named_values import written
-from dmvae.model.predictor import UNITS, ModalitySpec, Predictor
+from dmvae.model.predictor import QUANTILES, UNITS, ModalitySpec, Predictor
 from dmvae.model.serialization import MODEL_WEIGHTS
 from dmvae.platform.cluster import local_cluster
 from dmvae.platform.evaluate.checks import check_fit
@@ -30,6 +31,7 @@ from dmvae.platform.evaluate.worker_pool import map_on_workers, torch_device
 from dmvae.platform.serve.registry import downloaded
 
 _BLOCK_ROWS = 1024
+_DRAWS = 100  # of imputed values
 _MOST_COLUMNS = 1000
 """Features that get an imputed column each, at most; of more, a row's values are one list."""
 _KEY = b"dmvae.made_by"
@@ -160,30 +162,74 @@ class Embedder:
                 columns[f"private_mean/{name}"] = _lists(part.mean, observed)
                 columns[f"private_log_var/{name}"] = _lists(part.log_var, observed)
         if self._config.impute:
-            outputs = self._model.predict(batch, return_mean=True)
+            generator = generator_of(self._model, batch, 0)
+            if self._model.config.missing_cells:
+                latents = self._model.draw_posterior(batch, _DRAWS)
+                means = {name: draws.mean(0) for name, draws in latents.modalities_z.items()}
+                best = self._model.decode({"z": latents.z.mean(0), "modalities_z": means})
+                drawn = self._model.decode(latents)
+            else:
+                best = self._model.predict(batch, return_mean=True)
+                drawn = self._model.predict(batch, N=_DRAWS, generator=generator)
             for name, spec in self._trained.items():
-                values = spec.show(self._model.means(outputs[name], name, batch).float().cpu())
-                columns |= self._imputed(name, spec, values, outputs[name], ~has(batch, name).numpy())
+                values = spec.show(self._model.means(best[name], name, batch).float().cpu())
+                columns |= self._imputed(name, spec, values, best[name], batch)
+                if spec.classes is None:
+                    columns |= self._spread(name, spec, drawn[name], batch, generator)
         return pa.table(columns)
 
-    def _imputed(
-        self, name: str, spec: ModalitySpec, values: torch.Tensor, output: torch.Tensor, missing: np.ndarray
+    def _spread(
+        self, name: str, spec: ModalitySpec, output: torch.Tensor, batch: Batch, generator: torch.Generator
     ) -> dict[str, pa.Array]:
-        """Return the imputed values of a modality: a column for each feature that has a name, else one of lists."""
+        """Return standard deviation and quantiles of draws of the values that rows lack, of columns without classes."""
+        output = output.reshape(_DRAWS, len(batch), *output.shape[2:])
+        draws = spec.show(self._model.draw_values(output, name, batch, generator).float().cpu())
+        found = self._columns("imputed_sd", name, spec, draws.std(0), batch, as_written=False)
+        for share in (QUANTILES[0], QUANTILES[-1]):
+            values = draws.quantile(share, dim=0, interpolation="nearest")
+            found |= self._columns(f"imputed_q{share:.2f}", name, spec, values, batch)
+        classes = {
+            feature for feature, column in zip(spec.features or (), spec.columns or (), strict=False) if column.classes
+        }
+        return {key: cells for key, cells in found.items() if key.rpartition("/")[2] not in classes}
+
+    def _columns(
+        self, what: str, name: str, spec: ModalitySpec, values: torch.Tensor, batch: Batch, as_written: bool = True
+    ) -> dict[str, pa.Array]:
+        """Return values of a modality that rows lack: a column for each feature that has a name, else one of lists.
+
+        A column is null where a row has the cell. A list has all cells of a row that lacks some; those that the row has
+        keep their values, with deviation 0. It is null for other rows.
+        """
+        known = has_cells(batch, name)
         if spec.features is None or len(spec.features) > _MOST_COLUMNS:
-            return {f"imputed/{name}": _lists(values.flatten(1), missing)}
+            if spec.classes is not None:
+                given = torch.nn.functional.one_hot(batch.data[name].cpu(), spec.classes).to(values)
+                filled = torch.where(known.unsqueeze(-1), given, values)
+            else:
+                given = spec.show(batch.data[name].cpu().to(values)) if as_written else torch.zeros_like(values)
+                filled = torch.where(known, given, values)
+            return {f"{what}/{name}": _lists(filled.flatten(1), ~known.flatten(1).all(1).numpy())}
         found: dict[str, pa.Array] = {}
         for place, feature in enumerate(spec.features):
             cells: Any = values[:, place].numpy()
-            if spec.columns is not None:
+            if spec.columns is not None and as_written:
                 cells = [written(number, spec.columns[place]) for number in cells.tolist()]
-            found[f"imputed/{name}/{feature}"] = pa.array(cells, mask=~missing)
+            found[f"{what}/{name}/{feature}"] = pa.array(cells, mask=known[:, place].numpy())
+        return found
+
+    def _imputed(
+        self, name: str, spec: ModalitySpec, values: torch.Tensor, output: torch.Tensor, batch: Batch
+    ) -> dict[str, pa.Array]:
+        """Return the imputed values of a modality, and the probabilities of classes."""
+        found, known = self._columns("imputed", name, spec, values, batch), has_cells(batch, name)
         likelihood = self._model.likelihoods[name]
-        if spec.columns is None or not isinstance(likelihood, Columns):
+        if spec.columns is None or spec.features is None or not isinstance(likelihood, Columns):
             return found
         for place, p in sorted(likelihood.probabilities(output).items()):
             for cls, share in zip(spec.columns[place].classes, p.float().cpu().numpy().T, strict=True):
-                found[f"probability/{name}/{spec.features[place]}/{cls}"] = pa.array(share, mask=~missing)
+                mask = known[:, place].numpy()
+                found[f"probability/{name}/{spec.features[place]}/{cls}"] = pa.array(share, mask=mask)
         return found
 
     def _rescaled(self, batch: Batch) -> Batch:

@@ -15,6 +15,7 @@ from dmvae.config.data import PrepareConfig
 from dmvae.config.registry import EmbedConfig
 from dmvae.config.training import TrainConfig
 from dmvae.data.batch import has
+from dmvae.data.format.schema import MISSING_INTEGER
 from dmvae.data.preparation.prepare import prepare
 from dmvae.data.reading.dataset import open_dataset
 from dmvae.data.reading.loader import read_rows
@@ -154,3 +155,44 @@ def test_imputed_columns_have_the_names_of_features_and_classes(tmp_path: Path) 
     assert sum(found[f"probability/clinic/stage/{name}"][place] for name in names) == pytest.approx(1, abs=1e-5)
     assert found["imputed/clinic/age"][found["id"].index(15)] is None
     assert found["imputed/blood/iron"][place] is None
+
+
+def test_missing_cells_are_imputed_and_the_others_kept(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    values = rng.normal(5, 2, (30, 3))
+    values[rng.random(values.shape) < 0.3] = np.nan
+    values[0] = (1, np.nan, 2)
+    codes = rng.integers(0, 3, (30, 2))
+    codes[::4, 1] = MISSING_INTEGER
+    np.savez(tmp_path / "rows.npz", x=values, code=codes, count=np.where(codes < 0, np.nan, 7.0))
+    config = {
+        "dataset": f"{tmp_path}/data",
+        "source": {"kind": "npz", "path": f"{tmp_path}/rows.npz"},
+        "scaling": {"x": "standardise"},
+        "likelihood": {"count": "poisson"},
+        "splits": {"train": 1.0},
+    }
+    prepare(PrepareConfig.model_validate(config), progress=lambda _: None)
+    run = {"name": "r", "data": {"dataset": f"{tmp_path}/data", "val_split": "train"}}
+    run |= {"evaluation": {"split": "train"}}
+    torch.manual_seed(0)
+    DMVAE(resolve(TrainConfig.model_validate(run), open_dataset(tmp_path / "data")).model).save(tmp_path / "model")
+    embed(configure(tmp_path, tmp_path / "out"), lambda line: None)
+    found = read(tmp_path / "out")
+    for place, number in enumerate(found["id"]):
+        known = ~np.isnan(values[number])
+        if known.all() or not known.any():
+            assert (found["imputed/x"][place] is None) == bool(known.all())
+            continue
+        parts = [np.array(found[f"imputed{part}/x"][place]) for part in ("", "_sd", "_q0.05", "_q0.95")]
+        for part in (parts[0], *parts[2:]):
+            np.testing.assert_allclose(part[known], values[number][known], rtol=1e-5)
+        assert (parts[1][known] == 0).all()
+        assert (parts[1][~known] > 0).all()
+        assert (parts[2][~known] < parts[3][~known]).all()
+        assert (found["imputed/code"][place] is None) == bool(number % 4)
+    place = found["id"].index(4)
+    np.testing.assert_allclose(np.sum(np.reshape(found["imputed/code"][place], (2, 3)), axis=1), 1, rtol=1e-5)
+    assert found["imputed_q0.95/count"][place][0] == 7
+    assert found["imputed_q0.95/count"][place][1] == round(found["imputed_q0.95/count"][place][1])
+    assert "imputed_sd/code" not in found
