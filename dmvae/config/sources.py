@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator
 
 from dmvae.config.likelihoods import ColumnKind
-from dmvae.config.section import ModalityName, Section, Size
+from dmvae.config.section import Count, ModalityName, Section, Size
 
 
 class NpzArray(Section):
@@ -100,25 +100,52 @@ class ParquetSource(Section):
     modalities: dict[ModalityName, ColumnGroup] | None = Field(default=None, min_length=1)
 
 
-class CsvTable(ColumnGroup):
-    """The file of one modality; its numeric columns become one vector.
+class CsvDialect(Section):
+    """How text files are written. What is not set is found in the file's first lines, and said if it is unusual.
 
     Attributes:
-        path: the file. `.tsv` and `.tab` files are tab-separated, all others comma-separated.
+        delimiter: the character between cells.
+        decimal: the decimal mark.
+        thousands: the mark between groups of three digits, such as `.` or `'`.
+        encoding: the encoding of the text, such as `cp1252` or `utf-16`.
+        comment: what lines that are ignored begin with.
+        null: words that stand for a missing value, beside the usual ones such as `NA`, `.` and `?`.
+        header: the number of the line with the names of columns; 0 if there is none, and then they are 1, 2, ...
+    """
+
+    delimiter: str | None = Field(default=None, min_length=1, max_length=1)
+    decimal: Literal[".", ","] | None = None
+    thousands: str | None = Field(default=None, min_length=1, max_length=1)
+    encoding: str | None = None
+    comment: str | None = Field(default=None, min_length=1)
+    null: tuple[str, ...] = ()
+    header: Count | None = None
+
+
+class CsvTable(ColumnGroup):
+    """The file of one modality; its columns become one vector or table.
+
+    Attributes:
+        path: the file. It may be compressed (`.gz`, `.bz2`).
+        dialect: how this file is written. None takes `source.dialect`.
     """
 
     path: str = Field(min_length=1)
+    dialect: CsvDialect | None = None
     columns: str | tuple[str, ...] = Field(default="*", min_length=1)
 
 
 class CsvSource(Section):
-    """CSV or TSV files with a header, one for each modality, joined on a column of ids.
+    """CSV, TSV or other delimited files, one for each modality, joined on a column of ids.
 
     A modality is missing in the rows whose id is not in its file, and where all its values are empty or `NA`.
+    A first column without a name, as R and pandas write row names, is the id.
 
     Attributes:
         modalities: the file and columns of each modality.
         id: the column of ids, in every file.
+        join: what makes a row: the same `id`, or the same place in every file (`order`), which then have as many rows.
+        dialect: how the files are written.
         rows: a file with the ids of all rows and, optionally, labels and splits. None takes every id in any file.
         label: the column of labels in `rows` (integers, names or empty). Optional.
         split: the column of split names in `rows`. Optional.
@@ -130,6 +157,8 @@ class CsvSource(Section):
     kind: Literal["csv"] = "csv"
     modalities: dict[ModalityName, CsvTable] = Field(min_length=1)
     id: str = "id"
+    join: Literal["id", "order"] = "id"
+    dialect: CsvDialect = CsvDialect()
     rows: str | None = None
     label: str = "label"
     split: str = "split"
@@ -158,6 +187,7 @@ class ImagesSource(Section):
 
     Attributes:
         table: the table. It has a header and one line for each row of the dataset.
+        dialect: how the table is written.
         folder: the folder that file names are relative to.
         modalities: the column of file names of each modality; images are uint8 `(channels, height, width)`.
         id: the column of ids.
@@ -168,6 +198,7 @@ class ImagesSource(Section):
 
     kind: Literal["images"] = "images"
     table: str = Field(min_length=1)
+    dialect: CsvDialect = CsvDialect()
     folder: str = Field(min_length=1)
     modalities: dict[ModalityName, ImageColumn] = Field(min_length=1)
     id: str = "id"

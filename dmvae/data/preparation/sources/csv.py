@@ -1,33 +1,39 @@
-"""Rows from CSV or TSV: one file for each modality, joined on a column of ids."""
+"""Rows from delimited text: one file for each modality, joined on a column of ids or by the order of rows."""
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv as pacsv
 
-from dmvae.config.sources import CsvSource, CsvTable, ImagesSource
+from dmvae.config.sources import CsvSource, CsvTable
 from dmvae.data.errors import DatasetError
 from dmvae.data.preparation.class_names import ClassNames
 from dmvae.data.preparation.rows import Rows
 from dmvae.data.preparation.sources.arrow_columns import (
     Array,
     Values,
-    find_row_columns,
     match_columns,
+    not_taken,
     read_modality,
-    read_row_column,
-    shown,
+)
+from dmvae.data.preparation.sources.dialect import find_dialect
+from dmvae.data.preparation.sources.joins import check_written_alike, join_report
+from dmvae.data.preparation.sources.number_marks import parse_grouped
+from dmvae.data.preparation.sources.row_table import (
+    RowTable,
+    check_ids,
+    find_id,
+    ids_to_numpy,
+    numbered,
+    parse_ids,
+    read_row_table,
+    unreadable,
 )
 from dmvae.data.preparation.stream import Chunk, SourceLocation, Stream, chunk_rows
 from dmvae.data.preparation.tables import Table, is_table
-
-_BLOCK_BYTES = 8 << 20
-"""Also the longest line that can be read."""
 
 
 def read(source: CsvSource, seed: int, scratch: Path) -> Stream:
@@ -45,9 +51,15 @@ def read(source: CsvSource, seed: int, scratch: Path) -> Stream:
     }
     ids = pc.unique(pa.concat_arrays([file.ids for file in files.values()])) if row_table is None else row_table.ids
     _check_join(files, ids, source)
+    notes = [] if row_table is None else list(row_table.notes)
+    for file in files.values():
+        notes += file.notes
+    if row_table is None and len(files) > 1 and source.join == "id":
+        notes += join_report({file.group.path: file.ids for file in files.values()}, ids)
     return Stream(
         _chunks(files, ids, row_table, source),
         len(ids),
+        notes=tuple(dict.fromkeys(notes)),
         features={name: file.features for name, file in files.items()},
         units={name: group.units for name, group in source.modalities.items()},
         labels=ClassNames() if row_table is None else row_table.labels,
@@ -77,15 +89,30 @@ class _ModalityFile:
 
     def __init__(self, name: str, group: CsvTable, source: CsvSource, scratch: Path) -> None:
         self.name, self.group, self.scratch = name, group, scratch
-        reserved = (source.id, source.label, source.split, source.size_factor, source.group)
-        available = [column for column in _header(group.path, source.id) if column not in reserved]
+        self._dialect = find_dialect(group.path, group.dialect or source.dialect, source.id)
+        self._id = find_id(self._dialect, source)
+        reserved = (self._id or source.id, source.label, source.split, source.size_factor, source.group)
+        available = [column for column in self._dialect.columns if column not in reserved]
         columns = match_columns(name, group, available, group.path)
+        self._dialect.check_clear(columns)
         self.features = tuple(columns)
+        left = [column for column in self._dialect.columns if column != self._id and column not in columns]
+        note = self._dialect.note
+        self.notes = [note] * bool(note) + [f"{group.path}: {line}" for line in not_taken(left)]
         self.table: Table | None = None
-        types = _find_types(group.path, columns, group)
-        while (failed := self._read(source.id, types)) is not None:
-            types[failed] = pa.float64() if pa.types.is_integer(types[failed]) else pa.string()
-        _check_ids(self.ids, group.path)
+        types = self._find_types(columns)
+        self._grouped = {c for c in columns if self._may_be_grouped(c, types[c])}
+        types |= dict.fromkeys(self._grouped, pa.string())
+        while (failed := self._read(types)) is not None:
+            # columns that are not grouped numbers after all stay text
+            is_whole = failed not in self._grouped and pa.types.is_integer(types[failed])
+            types[failed] = pa.float64() if is_whole else pa.string()
+            self._grouped.discard(failed)
+        check_ids(self.ids, self._dialect)
+
+    def line(self, row: int) -> int:
+        """Return the number of the line of a row."""
+        return self._dialect.line(row)
 
     @property
     def row_bytes(self) -> int:
@@ -98,175 +125,98 @@ class _ModalityFile:
         mapped = np.memmap(self.scratch, self._dtype, "r", shape=(len(self._present), *self._shape))
         return np.array(mapped[rows]), self._present[rows] & (rows >= 0)
 
-    def _read(self, id_column: str, types: dict[str, pa.DataType]) -> str | None:
+    def _may_be_grouped(self, column: str, kind: pa.DataType) -> bool:
+        """Tell whether a column may hold numbers with marks between thousands."""
+        is_set = self.group.kinds.get(column) in ("category", "binary", "date") or column in self.group.classes
+        is_other = pa.types.is_date(kind) or pa.types.is_timestamp(kind) or pa.types.is_boolean(kind)
+        return self._dialect.thousands is not None and not is_set and not is_other
+
+    def _read(self, types: dict[str, pa.DataType]) -> str | None:
         """Read all rows; return the name of a column whose type does not fit a value, None if all do."""
         group, columns = self.group, list(types)
-        self.table = Table(self.name, columns, group, group.path) if is_table(group, [*types.values()]) else None
+        numeric = {column: pa.float64() if column in self._grouped else kind for column, kind in types.items()}
+        self.table = Table(self.name, columns, group, group.path) if is_table(group, [*numeric.values()]) else None
         if self.table is None:
-            wide = group.dtype is not None or not all(map(pa.types.is_integer, types.values()))
-            types = dict.fromkeys(columns, pa.float64() if wide else pa.int64())
-        convert = pacsv.ConvertOptions(
-            column_types={id_column: pa.string(), **types}, include_columns=[id_column, *columns]
-        )
-        ids, present, line = [pa.array([], pa.string())], [np.zeros(0, dtype=bool)], 2
+            wide = group.dtype is not None or not all(map(pa.types.is_integer, numeric.values()))
+            types = {c: pa.string() if c in self._grouped else pa.float64() if wide else pa.int64() for c in columns}
+        with_id = {} if self._id is None else {self._id: pa.string()}
+        ids, present, row = [pa.array([], pa.string())], [np.zeros(0, dtype=bool)], 0
         self._shape, self._dtype = (len(columns),), np.dtype(group.dtype or "float64")
         try:
-            with self.scratch.open("wb") as file:
-                for batch in _batches(group.path, convert):
+            with (
+                self.scratch.open("wb") as file,
+                self._dialect.open({**with_id, **types}, [*with_id, *columns]) as all_,
+            ):
+                for batch in all_:
                     arrays = [batch.column(column) for column in columns]
-                    location = SourceLocation(group.path, line, "line")
+                    for place, column in enumerate(columns):
+                        if column in self._grouped:
+                            parsed = self._parse_grouped(arrays[place])
+                            if parsed is None:
+                                return column
+                            arrays[place] = parsed
+                    location = SourceLocation(group.path, self._dialect.line(row), "line")
                     if self.table is None:
                         values, observed = read_modality(self.name, arrays, group, location)
                     else:
                         values, observed = self.table.read(arrays, location)
                     values.tofile(file)
                     self._shape, self._dtype = values.shape[1:], values.dtype
-                    ids.append(batch.column(id_column))
+                    ids.append(numbered(row, len(batch)) if self._id is None else batch.column(self._id))
                     present.append(observed)
-                    line += len(batch)
+                    row += len(batch)
         except pa.ArrowInvalid as error:
             found = re.match(r"In CSV column #(\d+): .*conversion error", str(error))
-            if found is None:
-                raise _unreadable(group.path, error) from error
-            return _header(group.path, id_column)[int(found[1])]
+            if found is None or "invalid UTF8" in str(error):
+                raise unreadable(self._dialect, error) from error
+            return self._dialect.columns[int(found[1])]
         self.ids, self._present = pa.concat_arrays(ids), np.concatenate(present)
         return None
 
+    def _parse_grouped(self, column: pa.Array) -> pa.Array | None:
+        column = pc.if_else(pc.is_in(column, pa.array(self._dialect.nulls, column.type)), None, column)
+        return parse_grouped(column, self._dialect.thousands or "", self._dialect.decimal)
 
-def _find_types(path: str, columns: list[str], group: CsvTable) -> dict[str, pa.DataType]:
-    """Return the types of columns as a file's first block suggests them; what is set to classes or dates is text."""
-    read_options = pacsv.ReadOptions(block_size=_BLOCK_BYTES, use_threads=False)
-    with pacsv.open_csv(path, read_options, _parse_options(path)) as reader:
-        found = {column: reader.schema.field(column).type for column in columns}
-    as_text = {column for column, kind in group.kinds.items() if kind in ("category", "binary", "date")}
-    # what is neither a number nor text is a boolean, a date or a time; without any value it may still become a number
-    return {
-        column: pa.string()
-        if column in as_text or column in group.classes
-        else pa.int64()
-        if pa.types.is_null(kind)
-        else kind
-        for column, kind in found.items()
-    }
-
-
-@dataclass(frozen=True)
-class RowTable:
-    """A table with one line for each row of the dataset: the ids and, optionally, labels, splits and the like.
-
-    Attributes:
-        path: the file.
-        table: all of it.
-        ids: its column of ids, as strings.
-        columns: the column of each field of `Rows`.
-        labels: the classes of labels that are no integers.
-    """
-
-    path: str
-    table: pa.Table
-    ids: pa.Array
-    columns: dict[str, str]
-    labels: ClassNames = field(default_factory=ClassNames)
-
-    def location(self, start: int) -> SourceLocation:
-        """Return the location of rows that begin with number `start`; the header is line 1."""
-        return SourceLocation(self.path, start + 2, "line")
-
-    def fields(self, part: slice) -> dict[str, Array]:
-        """Return the fields of `Rows` that the table has, for some rows."""
-        found = {}
-        for name, column in self.columns.items():
-            values = _one_array(self.table.column(column).slice(part.start, part.stop - part.start))
-            found[name] = read_row_column(name, _empty_as_null(values), self.location(part.start), self.labels)
-        return found
-
-
-def read_row_table(path: str, source: CsvSource | ImagesSource) -> RowTable:
-    """Read a table that has one line for each row.
-
-    Raises:
-        DatasetError: if it is absent or is not a table, an id occurs twice, or a column is absent.
-    """
-    _header(path, source.id)
-    try:
-        convert = pacsv.ConvertOptions(column_types={source.id: pa.string()})
-        table = pacsv.read_csv(path, parse_options=_parse_options(path), convert_options=convert)
-    except pa.ArrowException as error:
-        raise _unreadable(path, error) from error
-    ids = _one_array(table.column(source.id))
-    _check_ids(ids, path)
-    settings = ("label", "split", "size_factor", "group")
-    return RowTable(path, table, ids, find_row_columns(source, settings, table.column_names, path))
-
-
-def _parse_options(path: str) -> pacsv.ParseOptions:
-    return pacsv.ParseOptions(delimiter="\t" if Path(path).suffix in (".tsv", ".tab") else ",")
-
-
-def _batches(path: str, convert: pacsv.ConvertOptions) -> Iterator[pa.RecordBatch]:
-    read_options = pacsv.ReadOptions(block_size=_BLOCK_BYTES, use_threads=False)
-    with pacsv.open_csv(path, read_options, _parse_options(path), convert) as reader:
-        yield from reader
-
-
-def _header(path: str, id_column: str) -> list[str]:
-    """Return the column names, after checking that `id_column` is one of them."""
-    if not Path(path).is_file():
-        raise DatasetError(f"Source file not found: {path}. Correct its path in the settings of source.")
-    try:
-        read_options = pacsv.ReadOptions(block_size=_BLOCK_BYTES, use_threads=False)
-        with pacsv.open_csv(path, read_options, _parse_options(path)) as reader:
-            names: list[str] = reader.schema.names
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise _unreadable(path, error) from error
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
-        raise DatasetError(f"Duplicate column names in {path}: {shown(repeated)}. Rename them.")
-    if id_column not in names:
-        raise DatasetError(f"Id column {id_column!r} not found in {path}, which has {shown(names)}. Set source.id.")
-    return names
-
-
-def _unreadable(path: str, error: Exception) -> DatasetError:
-    return DatasetError(
-        f"Cannot read {path} as a table with a header: {error}. Correct the file, and save it in UTF-8."
-    )
-
-
-def _one_array(column: pa.ChunkedArray) -> pa.Array:
-    return column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
-
-
-def _empty_as_null(values: pa.Array) -> pa.Array:
-    if not pa.types.is_string(values.type):
-        return values
-    return pc.if_else(pc.equal(values, ""), pa.scalar(None, values.type), values)
-
-
-def _check_ids(ids: pa.Array, path: str) -> None:
-    """Refuse an id that is empty or occurs twice."""
-    empty = pc.index(ids, "").as_py()
-    if empty >= 0:
-        raise DatasetError(f"Missing id in {path}, line {empty + 2}. Fill it in, or remove the line.")
-    if len(pc.unique(ids)) == len(ids):
-        return
-    first: dict[str, int] = {}
-    for row, name in enumerate(ids.to_pylist()):
-        if name in first:
-            raise DatasetError(
-                f"Duplicate id {name!r} in {path}, lines {first[name] + 2} and {row + 2}. Remove one of them."
-            )
-        first[name] = row
+    def _find_types(self, columns: list[str]) -> dict[str, pa.DataType]:
+        """Return the types of columns as the first block suggests them; what is set to classes or dates is text."""
+        try:
+            with self._dialect.open(only=columns) as reader:
+                found = {column: reader.schema.field(column).type for column in columns}
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise unreadable(self._dialect, error) from error
+        group = self.group
+        as_text = {column for column, kind in group.kinds.items() if kind in ("category", "binary", "date")}
+        # what is neither a number nor text is a boolean, a date or a time; without any value it may become a number
+        return {
+            column: pa.string()
+            if column in as_text or column in group.classes
+            else pa.int64()
+            if pa.types.is_null(kind)
+            else kind
+            for column, kind in found.items()
+        }
 
 
 def _check_join(files: dict[str, _ModalityFile], ids: pa.Array, source: CsvSource) -> None:
+    if source.join == "order":
+        for file in files.values():
+            if len(file.ids) != len(ids):
+                raise DatasetError(
+                    f"Files that are joined by the order of rows must have the same number of rows, but "
+                    f"{file.group.path} has {len(file.ids)} and another one {len(ids)}. Add the missing rows, or "
+                    f"join on a column of ids."
+                )
+        return
+    of_files = {file.group.path: file.ids for file in files.values()}
+    check_written_alike(of_files if source.rows is None else {**of_files, source.rows: ids})
     for name, file in files.items():
         if source.rows is not None:
             stray = np.flatnonzero(~pc.is_in(file.ids, value_set=ids).to_numpy(zero_copy_only=False))
             if len(stray):
                 raise DatasetError(
                     f"{len(stray)} ids of {file.group.path} are not in {source.rows}, the first one "
-                    f"{file.ids[int(stray[0])].as_py()!r} in line {stray[0] + 2}. Add them there, or remove them here."
+                    f"{file.ids[int(stray[0])].as_py()!r} in line {file.line(int(stray[0]))}. Add them there, "
+                    f"or remove them here."
                 )
         elif len(files) > 1:
             others = pa.concat_arrays([other.ids for key, other in files.items() if key != name])
@@ -279,19 +229,3 @@ def _check_join(files: dict[str, _ModalityFile], ids: pa.Array, source: CsvSourc
 
 def _examples(ids: pa.Array) -> str:
     return ", ".join(repr(str(key)) for key in ids[:2]) + ", ..."
-
-
-def parse_ids(ids: pa.Array) -> pa.Array:
-    """Return int64 if every id is written as an integer is, else the strings."""
-    try:
-        numbers = ids.cast(pa.int64())
-    except pa.ArrowInvalid:
-        return ids
-    return numbers if numbers.cast(pa.string()).equals(ids) else ids
-
-
-def ids_to_numpy(ids: pa.Array) -> Array:
-    """Return int64 or strings as `Rows` takes them."""
-    if pa.types.is_integer(ids.type):
-        return np.asarray(ids.to_numpy(zero_copy_only=False))
-    return np.array(ids.to_pylist(), dtype=np.str_)

@@ -11,7 +11,7 @@ from dmvae.config.sources import ImageColumn, ImagesSource
 from dmvae.data.errors import DatasetError
 from dmvae.data.preparation.rows import Rows
 from dmvae.data.preparation.sources.arrow_columns import Values, shown
-from dmvae.data.preparation.sources.csv import RowTable, ids_to_numpy, parse_ids, read_row_table
+from dmvae.data.preparation.sources.row_table import RowTable, ids_to_numpy, parse_ids, read_row_table
 from dmvae.data.preparation.stream import Chunk, SourceLocation, Stream, chunk_rows
 
 

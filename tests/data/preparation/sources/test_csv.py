@@ -91,13 +91,6 @@ def test_what_is_said_of_rows_is_no_feature_of_them(tmp_path: Path) -> None:
     assert read_all(source, tmp_path).data["blood"].tolist() == [[3], [4]]
 
 
-def test_a_table_in_another_encoding_is_named(tmp_path: Path) -> None:
-    source = write(tmp_path, blood=BLOOD)
-    (tmp_path / "blood.csv").write_bytes("id,größe\n1,2\n".encode("latin-1"))
-    with pytest.raises(DatasetError, match=r"Cannot read .*blood.csv as a table .*UTF-8"):
-        read_all(source, tmp_path)
-
-
 def test_a_modality_may_be_called_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(external_shuffle, "HELD_BYTES", 1)
     write(tmp_path, blood=BLOOD)

@@ -182,7 +182,7 @@ def bad_image(folder: Path) -> dict[str, Any]:
         (lambda f: bad_parquet(f, x=[[1.0], [2.0, 1.0]]), r"same shape: .*bad.parquet, row 1"),
         (lambda f: bad_csv(f, "id,x\nu,1\nv,2,3\n"), r"Cannot read .*bad.csv .*Row #3: Expected 2 columns, got 3"),
         (
-            lambda f: bad_csv(f, "id,x\nu,1\nv,2\n", "id\nU\nV\n"),
+            lambda f: bad_csv(f, "id,x\nu,1\nv,2\n", "id\ny\nz\n"),
             r"2 ids of .*bad.csv are not in .*rows.csv, .*'u' in line 2",
         ),
         (bad_image, r"Cannot decode image .*cut.png: .*rows.csv, line 3"),
