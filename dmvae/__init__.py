@@ -11,13 +11,15 @@ if TYPE_CHECKING:
     from dmvae.config.model import DMVAEConfig as DMVAEConfig
     from dmvae.data.batch import Batch as Batch
     from dmvae.distributions.likelihoods import Likelihood as Likelihood
+    from dmvae.fitting.fit import fit as fit
+    from dmvae.fitting.fitted import Fitted as Fitted
+    from dmvae.fitting.fitted import load as load
     from dmvae.model.dmvae import DMVAE as DMVAE
     from dmvae.model.nll.estimate import NLLEstimate as NLLEstimate
     from dmvae.model.outputs import DMVAEOutput as DMVAEOutput
     from dmvae.model.outputs import ModelOutput as ModelOutput
     from dmvae.nn.networks import DecoderOutput as DecoderOutput
     from dmvae.nn.networks import EncoderOutput as EncoderOutput
-    from dmvae.platform.serve.registry import load as load
 
 _HOMES = {
     "Batch": "dmvae.data.batch",
@@ -26,15 +28,17 @@ _HOMES = {
     "DMVAEOutput": "dmvae.model.outputs",
     "DecoderOutput": "dmvae.nn.networks",
     "EncoderOutput": "dmvae.nn.networks",
+    "Fitted": "dmvae.fitting.fitted",
     "Likelihood": "dmvae.distributions.likelihoods",
     "ModelOutput": "dmvae.model.outputs",
     "NLLEstimate": "dmvae.model.nll.estimate",
-    "load": "dmvae.platform.serve.registry",
+    "fit": "dmvae.fitting.fit",
+    "load": "dmvae.fitting.fitted",
 }
 
 __all__ = [
-    "DMVAE", "Batch", "DMVAEConfig", "DMVAEOutput", "DecoderOutput", "EncoderOutput", "Likelihood", "ModelOutput",
-    "NLLEstimate", "__version__", "load",
+    "DMVAE", "Batch", "DMVAEConfig", "DMVAEOutput", "DecoderOutput", "EncoderOutput", "Fitted", "Likelihood",
+    "ModelOutput", "NLLEstimate", "__version__", "fit", "load",
 ]  # fmt: skip
 
 

@@ -105,3 +105,15 @@ class PrepareConfig(Section):
                 f"{sorted(self.splits)}. Name one split 'train', or remove the scaling."
             )
         return self
+
+
+class ObjectsSource(Section):
+    """Rows that were given to `dmvae.fit` as Python objects; only that process can read them."""
+
+    kind: Literal["objects"] = "objects"
+
+
+class ObjectsConfig(PrepareConfig):
+    """How `dmvae.fit` prepares Python objects."""
+
+    source: ObjectsSource = ObjectsSource()  # type: ignore[assignment]  # no source of files

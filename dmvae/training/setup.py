@@ -1,12 +1,13 @@
 """Set a run up on one worker: its model and optimiser before the first step, and its rows."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from shutil import which
 from socket import gethostname
 
 import numpy as np
 import torch
+from torch import nn
 
 from dmvae.config.training import TrainConfig
 from dmvae.data.batch import Batch
@@ -60,10 +61,15 @@ class WorkerData:
         return (batch for _, batch in blocks)
 
 
-def build_state(config: TrainConfig, device: torch.device) -> TrainState:
-    """Return the model and optimiser of a run before its first step."""
+def build_state(
+    config: TrainConfig,
+    device: torch.device,
+    encoders: Mapping[str, nn.Module] | None = None,
+    decoders: Mapping[str, nn.Module] | None = None,
+) -> TrainState:
+    """Return the model and optimiser of a run before its first step; networks may be given, as in `DMVAE`."""
     torch.manual_seed(config.seed)  # every worker starts from the same weights
-    model = DMVAE(config.model).to(device, _DTYPES[config.training.precision])
+    model = DMVAE(config.model, encoders, decoders).to(device, _DTYPES[config.training.precision])
     if any(True for module in model.likelihoods.values() for _ in module.parameters()):
         split = open_dataset(config.data.dataset).split(config.data.train_split)
         model.initialize_likelihoods(split.read(np.arange(min(_INITIAL_ROWS, len(split)))))

@@ -96,7 +96,9 @@ def test_every_configuration_is_valid(page: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["README.md", "docs/python.md", "docs/multivae.md", "docs/extending.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/notebook.md", "docs/python.md", "docs/multivae.md", "docs/extending.md"]
+)
 def test_the_python_examples_run(page: str, tmp_path: Path) -> None:
     examples = [text for _, text in blocks(ROOT / page, "python")]
     program = "\n".join(["import torch", "torch.set_num_threads(1)", *examples])

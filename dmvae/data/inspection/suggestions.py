@@ -43,7 +43,7 @@ def _fit(info: ModalityInfo, values: ValueStats | None) -> LikelihoodSuggestion:
         return _suggestion(info, info.likelihood, ", ".join(f"{n} {kind}" for kind, n in kinds.items()))
     if info.likelihood not in ("normal", "categorical"):  # the defaults of a manifest
         return _suggestion(info, info.likelihood, "set in the dataset")
-    return _suggestion(info, *suggest(_traits(info, values)))
+    return _suggestion(info, *suggest(traits_of(values, info.scaling, info.classes)))
 
 
 def _suggestion(info: ModalityInfo, likelihood: str, reason: str) -> LikelihoodSuggestion:
@@ -52,19 +52,20 @@ def _suggestion(info: ModalityInfo, likelihood: str, reason: str) -> LikelihoodS
     return LikelihoodSuggestion(likelihood, reason, dict(spec.suggested_params if params is None else params))
 
 
-def _traits(info: ModalityInfo, values: ValueStats | None) -> ValueTraits:
-    if info.classes is not None:
-        return ValueTraits("classes", classes=info.classes)
+def traits_of(values: ValueStats | None, scaling: str = "none", classes: int | None = None) -> ValueTraits:
+    """Return what values suggest; `scaling` says how they are read, and `classes` are those of integers."""
+    if classes is not None:
+        return ValueTraits("classes", classes=classes)
     if values is None or not values.rows:
         return ValueTraits("unknown")
-    if values.are_binary and info.scaling in ("none", "unit"):
+    if values.are_binary and scaling in ("none", "unit"):
         return ValueTraits("binary")
-    if info.scaling == "unit" or (info.scaling == "none" and values.low.min() >= 0 and values.high.max() <= 1):
+    if scaling == "unit" or (scaling == "none" and values.low.min() >= 0 and values.high.max() <= 1):
         return ValueTraits("unit")
-    if values.are_counts and info.scaling == "none":
+    if values.are_counts and scaling == "none":
         with np.errstate(all="ignore"):
             return ValueTraits("counts", dispersion=_typical(values.std**2 / values.mean))
-    return ValueTraits("log" if info.scaling == "log1p" else "real", kurtosis=_typical(values.kurtosis))
+    return ValueTraits("log" if scaling == "log1p" else "real", kurtosis=_typical(values.kurtosis))
 
 
 def _typical(numbers: Array) -> float:

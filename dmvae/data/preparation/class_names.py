@@ -41,7 +41,7 @@ class ClassNames:
             column = column.dictionary_encode()
         elif not pa.types.is_boolean(column.type.value_type):
             self._keeps_order = True
-        names = [_written(value) for value in column.dictionary.to_pylist()]
+        names = [written(value) for value in column.dictionary.to_pylist()]
         numbers = [self._numbers.setdefault(name, len(self._numbers)) if name else -1 for name in names]
         indices = np.asarray(pc.fill_null(column.indices, -1).to_numpy(zero_copy_only=False), dtype=np.int64)
         return np.array([*numbers, -1], dtype=np.int64)[indices]
@@ -71,7 +71,7 @@ def sort_names(names: Sequence[str]) -> list[str]:
         return sorted(names)
 
 
-def _written(value: Any) -> str:
+def written(value: Any) -> str:
     """Return how a value is written as the name of a class."""
     if value is None:
         return ""

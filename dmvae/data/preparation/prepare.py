@@ -14,6 +14,7 @@ from dmvae.config.data import PrepareConfig
 from dmvae.config.sources import Source
 from dmvae.data.format.manifest import ColumnInfo, save_manifest
 from dmvae.data.preparation.build_manifest import build_manifest
+from dmvae.data.preparation.objects import ObjectRows
 from dmvae.data.preparation.scan import Scan
 from dmvae.data.preparation.sources.arrow_columns import shown
 from dmvae.data.preparation.stream import Stream
@@ -24,7 +25,7 @@ from dmvae.data.storage.location import LocalDataset, check_free, locate, upload
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
-def prepare(config: PrepareConfig, progress: Callable[[str], None] = print) -> Path:
+def prepare(config: PrepareConfig, progress: Callable[[str], None] = print, rows: ObjectRows | None = None) -> Path:
     """Write the dataset that `config` describes, and return its folder.
 
     The same configuration and rows give the same bytes. The source is read once; a few numbers of each row stay in
@@ -33,6 +34,7 @@ def prepare(config: PrepareConfig, progress: Callable[[str], None] = print) -> P
     Args:
         config: the source, and how to prepare it.
         progress: called with each line of progress.
+        rows: of the source, if they are in memory already.
 
     Raises:
         DatasetError: if the folder exists, the source is absent or invalid, or the disk is full.
@@ -43,7 +45,7 @@ def prepare(config: PrepareConfig, progress: Callable[[str], None] = print) -> P
     with new_dataset(target, config.replace) as part:
         scratch = part / ".scratch"
         scratch.mkdir()
-        stream = read_source(config.source, config.seed, scratch)
+        stream = read_source(config.source, config.seed, scratch) if rows is None else rows.stream
         for note in stream.notes:
             progress(note)
         scan = Scan(config, stream, scratch / "rows", progress)
