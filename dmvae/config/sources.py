@@ -57,6 +57,7 @@ class ColumnGroup(Section):
             `category`, or `date` (days since 1970-01-01).
         classes: the classes of some columns in order, by the column's name. A cell with another class is refused.
         units: the unit of some columns, by name; for people.
+        missing: numbers, words and dates that stand for a missing cell, such as -999 or "1900-01-01".
         dtype: the type to convert values to; for fixed-size binary, the type of its elements (default uint8).
             None keeps the type, except that integers other than uint8 become int64. Integers are classes: give counts
             a float type.
@@ -67,6 +68,7 @@ class ColumnGroup(Section):
     kinds: dict[str, ColumnKind | Literal["date"]] = Field(default_factory=dict)
     classes: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     units: dict[str, str] = Field(default_factory=dict)
+    missing: tuple[float | str, ...] = ()
     dtype: Literal["uint8", "int64", "float16", "float32", "float64"] | None = None
     shape: tuple[Size, ...] | None = None
 

@@ -10,6 +10,12 @@ import numpy as np
 from dmvae.data.format.manifest import ModalityInfo
 from dmvae.data.inspection.duplicates import repeated
 from dmvae.data.inspection.profile import DISTINCTIVE_BITS, DatasetProfile, SharedRows
+from dmvae.data.inspection.suspicions import (
+    half_matching_ids,
+    rare_modalities,
+    suspicious_columns,
+    unseen_classes,
+)
 from dmvae.data.inspection.value_stats import MAX_CLASSES, ValueStats
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -34,6 +40,8 @@ class Finding:
 def list_findings(profile: DatasetProfile) -> list[Finding]:
     """Return all findings, the most serious first."""
     found = [*_rows(profile), *_modalities(profile), *_labels(profile), *_missingness(profile), *_duplicates(profile)]
+    for suspicions in (half_matching_ids, suspicious_columns, rare_modalities, unseen_classes):
+        found += [Finding("warning", text) for text in suspicions(profile)]
     return sorted(found, key=lambda finding: ("error", "warning", "note").index(finding.level))
 
 
@@ -132,7 +140,9 @@ def _constant(name: str, info: ModalityInfo, values: ValueStats) -> Iterator[Fin
     if constant and values.rows > 1:
         level: Literal["warning", "note"] = "note" if info.dtype == "uint8" else "warning"
         remedy = "" if info.dtype == "uint8" else " They carry no information; remove them from the source."
-        yield Finding(level, f"{name}: {constant:,} of {len(values.low):,} features are constant.{remedy}")
+        names = "" if info.features is None else f": {_list(np.array(info.features)[values.is_constant])}"
+        text = f"{name}: {constant:,} of {len(values.low):,} features are constant{names}.{remedy}"
+        yield Finding(level, text)
 
 
 def _zero_rows(name: str, values: ValueStats) -> Iterator[Finding]:

@@ -38,6 +38,28 @@ def nearest(name: str, known: Sequence[str]) -> str:
     return f" Did you mean {found[0]!r}?" if found else ""
 
 
+def blank(column: pa.Array, missing: Sequence[float | str]) -> pa.Array:
+    """Return a column with null for the numbers, words and dates that stand for a missing cell."""
+    if not missing:
+        return column
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    kind = column.type
+    if is_text(kind):
+        codes = pa.array([_plain(float(code)) if isinstance(code, float) else code for code in missing], kind)
+    elif pa.types.is_date(kind) or pa.types.is_timestamp(kind):
+        dates = [code for code in missing if isinstance(code, str) and _is_date(code)]
+        codes = pa.array(dates, pa.string()).cast(pa.timestamp("us")).cast(kind)
+    elif pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind):
+        numbers = [float(code) for code in missing if not isinstance(code, str) or _is_number(code)]
+        column = column.cast(pa.float64()) if pa.types.is_decimal(kind) else column
+        whole = pa.types.is_integer(kind)
+        codes = pa.array([int(n) if whole else n for n in numbers if not whole or n.is_integer()], column.type)
+    else:
+        return column
+    return pc.if_else(pc.is_in(column, codes), None, column)
+
+
 class Table:
     """The columns of one modality while its source is read.
 
@@ -64,7 +86,7 @@ class Table:
                 f"A table of columns of several kinds is stored as floats, but source.modalities.{name}.dtype is "
                 f"{group.dtype}. Remove it."
             )
-        self.dtype = np.dtype(group.dtype or "float64")
+        self.dtype, self._missing = np.dtype(group.dtype or "float64"), group.missing
         self.columns = [
             TableColumn(f"{column!r} of modality {name!r}", group.kinds.get(column), group.classes.get(column))
             for column in columns
@@ -72,7 +94,8 @@ class Table:
 
     def read(self, arrays: Sequence[pa.Array], location: SourceLocation) -> tuple[Array, Array]:
         """Return the cells `(rows, columns)`, NaN where missing, and which rows have any."""
-        cells = [column.read(array, location) for column, array in zip(self.columns, arrays, strict=True)]
+        known = [blank(array, self._missing) for array in arrays]
+        cells = [column.read(array, location) for column, array in zip(self.columns, known, strict=True)]
         values = np.stack(cells, axis=1).astype(self.dtype)
         return values, ~np.isnan(values).all(axis=1)
 

@@ -99,7 +99,7 @@ def test_the_type_of_a_column_is_read_whatever_wrote_it(tmp_path: Path) -> None:
     }
     settings = {"kinds": {"text": "real", "nullable": "real"}}
     source = parquet_source(tmp_path, columns, **settings)
-    rows = made(source, tmp_path, partial="mean").manifest.modalities["clinic"]
+    rows = made(source, tmp_path).manifest.modalities["clinic"]
     assert [column.kind for column in rows.columns] == ["category", "real", "real", "real", "real", "binary", "real"]
     assert rows.columns[0].classes == ("low", "high", "mid")
 

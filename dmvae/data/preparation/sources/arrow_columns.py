@@ -15,7 +15,7 @@ from dmvae.data.errors import DatasetError
 from dmvae.data.format.schema import MISSING_INTEGER, missing_cells
 from dmvae.data.preparation.class_names import ClassNames, are_names
 from dmvae.data.preparation.stream import SourceLocation
-from dmvae.data.preparation.tables import nearest
+from dmvae.data.preparation.tables import blank, nearest
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Values = tuple[Array, Array]
@@ -114,7 +114,7 @@ def read_modality(name: str, columns: Sequence[pa.Array], group: ColumnGroup, lo
     elif len(columns) == 1 and _is_list(kind):
         values, present = _read_lists(name, columns[0], location)
     else:
-        values, present = _read_numbers(name, columns, group, location)
+        values, present = _read_numbers(name, [blank(column, group.missing) for column in columns], group, location)
     if values.dtype.kind == "f":
         present = present & ~np.isnan(values).reshape(len(values), -1).all(axis=1)
     if group.dtype is not None:
