@@ -11,6 +11,8 @@ from pydantic import Field, field_validator
 from dmvae.config.likelihoods import ColumnKind
 from dmvae.config.section import Count, ModalityName, Section, Size
 
+Byte = Annotated[int, Field(ge=0, le=255)]
+
 
 class NpzArray(Section):
     """The array of one modality.
@@ -168,30 +170,49 @@ class CsvSource(Section):
     group: str | None = None
 
 
-class ImageColumn(Section):
+class ImageFormat(Section):
+    """How images are decoded. They are turned upright as their EXIF data says.
+
+    Attributes:
+        size: height and width of the result.
+        channels: 1 for grey, 3 for colour.
+        fit: how an image gets this size: `stretch` both sides, `crop` the middle, or `pad` with the background.
+        background: the colour (red, green, blue) under transparent pixels and around padded images.
+        bits: the bits of grey values above 8 bits, of which the upper 8 are kept. None finds them in the largest value.
+        on_error: what to do with an image that does not decode: `refuse` the source, or `skip` the image, which is then
+            missing and listed.
+    """
+
+    size: tuple[Size, Size]
+    channels: Literal[1, 3] = 3
+    fit: Literal["stretch", "crop", "pad"] = "stretch"
+    background: tuple[Byte, Byte, Byte] = (255, 255, 255)
+    bits: Literal[8, 10, 12, 14, 16] | None = None
+    on_error: Literal["refuse", "skip"] = "refuse"
+
+
+class ImageColumn(ImageFormat):
     """One modality of images.
 
     Attributes:
         column: the column of file names.
-        size: height and width to resize to.
-        channels: 1 for grey, 3 for colour.
     """
 
     column: str = Field(min_length=1)
-    size: tuple[Size, Size]
-    channels: Literal[1, 3] = 3
 
 
 class ImagesSource(Section):
     """A folder of images, and a CSV or TSV table with their file names.
 
-    An image is missing where the cell is empty or the file does not exist.
+    An image is missing where the cell is empty or the file does not exist. Names of folders or files such as
+    `test/7.png` are the splits, if there is no column of splits.
 
     Attributes:
         table: the table. It has a header and one line for each row of the dataset.
         dialect: how the table is written.
         folder: the folder that file names are relative to.
-        modalities: the column of file names of each modality; images are uint8 `(channels, height, width)`.
+        modalities: the column of file names of each modality, whose images are uint8 `(channels, height, width)`; or
+            other columns of the table.
         id: the column of ids.
         label: the column of labels (integers, names or empty). Optional.
         split: the column of split names. Optional.
@@ -202,7 +223,7 @@ class ImagesSource(Section):
     table: str = Field(min_length=1)
     dialect: CsvDialect = CsvDialect()
     folder: str = Field(min_length=1)
-    modalities: dict[ModalityName, ImageColumn] = Field(min_length=1)
+    modalities: dict[ModalityName, ImageColumn | ColumnGroup] = Field(min_length=1)
     id: str = "id"
     label: str = "label"
     split: str = "split"

@@ -49,6 +49,8 @@ def prepare(config: PrepareConfig, progress: Callable[[str], None] = print, rows
         for note in stream.notes:
             progress(note)
         scan = Scan(config, stream, scratch / "rows", progress)
+        for remark in stream.remarks:
+            progress(remark)
         names = stream.labels.names
         columns = _describe_tables(scan, stream)
         for name, table in columns.items():
@@ -60,8 +62,8 @@ def prepare(config: PrepareConfig, progress: Callable[[str], None] = print, rows
         scratch.rmdir()
         progress("checking the shards")
         origin = config.model_dump(mode="json", exclude={"dataset", "replace"})
-        if stream.notes:
-            origin["notes"] = list(stream.notes)
+        if stream.notes or stream.remarks:
+            origin["notes"] = [*stream.notes, *stream.remarks]
         features = {n: f for n, f in stream.features.items() if len(scan.columns.modalities[n].shape) == 1}
         manifest = build_manifest(
             part,

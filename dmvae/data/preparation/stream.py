@@ -28,6 +28,7 @@ class Stream:
         chunks: can be iterated once.
         num_rows: the number of rows to come; None if unknown before they are read.
         notes: lines to show to the user.
+        remarks: lines that are known once all chunks are read.
         features: the names of the features of each modality that has some, in their order.
         units: the unit of some features, by modality and name.
         labels: the classes of labels that are no integers; known once all chunks are read.
@@ -37,6 +38,7 @@ class Stream:
     chunks: Iterator[Chunk]
     num_rows: int | None = None
     notes: tuple[str, ...] = ()
+    remarks: list[str] = field(default_factory=list)
     features: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     units: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     labels: ClassNames = field(default_factory=ClassNames)

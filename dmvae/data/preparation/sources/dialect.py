@@ -72,6 +72,13 @@ class Dialect:
             types: the types of some columns; others are found in the first block.
             only: the columns to read; None for all.
         """
+        return pacsv.open_csv(self._stream(), *self._options(types or {}, only or ()))
+
+    def read_all(self, types: dict[str, pa.DataType]) -> pa.Table:
+        """Return the whole table; the types of other columns are found in all of their values."""
+        return pacsv.read_csv(self._stream(), *self._options(types, ()))
+
+    def _options(self, types: dict[str, pa.DataType], only: Sequence[str]) -> tuple[Any, Any, Any]:
         read = pacsv.ReadOptions(
             block_size=_BLOCK_BYTES,
             use_threads=False,
@@ -79,15 +86,14 @@ class Dialect:
             column_names=list(self.columns),
             skip_rows=self.header,
         )
-        parse = pacsv.ParseOptions(delimiter=self.delimiter)
         convert = pacsv.ConvertOptions(
-            column_types=types or {},
-            include_columns=list(only or ()),
+            column_types=types,
+            include_columns=list(only),
             decimal_point=self.decimal,
             null_values=list(self.nulls),
             strings_can_be_null=bool(self.given_nulls),
         )
-        return pacsv.open_csv(self._stream(), read, parse, convert)
+        return read, pacsv.ParseOptions(delimiter=self.delimiter), convert
 
     def _stream(self) -> Any:
         stream = pa.input_stream(self.path, compression="detect")

@@ -22,7 +22,8 @@ class RowTable:
     Attributes:
         path: the file.
         table: all of it.
-        ids: its column of ids, as strings.
+        id: the name of its column of ids; None if rows are numbered.
+        ids: the ids, as strings.
         columns: the column of each field of `Rows`.
         dialect: how the file is written.
         labels: the classes of labels that are no integers.
@@ -30,6 +31,7 @@ class RowTable:
 
     path: str
     table: pa.Table
+    id: str | None
     ids: pa.Array
     columns: dict[str, str]
     dialect: Dialect
@@ -48,9 +50,13 @@ class RowTable:
         """Return the fields of `Rows` that the table has, for some rows."""
         found = {}
         for name, column in self.columns.items():
-            values = _one_array(self.table.column(column).slice(part.start, part.stop - part.start))
-            found[name] = read_row_column(name, _empty_as_null(values), self.location(part.start), self.labels)
+            values = _empty_as_null(self.column(column, part))
+            found[name] = read_row_column(name, values, self.location(part.start), self.labels)
         return found
+
+    def column(self, name: str, part: slice) -> pa.Array:
+        """Return a column of some rows."""
+        return _one_array(self.table.column(name).slice(part.start, part.stop - part.start))
 
 
 def read_row_table(path: str, source: CsvSource | ImagesSource) -> RowTable:
@@ -62,14 +68,13 @@ def read_row_table(path: str, source: CsvSource | ImagesSource) -> RowTable:
     dialect = find_dialect(path, source.dialect, source.id)
     name = find_id(dialect, source)
     try:
-        with dialect.open({} if name is None else {name: pa.string()}) as reader:
-            table = reader.read_all()
+        table = dialect.read_all({} if name is None else {name: pa.string()})
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise unreadable(dialect, error) from error
     ids = numbered(0, len(table)) if name is None else _one_array(table.column(name))
     check_ids(ids, dialect)
     settings = ("label", "split", "size_factor", "group")
-    return RowTable(path, table, ids, find_row_columns(source, settings, table.column_names, path), dialect)
+    return RowTable(path, table, name, ids, find_row_columns(source, settings, table.column_names, path), dialect)
 
 
 def numbered(first: int, num: int) -> pa.Array:
