@@ -52,6 +52,18 @@ def check_name(name: str) -> str:
 Name = Annotated[str, AfterValidator(check_name)]
 
 
+def _check_part(path: str) -> str:
+    if not re.fullmatch(r"(encoders|decoders|likelihoods)(\.[A-Za-z0-9_-]+)*", path):
+        raise ValueError(
+            f"Invalid part {path!r}: it must begin with encoders, decoders or likelihoods, as `encoders.image` does."
+        )
+    return path
+
+
+Part = Annotated[str, AfterValidator(_check_part)]
+"""A part of a model by its path; a prefix of the paths of its weights."""
+
+
 # a password may contain "/" or "@": all up to the last "@" is secret, unless the first ":" stands before a port
 _USERINFO = r"(?![^/\s:@]*:\d{1,5}/)[^/\s:@]*:\S*"
 

@@ -7,7 +7,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 from dmvae.config.data import DataConfig
 from dmvae.config.evaluation import EvaluationConfig
 from dmvae.config.model import DMVAEConfig
-from dmvae.config.section import Count, Duration, Name, RunsDir, Section, Seed, Size
+from dmvae.config.section import Count, Duration, Name, Part, RunsDir, Section, Seed, Size
 from dmvae.config.tracking import TrackingConfig
 
 
@@ -29,6 +29,10 @@ class OptimConfig(Section):
     """Steps over which the learning rate grows linearly from 0."""
     clip_norm: PositiveFloat | None = None
     """Clip the norm of the whole gradient to this value. None: no clipping."""
+    freeze: tuple[Part, ...] = ()
+    """Parts that keep their weights, such as `encoders.image` or `decoders`: no gradient, no decay, no dropout."""
+    rate_factors: dict[Part, PositiveFloat] = Field(default_factory=dict)
+    """Factors on the learning rate of parts, such as `{ "encoders.image" = 0.1 }`; of several, the most specific."""
 
     @model_validator(mode="after")
     def _check(self) -> "OptimConfig":
@@ -119,6 +123,9 @@ class TrainConfig(Section, hide_input_in_errors=True):
     None: no limit."""
     init_from: str | None = None
     """Folder of a model or checkpoint whose weights a new run starts from."""
+    init_map: dict[Part, Part] = Field(default_factory=dict)
+    """Parts of the model, and the parts of the model at `init_from` that they start from; all else starts anew. Empty:
+    the same model, whole."""
     data: DataConfig
     """The dataset, and how it is read."""
     model: DMVAEConfig = DMVAEConfig()
@@ -133,3 +140,9 @@ class TrainConfig(Section, hide_input_in_errors=True):
     """The NLL estimate at the end of training."""
     tracking: TrackingConfig = TrackingConfig()
     """Where the run is recorded in MLflow."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "TrainConfig":
+        if self.init_map and self.init_from is None:
+            raise ValueError("init_map has no effect without init_from. Set init_from, or remove init_map.")
+        return self

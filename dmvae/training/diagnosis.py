@@ -65,7 +65,8 @@ def largest_gradients(model: DMVAE, norms: Tensor | None) -> str:
     if norms is None:
         return ""
     squares: dict[str, float] = {}
-    for (name, _), norm in zip(model.named_parameters(), norms.tolist(), strict=True):
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    for name, norm in zip(names, norms.tolist(), strict=True):
         kind, modality = name.split(".")[:2]
         part = f"{kind.lstrip('_')}.{modality.removeprefix('modality_')}"
         squares[part] = squares.get(part, 0.0) + norm**2

@@ -15,7 +15,9 @@ from dmvae.data.storage import location
 from dmvae.distributions.likelihoods import find, own_path
 from dmvae.model.assembly import dimensions, own_code_of
 from dmvae.model.dmvae import DMVAE
+from dmvae.model.parts import start_from
 from dmvae.nn.own_networks import OwnCodeError, check_networks
+from dmvae.training.state import parameter_groups
 
 _LOWEST_RATE = 1e-3  # of a column of counts, where the decoder starts
 _RUN_METRICS = frozenset({"loss", "gradient_norm", "learning_rate", "skipped_steps"})
@@ -37,8 +39,8 @@ def resolve(config: TrainConfig, dataset: Dataset) -> TrainConfig:
     resolved = resolved.model_copy(
         update={"model": resolved.model.model_copy(update={"packages": model.config.packages})}
     )
-    if config.init_from is not None:
-        _check_weights(model, config.init_from, trusted(resolved.model))
+    parameter_groups(model, resolved.optim)  # checks the parts that settings name
+    start_weights(model, resolved)
     return resolved
 
 
@@ -162,6 +164,17 @@ def blank_model(config: DMVAEConfig) -> DMVAE:
         raise ValueError(f"The model is too large: {reason}. Lower its dimensions.") from None
 
 
+def start_weights(model: DMVAE, config: TrainConfig) -> tuple[str, ...]:
+    """Copy the weights at `init_from`, if it is set; return the parts of the model that start anew nevertheless.
+
+    Raises:
+        ValueError: if the model there, or a part of it, does not fit.
+    """
+    if config.init_from is None:
+        return ()
+    return start_from(model, DMVAE.load(config.init_from, trust=trusted(config.model)), config.init_map)
+
+
 def _checked(config: DMVAEConfig) -> DMVAE:
     model, paths = DMVAE(config), own_code_of(config)
     for name in config.modalities:
@@ -172,14 +185,3 @@ def _checked(config: DMVAEConfig) -> DMVAE:
             tried = networks if "name" in own else {part: networks[part] for part in sorted(own)}
             check_networks(tried, dims, name, torch.zeros(()), name in config.missing_cells)
     return model
-
-
-def _check_weights(model: DMVAE, folder: str, trust: tuple[str, ...]) -> None:
-    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    loaded = DMVAE.load(folder, trust=trust)
-    found = {name: tuple(tensor.shape) for name, tensor in loaded.state_dict().items()}
-    differing = sorted(name for name in own.keys() | found.keys() if own.get(name) != found.get(name))
-    if not differing and loaded.config.distributions != model.config.distributions:
-        differing = ["decoders_dist"]
-    if differing:
-        raise ValueError(f"init_from must be a folder of the same model, but {folder} differs in {differing[:5]}.")

@@ -16,7 +16,7 @@ from dmvae.data.reading.loader import read_epoch, read_rows
 from dmvae.data.reading.sampler import EpochSampler
 from dmvae.data.reading.split import Split
 from dmvae.model.dmvae import DMVAE
-from dmvae.training.settings import trusted
+from dmvae.training.settings import start_weights
 from dmvae.training.state import TrainState, build_optimizer
 from dmvae.training.step import WorkerBatch
 
@@ -73,8 +73,7 @@ def build_state(
     if any(True for module in model.likelihoods.values() for _ in module.parameters()):
         split = open_dataset(config.data.dataset).split(config.data.train_split)
         model.initialize_likelihoods(split.read(np.arange(min(_INITIAL_ROWS, len(split)))))
-    if config.init_from is not None:
-        model.load_state_dict(DMVAE.load(config.init_from, trust=trusted(config.model)).state_dict())
+    start_weights(model, config)
     if config.training.compile:
         _compile(model, device)
     return TrainState(model, build_optimizer(model, config.optim))

@@ -5,10 +5,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from dmvae.config.training import OptimConfig, TrainConfig
 from dmvae.model.dmvae import DMVAE
 from dmvae.model.loss import TermSums, term_names
+from dmvae.model.parts import check_prefixes, is_in, named_parameters
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,15 @@ class TrainState:
     def __post_init__(self) -> None:
         self.window = zero_terms(self.model)
 
+    def start_training(self) -> list[nn.Parameter]:
+        """Put the model into training mode but for what is frozen, and return the parameters that learn."""
+        self.model.train()
+        for module in self.model.modules():
+            parameters = list(module.parameters())
+            if parameters and not any(parameter.requires_grad for parameter in parameters):
+                module.eval()  # no dropout, and running statistics stay
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
     def record_validation(self, metric: float, optim: OptimConfig) -> bool:
         """Record the monitored metric of an epoch; return whether it is the best so far."""
         is_best = math.isfinite(metric) and (self.best is None or metric < self.best)
@@ -66,23 +77,44 @@ def zero_terms(model: DMVAE) -> TermSums:
 
 
 def build_optimizer(model: DMVAE, optim: OptimConfig) -> torch.optim.Optimizer:
-    """Build a fused Adam or AdamW: one kernel for all parameters of a group.
+    """Build a fused Adam or AdamW of the parameters that are not frozen: one kernel for all parameters of a group.
+
+    Raises:
+        ValueError: see `parameter_groups`.
+    """
+    build = torch.optim.Adam if optim.algorithm == "adam" else torch.optim.AdamW
+    return build(parameter_groups(model, optim), lr=optim.learning_rate, fused=True)
+
+
+def parameter_groups(model: DMVAE, optim: OptimConfig) -> list[dict[str, Any]]:
+    """Freeze the parts that the settings name, and group the other parameters by learning rate and decay.
 
     A module's `rate_factor` multiplies the learning rate of its parameters; how fast they decay does not depend on it.
-    Likelihoods with a factor have no decay.
+    Likelihoods with a factor have no decay. Factors of the settings multiply both.
+
+    Raises:
+        ValueError: if a prefix of the settings names no weights, or nothing is left to train.
     """
+    named = named_parameters(model)
+    check_prefixes("optim.freeze", optim.freeze, named)
+    for path, parameter in named.items():
+        parameter.requires_grad_(not any(is_in(path, prefix) for prefix in optim.freeze))
+    learning = {path: parameter for path, parameter in named.items() if parameter.requires_grad}
+    if not learning:
+        raise ValueError(f"optim.freeze = {list(optim.freeze)} leaves no weights to train. Remove a part from it.")
+    check_prefixes("optim.rate_factors, beside optim.freeze", optim.rate_factors, learning)
     factors = {p: float(getattr(m, "rate_factor", 1.0)) for m in model.modules() for p in m.parameters(recurse=False)}
     own = {p: module.rate_factor for module in model.likelihoods.values() for p in module.parameters()}
     undecayed = {p for p, factor in own.items() if factor != 1.0}
     factors |= own
-    groups: dict[tuple[float, bool], dict[str, Any]] = {}
-    for parameter in model.parameters():
-        factor, decays = factors[parameter], parameter not in undecayed
-        decay = optim.weight_decay / factor if decays else 0.0
-        group = groups.setdefault((factor, decays), {"params": [], "rate_factor": factor, "weight_decay": decay})
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for path, parameter in learning.items():
+        decay = 0.0 if parameter in undecayed else optim.weight_decay / factors[parameter]
+        chosen = max((prefix for prefix in optim.rate_factors if is_in(path, prefix)), key=len, default=None)
+        factor = factors[parameter] * (1.0 if chosen is None else optim.rate_factors[chosen])
+        group = groups.setdefault((factor, decay), {"params": [], "rate_factor": factor, "weight_decay": decay})
         group["params"].append(parameter)
-    build = torch.optim.Adam if optim.algorithm == "adam" else torch.optim.AdamW
-    return build(list(groups.values()), lr=optim.learning_rate, fused=True)
+    return list(groups.values())
 
 
 def learning_rate(optim: OptimConfig, done: int, total: int, halvings: int) -> float:

@@ -100,8 +100,7 @@ def train_epoch(
     Raises:
         NonFiniteLossError: on every worker, before the weights change.
     """
-    state.model.train()
-    total, parameters = config.training.epochs * steps_per_epoch, list(state.model.parameters())
+    total, parameters = config.training.epochs * steps_per_epoch, state.start_training()
     last_norms: Tensor | None = None
     for part in batches:
         done = state.position.epoch * steps_per_epoch + part.step

@@ -66,4 +66,5 @@ def test_settings_are_flattened_and_empty_sections_are_values() -> None:
 def test_a_setting_that_a_record_lacks_has_its_default() -> None:
     assert default_of(TrainConfig, "data.unit") == "batch"
     assert default_of(TrainConfig, "name") is None
+    assert default_of(TrainConfig, "optim.freeze") == ()
     assert default_of(TrainConfig, "no.such.setting") is None

@@ -7,7 +7,7 @@ from torch import nn
 from dmvae.config.training import TrainConfig
 from dmvae.data.reading.dataset import Dataset
 from dmvae.data.reading.split import Split
-from dmvae.training.settings import blank_model
+from dmvae.training.settings import blank_model, start_weights
 
 
 def notes(config: TrainConfig, dataset: Dataset, device: str) -> Iterator[str]:
@@ -18,7 +18,11 @@ def notes(config: TrainConfig, dataset: Dataset, device: str) -> Iterator[str]:
         dataset: the one that `config` names.
         device: `GPU` or `CPU`.
     """
-    if any(isinstance(layer, nn.modules.dropout._DropoutNd) for layer in blank_model(config.model).modules()):
+    model = blank_model(config.model)
+    new = start_weights(model, config)
+    if new:
+        yield f"note: {', '.join(new)} start anew, all else from {config.init_from}"
+    if any(isinstance(layer, nn.modules.dropout._DropoutNd) for layer in model.modules()):
         yield "note: With dropout, the result depends on the number of workers"
     if device == "CPU" and config.training.precision == "bfloat16":
         yield "note: bfloat16 saves no time on CPUs"
