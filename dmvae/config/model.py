@@ -23,9 +23,9 @@ class ArchitectureConfig(Section):
 
     name: NameOrPath = "mlp"
     """`mlp` (a perceptron), `skip_mlp` (a perceptron with a linear skip connection, normalised layers and SiLU), `conv`
-    (images of 32x32 or 28x28), `sequence` (of classes), a name that you registered or that an installed package
-    announces, or the import path of your own code: `mypackage.nets:ResNet`, called with (dimensions, **params), must
-    return the pair (encoder, decoder)."""
+    (images of 32x32 or 28x28), `residual` (images of any size), `series` (channels, time), `sequence` and `transformer`
+    (of classes), a name that you registered or that an installed package announces, or the import path of your own
+    code: `mypackage.nets:ResNet`, called with (dimensions, **params), must return the pair (encoder, decoder)."""
     encoder: ImportPath | None = None
     """Import path of the encoder alone, called with (dimensions, **params). None: the encoder of `name`."""
     decoder: ImportPath | None = None
@@ -34,7 +34,8 @@ class ArchitectureConfig(Section):
     """Arguments of your own code."""
     hidden_dims: Shape | None = None
     """Widths of the hidden layers in the order of the encoder; empty: one linear map. Default: (256,) for `mlp`,
-    (64, 64) for `sequence`. `conv` has fixed widths."""
+    (64, 64) for `sequence` and `transformer`, channels from the size for `residual` and `series`. `conv` has fixed
+    widths."""
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
 
     @model_validator(mode="after")

@@ -52,7 +52,7 @@ def fill(longer: DMVAE, shorter: DMVAE) -> None:
         own[name].narrow(axis, 0, weight.shape[axis]).copy_(weight)
 
 
-@pytest.mark.parametrize("architecture", ["sequence", "mlp"])
+@pytest.mark.parametrize("architecture", ["sequence", "transformer", "mlp"])
 def test_more_padding_changes_neither_loss_nor_gradient_nor_posterior_nor_nll(architecture: str) -> None:
     shorter, longer = model_of(LENGTH, architecture), model_of(LENGTH + 6, architecture)
     fill(longer, shorter)

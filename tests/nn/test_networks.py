@@ -1,3 +1,6 @@
+from contextlib import nullcontext
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -6,6 +9,7 @@ from dmvae import DMVAE, Batch, DMVAEConfig
 from dmvae.config.model import ArchitectureConfig
 from dmvae.nn.networks import Dimensions, architecture_of, register, registry
 from dmvae.nn.networks.mlp import MLPDecoder, MLPEncoder
+from dmvae.nn.networks.residual import Plan
 
 
 def dimensions(shape: tuple[int, ...], classes: int | None = None) -> Dimensions:
@@ -28,6 +32,12 @@ def build(settings: ArchitectureConfig, dims: Dimensions) -> tuple[nn.Module, nn
         ("conv", (1, 28, 28)),
         ("conv", (3, 32, 32)),
         ("conv", (1, 32, 32)),
+        ("residual", (1, 28, 28)),
+        ("residual", (5, 8, 13)),
+        ("residual", (3, 65, 30)),
+        ("residual", (1, 8, 256)),
+        ("series", (1, 8)),
+        ("series", (12, 1001)),
     ],
 )
 def test_every_architecture_maps_rows_to_latents_and_back(architecture: str, shape: tuple[int, ...]) -> None:
@@ -38,7 +48,7 @@ def test_every_architecture_maps_rows_to_latents_and_back(architecture: str, sha
     assert decoder(torch.randn(4, 5)).reconstruction.shape == (4, *shape)
 
 
-@pytest.mark.parametrize("architecture", ["mlp", "skip_mlp", "conv"])
+@pytest.mark.parametrize("architecture", ["mlp", "skip_mlp", "conv", "residual"])
 def test_every_output_depends_on_its_own_row_alone(architecture: str) -> None:
     networks = build(ArchitectureConfig(name=architecture), dimensions((1, 28, 28)))
     encoder, decoder = (network.double() for network in networks)
@@ -47,14 +57,96 @@ def test_every_output_depends_on_its_own_row_alone(architecture: str) -> None:
     torch.testing.assert_close(decoder(z).reconstruction[1:2], decoder(z[1:2]).reconstruction)
 
 
-@pytest.mark.parametrize("size", [28, 32])
-def test_the_conv_networks_see_and_paint_every_pixel(size: int) -> None:
-    encoder, decoder = build(ArchitectureConfig(name="conv"), dimensions((1, size, size)))
-    x = torch.randn(8, 1, size, size, requires_grad=True)
+@pytest.mark.parametrize(
+    ("architecture", "shape"),
+    [
+        ("conv", (1, 28, 28)),
+        ("conv", (1, 32, 32)),
+        ("residual", (1, 28, 28)),
+        ("residual", (2, 9, 40)),
+        ("series", (2, 333)),
+    ],
+)
+def test_convolutions_see_and_paint_every_element(architecture: str, shape: tuple[int, ...]) -> None:
+    encoder, decoder = build(ArchitectureConfig(name=architecture), dimensions(shape))
+    x = torch.randn(8, *shape, requires_grad=True)
     encoder(x).embedding.sum().backward()
     assert bool((x.grad.abs().sum(0) > 0).all())
     image = decoder(torch.randn(8, 5)).reconstruction
     assert bool((image.std(0) > 0).all())
+
+
+@pytest.mark.parametrize(
+    ("architecture", "shape", "channels"),
+    [
+        ("residual", (1, 8, 8), [32]),
+        ("residual", (1, 28, 28), [32, 64, 128]),
+        ("residual", (1, 33, 8), [32, 64, 128, 256]),
+        ("residual", (1, 256, 256), [32, 64, 128, 256, 256, 256]),
+        ("series", (2, 16), [32]),
+        ("series", (2, 1000), [32, 64, 128]),
+    ],
+)
+def test_the_depth_follows_from_the_size(architecture: str, shape: tuple[int, ...], channels: list[int]) -> None:
+    with torch.device("meta"):
+        settings, dims = ArchitectureConfig(name=architecture), dimensions(shape)
+        assert Plan(settings, dims).channels == tuple(channels)
+        chosen = Plan(settings.model_copy(update={"hidden_dims": (24, 24)}), dims)
+    assert chosen.channels == (24, 24)
+
+
+@pytest.mark.parametrize(("architecture", "shape"), [("residual", (3, 20, 33)), ("series", (3, 70))])
+def test_residual_networks_learn_with_every_weight_and_in_bfloat16(architecture: str, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    model = DMVAE(DMVAEConfig(input_dims={"a": shape}, architectures={"a": {"name": architecture}}))
+    batch = Batch({"a": torch.randn(4, *shape)})
+    for context in (nullcontext(), torch.autocast("cpu", torch.bfloat16)):
+        model.zero_grad()
+        with context:
+            loss = model(batch).loss
+        loss.backward()
+        assert loss.dtype == torch.float32
+        for name, parameter in model.named_parameters():
+            assert torch.isfinite(parameter.grad).all(), name
+            assert parameter.grad.any(), name
+
+
+def test_images_are_convolved_in_the_channels_last_format() -> None:
+    for network in build(ArchitectureConfig(name="residual"), dimensions((3, 20, 33))):
+        kernels = [layer.weight for layer in network.modules() if isinstance(layer, nn.Conv2d)]
+        assert kernels
+        assert all(kernel.is_contiguous(memory_format=torch.channels_last) for kernel in kernels)
+
+
+@pytest.mark.parametrize(
+    ("settings", "dims", "message"),
+    [
+        ({"name": "residual"}, dimensions((1, 7, 30)), r"sides of 8 or more, got shape \(1, 7, 30\)"),
+        ({"name": "residual"}, dimensions((3, 30)), r"\(channels, height, width\)"),
+        ({"name": "residual"}, dimensions((1, 28, 28), classes=3), "categories"),
+        ({"name": "residual", "hidden_dims": ()}, dimensions((1, 28, 28)), "at least one stage"),
+        ({"name": "series"}, dimensions((30,)), r"\(channels, time\)"),
+        ({"name": "transformer"}, dimensions((30,)), "categorical sequences"),
+        ({"name": "transformer", "hidden_dims": (64, 32)}, dimensions((30,), 4), "all the same multiple of 16"),
+        ({"name": "transformer", "hidden_dims": (24,)}, dimensions((30,), 4), "all the same multiple of 16"),
+        ({"name": "transformer", "hidden_dims": ()}, dimensions((30,), 4), "all the same multiple of 16"),
+    ],
+)
+def test_networks_refuse_shapes_and_widths_that_do_not_suit_them(
+    settings: dict[str, Any], dims: Dimensions, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        architecture_of(ArchitectureConfig(**settings), dims, "a")
+
+
+def test_attention_relates_places_however_far_apart() -> None:
+    """A change of the first class changes what the last place contributes, which no convolution of five reaches."""
+    torch.manual_seed(0)
+    encoder, _ = build(ArchitectureConfig(name="transformer"), dimensions((60,), classes=4))
+    x = torch.zeros(4, 60, dtype=torch.int64)
+    x[1, 0], x[2, -1], x[3, 0], x[3, -1] = 1, 1, 1, 1
+    neither, first, last, both = encoder.double()(x).embedding
+    assert (both - first - last + neither).abs().max() > 1e-6
 
 
 def test_the_conv_networks_are_those_of_the_paper() -> None:
@@ -69,7 +161,7 @@ def test_the_conv_networks_are_those_of_the_paper() -> None:
 
 
 def test_no_decoder_squashes_its_output() -> None:
-    for architecture in ("mlp", "conv"):
+    for architecture in ("mlp", "conv", "residual"):
         _, decoder = build(ArchitectureConfig(name=architecture), dimensions((1, 28, 28)))
         output = decoder(1000 * torch.randn(50, 5)).reconstruction
         assert output.min() < -3, architecture
@@ -109,7 +201,7 @@ def test_categories_enter_one_hot() -> None:
     assert MLPDecoder(ArchitectureConfig(), dims)(torch.zeros(4, 5)).reconstruction.shape == (4, 2, 3)
 
 
-@pytest.mark.parametrize("architecture", ["mlp", "conv"])
+@pytest.mark.parametrize("architecture", ["mlp", "conv", "residual"])
 def test_dropout_is_off_unless_asked_for(architecture: str) -> None:
     dims = dimensions((1, 28, 28))
     settings = ArchitectureConfig(name=architecture), ArchitectureConfig(name=architecture, dropout=0.4)

@@ -20,6 +20,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 _ROW_VISITS = 200_000  # epochs times training rows of a first run
 _ROWS_PER_FEATURE = 10  # with fewer, networks of this size overfit
 _DROPOUT = 0.2
+_LEAST_SIDE, _LEAST_TIME, _LEAST_LENGTH = 8, 32, 16  # from which on an order of the values is worth its networks
 
 
 @dataclass(frozen=True)
@@ -124,9 +125,14 @@ def _is_image(info: ModalityInfo) -> bool:
 
 
 def _architecture(info: ModalityInfo, dropout: float) -> dict[str, Any]:
-    """Return the networks of a modality: convolutions for images of their sizes, otherwise perceptrons."""
-    if _is_image(info) and info.shape[1:] in ((28, 28), (32, 32)) and info.classes is None:
-        return {"name": "conv"}
+    """Return the networks of a modality: convolutions for images, series and sequences, otherwise perceptrons."""
+    sides = info.shape[1:]
+    if info.classes is None and _is_image(info) and min(sides) >= _LEAST_SIDE:
+        return {"name": "conv" if sides in ((28, 28), (32, 32)) else "residual"}
+    if info.classes is None and len(info.shape) == 2 and sides[0] >= _LEAST_TIME:
+        return {"name": "series"}
+    if info.classes is not None and len(info.shape) == 1 and info.column.size >= _LEAST_LENGTH:
+        return {"name": "sequence"}
     inputs = info.column.size * (info.classes or 1)
     hidden_dims = [512, 256] if inputs >= 2048 else [256, 256] if inputs > 16 else [64, 64]
     settings = {"name": "skip_mlp", "hidden_dims": hidden_dims}

@@ -22,7 +22,7 @@ class SequenceEncoder(nn.Module):
 
     def __init__(self, architecture: ArchitectureConfig, dims: Dimensions) -> None:
         super().__init__()
-        widths, self.pad = _widths(architecture), dims.pad
+        widths, self.pad = sequence_widths(architecture), dims.pad
         assert dims.classes is not None
         self.classes = nn.Embedding(dims.classes, widths[0])
         self.places = nn.Parameter(0.1 * torch.randn(dims.shape[0], widths[0]))
@@ -49,7 +49,7 @@ class SequenceDecoder(nn.Module):
 
     def __init__(self, architecture: ArchitectureConfig, dims: Dimensions) -> None:
         super().__init__()
-        first, *others = reversed(_widths(architecture))
+        first, *others = reversed(sequence_widths(architecture))
         assert dims.classes is not None
         self.latents = nn.Linear(dims.shared_dim + dims.private_dim, first)
         self.places = nn.Parameter(torch.randn(dims.shape[0], first))
@@ -64,7 +64,8 @@ class SequenceDecoder(nn.Module):
         return DecoderOutput(self.body(self.latents(z).unsqueeze(-2) + self.places))
 
 
-def _widths(architecture: ArchitectureConfig) -> tuple[int, ...]:
+def sequence_widths(architecture: ArchitectureConfig) -> tuple[int, ...]:
+    """Return the widths of the layers of networks for sequences."""
     return _DEFAULT_WIDTHS if architecture.hidden_dims is None else architecture.hidden_dims
 
 

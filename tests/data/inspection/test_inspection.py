@@ -445,3 +445,26 @@ def test_wrong_data_and_bad_input_get_one_message(tmp_path: Path, capsys: pytest
     assert "The dataset has 2 error(s)" in message(good, "--verify")
     shard.write_bytes(content[: len(content) // 2])
     assert "Size mismatch" in message(good)
+
+
+def test_the_proposed_networks_are_those_for_the_kind_of_values(tmp_path: Path) -> None:
+    rng, num = np.random.default_rng(0), 60
+    data = {
+        "small": rng.random((num, 1, 28, 28)).astype(np.float32),
+        "large": rng.random((num, 3, 40, 33)).astype(np.float32),
+        "strip": rng.random((num, 1, 4, 40)).astype(np.float32),
+        "signal": rng.normal(size=(num, 3, 100)).astype(np.float32),
+        "matrix": rng.normal(size=(num, 3, 5)).astype(np.float32),
+        "text": rng.integers(0, 5, (num, 20)),
+        "answers": rng.integers(0, 5, (num, 4)),
+        "table": rng.normal(size=(num, 50)).astype(np.float32),
+    }
+    rows = Rows(np.arange(num), data, {name: np.ones(num, bool) for name in data})
+    run = look(tmp_path, {"train": rows.take(slice(0, 50)), "val": rows.take(slice(50, 60))}).run
+    assert run is not None
+    config = TrainConfig.model_validate(tomllib.loads(run))
+    assert {name: settings.name for name, settings in config.model.architectures.items()} == {
+        "small": "conv", "large": "residual", "strip": "skip_mlp", "signal": "series", "matrix": "skip_mlp",
+        "text": "sequence", "answers": "skip_mlp", "table": "skip_mlp",
+    }  # fmt: skip
+    resolve(config, open_dataset(tmp_path / "data"))
