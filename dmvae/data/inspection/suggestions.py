@@ -128,7 +128,7 @@ def _architecture(info: ModalityInfo, dropout: float) -> dict[str, Any]:
     """Return the networks of a modality: convolutions for images, series and sequences, otherwise perceptrons."""
     sides = info.shape[1:]
     if info.classes is None and _is_image(info) and min(sides) >= _LEAST_SIDE:
-        return {"name": "conv" if sides in ((28, 28), (32, 32)) else "residual"}
+        return {"name": "residual"}
     if info.classes is None and len(info.shape) == 2 and sides[0] >= _LEAST_TIME:
         return {"name": "series"}
     if info.classes is not None and len(info.shape) == 1 and info.column.size >= _LEAST_LENGTH:

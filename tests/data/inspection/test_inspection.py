@@ -297,7 +297,7 @@ def test_likelihoods_go_with_the_values(tmp_path: Path) -> None:
     result = inspect(InspectConfig(dataset=str(tmp_path / "data")), quiet)
     assert result.run is not None
     run = TrainConfig.model_validate(tomllib.loads(result.run))
-    assert run.model.architectures["picture"].name == "conv"
+    assert run.model.architectures["picture"].name == "residual"
     assert {run.model.architectures[name].name for name in data if name != "picture"} == {"skip_mlp"}
     assert (run.model.sources, run.model.cross) == ("subsets", "prior")
     scales = {name: run.model.dist_params(name).get("scale") for name in ("picture", "bell", "tail", "count")}
@@ -464,7 +464,7 @@ def test_the_proposed_networks_are_those_for_the_kind_of_values(tmp_path: Path) 
     assert run is not None
     config = TrainConfig.model_validate(tomllib.loads(run))
     assert {name: settings.name for name, settings in config.model.architectures.items()} == {
-        "small": "conv", "large": "residual", "strip": "skip_mlp", "signal": "series", "matrix": "skip_mlp",
+        "small": "residual", "large": "residual", "strip": "skip_mlp", "signal": "series", "matrix": "skip_mlp",
         "text": "sequence", "answers": "skip_mlp", "table": "skip_mlp",
     }  # fmt: skip
     resolve(config, open_dataset(tmp_path / "data"))
