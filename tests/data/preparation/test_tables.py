@@ -87,6 +87,13 @@ def test_a_class_that_no_training_row_has_gets_the_number_after_the_last(tmp_pat
     assert found.tolist() == [3, 1]
 
 
+def test_codes_written_as_floats_are_the_classes_of_whole_numbers(tmp_path: Path) -> None:
+    text = "id,site,ward\n1,3.0,01\n2,,02\n3,10.0,01\n"
+    source = csv_source(tmp_path, text, kinds={"site": "category", "ward": "category"})
+    columns = made(source, tmp_path).manifest.modalities["clinic"].columns
+    assert [column.classes for column in columns] == [("3", "10"), ("01", "02")]
+
+
 def test_the_type_of_a_column_is_read_whatever_wrote_it(tmp_path: Path) -> None:
     columns = {
         "category": pa.array(["low", "high", None, "mid"]).dictionary_encode(),

@@ -186,6 +186,8 @@ class _ModalityFile:
             raise unreadable(self._dialect, error) from error
         group = self.group
         as_text = {column for column, kind in group.kinds.items() if kind in ("category", "binary", "date")}
+        # whole numbers are read as text to keep leading zeros; floats are not, so that 3.0 is the class 3
+        as_text -= {column for column, kind in found.items() if pa.types.is_floating(kind)}
         # what is neither a number nor text is a boolean, a date or a time; without any value it may become a number
         return {
             column: pa.string()
