@@ -3,13 +3,35 @@
 It needs the package's model code and MLflow, but not Ray.
 """
 
+import sys
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from mlflow.models import ModelConfig, set_model
 from mlflow.pyfunc.model import PythonModel
 
-from dmvae.model.predictor import Predictor, Request, row_type
+
+def _prefer_installed() -> None:
+    """Let the package answer where it is installed; elsewhere, the part of it that this model carries.
+
+    MLflow puts the carried part first on the path. There it would shadow the package for the rest of the process, in
+    which `dmvae.load` would then fail.
+    """
+    carried = Path(__file__).resolve().with_name("code")
+    ours = [entry for entry in sys.path if Path(entry).resolve() == carried]
+    others = [entry for entry in sys.path if entry not in ours]
+    sys.path[:] = others
+    if find_spec("dmvae") is None:
+        sys.path[:] = ours + others
+    else:
+        import_module("dmvae")
+        sys.path[:] = others + ours  # own code that the model carries
+
+
+_prefer_installed()
+from dmvae.model.predictor import Predictor, Request, row_type  # noqa: E402
 
 _config: Any = ModelConfig()  # MLflow knows it only while it loads this file
 Row = row_type(_config.get("shapes"), _config.get("named"))

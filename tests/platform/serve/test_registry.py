@@ -1,6 +1,7 @@
 """Registered models: loaded in another process, promoted only if better, rolled back."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -74,6 +75,7 @@ def test_a_registered_model_runs_on_the_code_that_it_contains(runs: Path, tmp_pa
     # a process that sees this folder and the installed packages, but neither this checkout nor ray
     program = (
         "import sys, json, mlflow\n"
+        "sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in getattr(f, '__module__', '')]\n"
         "sys.modules['ray'] = sys.modules['pyarrow.dataset'] = None\n"
         f"model = mlflow.pyfunc.load_model({str(local)!r})\n"
         "rows = [{'left': [1, 2, 3, 4, 5]}, {'right': [0.5, 0, 1], 'left': None}]\n"
@@ -96,6 +98,30 @@ def test_a_registered_model_runs_on_the_code_that_it_contains(runs: Path, tmp_pa
     expected = model.encode(rows, return_mean=True).z
     np.testing.assert_allclose(json.loads(answers)[0]["shared"]["mean"], expected[0], rtol=1e-5)
     assert json.loads(answers)[1]["observed"] == ["right"]
+
+
+@pytest.mark.parametrize("first", ["import dmvae\n", ""], ids=["imported before", "imported after"])
+def test_loading_a_registered_model_leaves_the_installed_package_in_place(
+    runs: Path, tmp_path: Path, first: str
+) -> None:
+    version = registered(runs, "better", "answers")
+    uri = tracking(runs)["uri"]
+    source = MlflowClient(uri).get_model_version("answers", version).source
+    local = mlflow.artifacts.download_artifacts(artifact_uri=source, dst_path=str(tmp_path), tracking_uri=uri)
+    program = (
+        f"import mlflow\n{first}"
+        f"model = mlflow.pyfunc.load_model({local!r})\n"
+        "assert model.predict([{'right': [0.5, 0, 1]}], params={'operation': 'encode'})\n"
+        "import dmvae\n"
+        f"dmvae.load({str(runs / 'runs' / 'better' / 'best')!r})\n"
+        "print(dmvae.__file__)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=tmp_path, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip().splitlines()[-1] == str(ROOT / "dmvae" / "__init__.py")
 
 
 def test_a_better_version_becomes_champion_and_a_rollback_restores_the_previous(
