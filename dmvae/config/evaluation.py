@@ -33,7 +33,8 @@ class EvaluationConfig(Section):
     measures: tuple[str, ...] = ()
     """What else to measure: `rivals` (the NLL of factor analysis and PCA), `coherence` (of images also a Fréchet
     distance), `probes` (of labels, and clusters), `imputation` (beside the training mean, ridge regression, PCA, factor
-    analysis, nearest neighbours and gradient boosting), `robustness` (all of it again as modalities are removed)."""
+    analysis, nearest neighbours and gradient boosting), `cells` (prediction of held-out cells, likewise), `robustness`
+    (all but the cells again as modalities are removed)."""
 
 
 class EvaluateConfig(Section):

@@ -102,9 +102,10 @@ class DMVAEConfig(Section):
     """Weight of the shared KL divergence of every source."""
     modalities_specific_betas: dict[ModalityName, NonNegativeFloat] | NonNegativeFloat | None = None
     """Weights of the private KL divergences. Default: 1. Modalities without a private latent have none."""
-    sources: Literal["unimodal", "subsets"] = "unimodal"
-    """Sources of the objective beside the joint posterior: each modality alone, as in the paper, or random subsets of
-    what a row has, new in every step, which train prediction from several modalities."""
+    sources: Literal["unimodal", "subsets", "joint"] = "unimodal"
+    """Sources of the objective beside the joint posterior: each modality alone, as in the paper; random subsets of
+    what a row has, new in every step, which train prediction from several modalities; or with `joint` none, for
+    density and for cells that are predicted from everything else in their row."""
     num_subsets: Size = DEFAULT_SUBSETS
     """Number of random subsets, with `sources="subsets"`."""
     cross: Literal["posterior", "prior"] = "posterior"
@@ -127,6 +128,8 @@ class DMVAEConfig(Section):
             raise ValueError(
                 f'num_subsets has no effect with sources={self.sources!r}. Set sources="subsets", or remove it.'
             )
+        if self.cross == "prior" and self.sources == "joint":
+            raise ValueError('cross="prior" has no effect with sources="joint". Remove one of them.')
         if self.input_dims is None:
             return self
         if self.cross == "prior" and len(self.input_dims) == 1:
@@ -200,7 +203,9 @@ class DMVAEConfig(Section):
 
     @property
     def source_names(self) -> tuple[str, ...]:
-        """The names of the sources: the joint posterior, then the modalities or the random subsets."""
+        """The names of the sources: the joint posterior, then the modalities, the random subsets, or nothing."""
+        if self.sources == "joint":
+            return ("joint",)
         if self.sources == "unimodal":
             return ("joint", *self.modalities)
         return ("joint", *(f"subset_{number}" for number in range(1, self.num_subsets + 1)))

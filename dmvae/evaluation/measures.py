@@ -54,6 +54,7 @@ MEASURES: dict[str, Measure] = {
     "coherence": Measure(lambda evaluated: evaluated.suite.coherence(), needs_labels=True),
     "probes": Measure(lambda evaluated: evaluated.suite.probes(), needs_labels=True),
     "imputation": Measure(lambda evaluated: evaluated.suite.imputation()),
+    "cells": Measure(lambda evaluated: evaluated.suite.cells()),
     "robustness": Measure(_robustness),
 }
 """By name. Adding an entry makes a measure available in `evaluation.measures`."""

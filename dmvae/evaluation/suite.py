@@ -7,12 +7,14 @@ from functools import cached_property
 from itertools import chain, combinations, islice
 
 import numpy as np
+import torch
 
 from dmvae.data.batch import Batch, has
 from dmvae.data.reading.loader import read_rows
 from dmvae.data.reading.split import Split
 from dmvae.distributions.gaussian_mixture import FittedPrior
 from dmvae.evaluation.baselines import Ridge, fit_baselines
+from dmvae.evaluation.cells import held_out_cells
 from dmvae.evaluation.clustering import cluster_agreement
 from dmvae.evaluation.factor_analysis import FactorAnalysis, fit_factor_analysis
 from dmvae.evaluation.frechet import classifier_features, frechet_distance, sample_distance
@@ -180,6 +182,23 @@ class EvaluationSuite:
                 metrics[place] = errors.rmse
                 metrics[f"{place}_minus_ours"], metrics[f"{place}_minus_ours_se"] = errors.minus(ours[""])
         return metrics
+
+    def cells(self) -> dict[str, float]:
+        """Predict held-out cells from the others, their modality's own among them; see `held_out_cells`.
+
+        Of tables whose columns differ in kind, cells of real and positive columns are held out.
+        """
+        infos, columns = self.train.manifest.modalities, {}
+        for name in self._float_modalities:
+            if name in self.model.config.missing_cells:
+                kinds = [column.kind for column in infos[name].columns or ()]
+                places = [place for place, kind in enumerate(kinds) if kind in ("real", "positive")]
+                columns[name] = torch.tensor(places if kinds else range(math.prod(infos[name].shape)))
+        columns = {name: places for name, places in columns.items() if len(places)}
+        if not columns:
+            self.progress("cells skipped: the model was trained without missing cells of floating-point modalities")
+            return {}
+        return held_out_cells(self.model, columns, self.fit_rows, self._rows, self.num_draws, self.progress)
 
     def robustness(self, removal: Removal) -> dict[str, float]:
         """Measure imputation, coherence and probes from what is left when modalities are removed.

@@ -139,7 +139,7 @@ def multimodal_elbo_loss(
     """Compute the objective of every row.
 
         ELBO_s   = sum_{i in A} lambda_i log p(x_i | z_s, z_pi) - beta KL(q_s || p) - sum_{i in P} beta_i KL(q_pi || p)
-        row loss = -(ELBO_joint + sum_{j in A} ELBO_j)   or   -(ELBO_joint + sum_k ELBO_{S_k})
+        row loss = -(ELBO_joint + sum_{j in A} ELBO_j)   or   -(ELBO_joint + sum_k ELBO_{S_k})   or   -ELBO_joint
 
     A is what the row has. The joint source is the product of the experts in A and the prior, source j is the raw
     q(z_s | x_j), and source S_k is the product of the experts in a random subset of A and the prior.
@@ -227,6 +227,8 @@ def _sources(
     log_vars = torch.stack([zeros if part is None else part.scatter(part.shared.log_var) for part in parts])
     present = torch.stack([nowhere if part is None else part.present for part in parts])
     joint = product_of_experts(means, log_vars, present)
+    if config.sources == "joint":
+        return DiagGaussian(joint.mean[None], joint.log_var[None]), present[None], present
     if config.sources == "subsets":
         assert noise.subsets is not None
         subsets = choose_subsets(noise.subsets, present)

@@ -376,3 +376,17 @@ def test_autocast_keeps_the_objective_close_to_full_precision() -> None:
     assert half.row_loss.dtype == torch.float32
     torch.testing.assert_close(half.row_loss, full.row_loss, rtol=0.03, atol=0.1)
     assert isinstance(model.decoders["a"], MLPDecoder)
+
+
+def test_the_joint_source_alone_is_the_joint_term_of_the_others() -> None:
+    model, batch = small_model(), every_pattern(math.nan)
+    alone = DMVAE(model.config.model_copy(update={"sources": "joint"})).double()
+    alone.load_state_dict(model.state_dict())
+    draw = torch.randn(8, Noise.width(model.config), dtype=torch.float64)
+    every = model.eval()(batch, Noise.from_normals(draw, model.config))
+    own = draw[:, : Noise.width(alone.config)]
+    joint = alone.eval()(batch, Noise.from_normals(own, alone.config))
+    torch.testing.assert_close(joint.row_loss.mean(), every.metrics["joint"])
+    assert joint.terms.names[0] == "joint"
+    with pytest.raises(ValueError, match='cross="prior" has no effect with sources="joint"'):
+        DMVAEConfig(input_dims=SHAPES, sources="joint", cross="prior")
