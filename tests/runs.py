@@ -29,14 +29,19 @@ from dmvae.training.state import TrainState, build_optimizer
 from dmvae.training.step import Collectives
 
 
-def make_dataset(folder: Path, rows: int = 240, seed: int = 0, left_in_train: bool = True) -> Path:
-    """Write a dataset of two float modalities that share a cause, a third of each missing."""
+def make_dataset(
+    folder: Path, rows: int = 240, seed: int = 0, left_in_train: bool = True, missing_cells: float = 0.0
+) -> Path:
+    """Write a dataset of two float modalities that share a cause, a third of each missing, and that share of cells."""
     rng = np.random.default_rng(seed)
     cause = rng.normal(size=(rows, 2))
     arrays = {
         "left": (cause @ rng.normal(size=(2, 5)) + 0.3 * rng.normal(size=(rows, 5))).astype(np.float32),
         "right": (cause @ rng.normal(size=(2, 3)) + 0.3 * rng.normal(size=(rows, 3))).astype(np.float32),
     }
+    if missing_cells:
+        for values in arrays.values():
+            values[rng.random(values.shape) < missing_cells] = np.nan
     lost = rng.integers(0, 3, size=rows)  # 0: left is missing, 1: right is, 2: neither
     splits = rng.choice(["train", "val", "test"], p=[0.7, 0.15, 0.15], size=rows)
     if not left_in_train:

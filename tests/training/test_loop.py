@@ -26,6 +26,11 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_dataset(tmp_path_factory.mktemp("training"))
 
 
+@pytest.fixture(scope="module", params=[0.0, 0.3], ids=["whole rows", "missing cells"])
+def any_dataset(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_dataset(tmp_path_factory.mktemp("any"), missing_cells=request.param)
+
+
 def configure(dataset: Path, **changes: object) -> TrainConfig:
     return resolve(make_config(dataset.parent, dataset, **changes), open_dataset(dataset))
 
@@ -58,13 +63,15 @@ def test_training_lowers_the_loss_of_rows_not_trained_on(dataset: Path) -> None:
     assert figures[-1] < 0.8 * figures[0]
 
 
-def test_micro_batches_change_no_result(dataset: Path) -> None:
+def test_micro_batches_change_no_result(any_dataset: Path) -> None:
+    dataset = any_dataset
     whole, parts = run(configure(dataset))[0], run(configure(dataset, training={"micro_batch_size": 5}))[0]
     for name, tensor in weights(whole).items():
         torch.testing.assert_close(weights(parts)[name], tensor, rtol=1e-9, atol=1e-11)
 
 
-def test_a_run_taken_up_from_any_checkpoint_ends_with_the_same_bits(dataset: Path, tmp_path: Path) -> None:
+def test_a_run_taken_up_from_any_checkpoint_ends_with_the_same_bits(any_dataset: Path, tmp_path: Path) -> None:
+    dataset = any_dataset
     config = configure(dataset, training={"checkpoint_steps": 2, "log_steps": 3}, optim={"schedule": "plateau"})
     straight, events = run(config)
     state, folders = build(config), []
@@ -89,8 +96,9 @@ def test_a_run_taken_up_from_any_checkpoint_ends_with_the_same_bits(dataset: Pat
             assert {k: v for k, v in event.metrics.items() if "per_second" not in k} == expected
 
 
-def test_gradients_of_workers_add_up_to_the_global_batch_whatever_their_number(dataset: Path) -> None:
-    config = configure(dataset)
+def test_gradients_of_workers_add_up_to_the_global_batch_whatever_their_number(any_dataset: Path) -> None:
+    config = configure(any_dataset)
+    assert bool(config.model.missing_cells) == (open_dataset(any_dataset).manifest.version == 3)
 
     def gradient(num: int) -> dict[str, torch.Tensor]:
         """The mean over workers that DDP would make, from the shares of `num` workers in turn."""
