@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dmvae.data.batch import Batch, has
+from dmvae.data.batch import Batch, has, has_cells
 from dmvae.evaluation.factor_analysis import FactorAnalysis
 from dmvae.evaluation.masking import mask_modalities
 
@@ -132,6 +132,9 @@ def fit_baselines(
         latent_dim: of the model.
         factors: fitted to the floating-point modalities of `train`; None if there is no such fit.
     """
+    if train.cells:
+        reason = "it needs rows that have all cells of a modality or none; the measure cells has others"
+        return {"mean": training_mean(train)}, dict.fromkeys(("ridge", "pca", "factor_analysis", *_COMPLETED), reason)
     found: dict[str, Imputer] = {"mean": training_mean(train), "ridge": Ridge(train)}
     left_out: dict[str, str] = {}
     sizes = {name: math.prod(values.shape[1:]) for name, values in train.data.items()}
@@ -160,7 +163,13 @@ def fit_baselines(
 
 def training_mean(train: Batch) -> Imputer:
     """Return the baseline that predicts each value's mean over the training rows that have it."""
-    means = {name: values[has(train, name)].double().mean(0) for name, values in train.data.items()}
+    means = {}
+    for name, values in train.data.items():
+        if name in (train.cells or {}):
+            known = has_cells(train, name)
+            means[name] = values.double().where(known, 0.0).sum(0) / known.sum(0).clamp(min=1)
+        else:
+            means[name] = values[has(train, name)].double().mean(0)
     return lambda rows, modality: means[modality].expand(len(rows), *means[modality].shape)
 
 

@@ -110,7 +110,8 @@ def held_out_errors(
             output = model.predict(given, names, modality, num_draws, generator=generator, density=density)[modality]
             mean = model.means(output.reshape(num_draws, len(part), *output.shape[2:]), modality, given)
             truth = part.data[modality].to(mean)
-            total += _errors(mean.mean(0), truth, _intervals(model, modality, mean, truth, generator))
+            cells = has_cells(part, modality).to(mean.device)
+            total += _errors(mean.mean(0), truth, cells, _intervals(model, modality, mean, truth, cells, generator))
     return total
 
 
@@ -123,7 +124,7 @@ def baseline_errors(
         for part in _having(batch, modality):
             truth = part.data[modality].double()
             predicted = imputer(mask_modalities(hide(part), modality), modality).double()
-            total += _errors(predicted.reshape(truth.shape), truth, nothing)
+            total += _errors(predicted.reshape(truth.shape), truth, has_cells(part, modality), nothing)
     return total
 
 
@@ -155,15 +156,15 @@ def _having(batch: Batch, modality: str) -> Iterable[Batch]:
     return (rows[start : start + _ROWS_AT_ONCE] for start in range(0, len(rows), _ROWS_AT_ONCE))
 
 
-def _errors(predicted: Tensor, truth: Tensor, inside: tuple[float, ...]) -> Errors:
-    by_row = (predicted - truth).double().square().flatten(1).sum(1)
-    return Errors(truth.numel(), by_row.detach().cpu().numpy(), inside)
+def _errors(predicted: Tensor, truth: Tensor, cells: Tensor, inside: tuple[float, ...]) -> Errors:
+    by_row = (predicted - truth).double().square().where(cells, 0.0).flatten(1).sum(1)
+    return Errors(int(cells.sum()), by_row.detach().cpu().numpy(), inside)
 
 
 def _intervals(
-    model: DMVAE, modality: str, mean: Tensor, truth: Tensor, generator: torch.Generator
+    model: DMVAE, modality: str, mean: Tensor, truth: Tensor, cells: Tensor, generator: torch.Generator
 ) -> tuple[float, ...]:
-    """Count the values inside the central intervals of draws `(draw, row, *shape)` of the values."""
+    """Count the observed values inside the central intervals of draws `(draw, row, *shape)` of the values."""
     likelihood = model.likelihoods[modality]
     if not likelihood.is_continuous:
         return (math.nan,) * len(INTERVALS)
@@ -172,5 +173,5 @@ def _intervals(
     for share in INTERVALS:
         # the truth is as likely in each of the gaps between n draws: that makes the count exact for any n
         low = max(0, round((1 - share) / 2 * (len(draws) + 1)) - 1)
-        inside.append(float(((draws[low] <= truth) & (truth <= draws[len(draws) - 1 - low])).sum()))
+        inside.append(float(((draws[low] <= truth) & (truth <= draws[len(draws) - 1 - low]) & cells).sum()))
     return tuple(inside)

@@ -204,13 +204,13 @@ class EvaluationSuite:
         """Measure imputation, coherence and probes from what is left when modalities are removed.
 
         Returns:
-            `missing/HOW/RATE/rmse/M`, `.../coverage90/M`, `.../rmse_ridge/M` and, with labels, `.../coherence/M` and
-            `.../probe/BLOCK`; HOW is `random` or `label` (the larger the label, the more is removed), RATE is in
-            percent. A row that has lost everything counts: it is predicted without any knowledge of it. For the NLL
-            see `dmvae.platform.evaluate.nll_table`.
+            `missing/HOW/RATE/rmse/M`, `.../coverage90/M`, `.../rmse_ridge/M` (without missing cells) and, with labels,
+            `.../coherence/M` and `.../probe/BLOCK`; HOW is `random` or `label` (the larger the label, the more is
+            removed), RATE is in percent. A row that has lost everything counts: it is predicted without any knowledge
+            of it. For the NLL see `dmvae.platform.evaluate.nll_table`.
         """
         metrics = {}
-        ridge = Ridge(self.fit_rows)
+        ridge = None if self.fit_rows.cells else Ridge(self.fit_rows)
         probes = fit_probes(collect(self.model, [self.fit_rows], True)) if self.has_labels else {}
         for place, hide in removal.each():
             for name in self._float_modalities:
@@ -218,7 +218,8 @@ class EvaluationSuite:
                 metrics[f"{place}/rmse/{name}"] = errors.rmse
                 if not math.isnan(errors.coverage[-1]):
                     metrics[f"{place}/coverage90/{name}"] = errors.coverage[-1]
-                metrics[f"{place}/rmse_ridge/{name}"] = baseline_errors(ridge, self._rows(), name, hide).rmse
+                if ridge is not None:
+                    metrics[f"{place}/rmse_ridge/{name}"] = baseline_errors(ridge, self._rows(), name, hide).rmse
             for name, classifier in self.classifiers.items() if self.has_labels else ():
                 shares = (
                     predicted_class_share(
@@ -279,12 +280,18 @@ class EvaluationSuite:
         others = sorted({d for name, d in config.distributions.items() if not likelihoods[name].is_continuous})
         if others or self._float_modalities != config.modalities:
             return f"they are densities of floating-point values, but the model has {others or ['integers']}"
+        if self.train.manifest.missing_cells:
+            return f"they are of rows without missing cells, which {list(self.train.manifest.missing_cells)} have"
         return ""
 
     @cached_property
     def factor_analysis(self) -> FactorAnalysis | None:
-        """Factor analysis of the floating-point modalities of the training rows; None below two features."""
-        if sum(math.prod(self.model.config.shapes[name]) for name in self._float_modalities) < 2:
+        """Factor analysis of the floating-point modalities of the training rows.
+
+        None below two features, or with missing cells.
+        """
+        num_features = sum(math.prod(self.model.config.shapes[name]) for name in self._float_modalities)
+        if num_features < 2 or self.train.manifest.missing_cells:
             return None
         others = set(self.model.config.modalities) - set(self._float_modalities)
         rows = (mask_modalities(batch, *others) for batch in _blocks(self.train))

@@ -11,11 +11,13 @@ from dmvae import Batch
 from dmvae.config.data import PrepareConfig
 from dmvae.data.batch import has_cells
 from dmvae.data.preparation.prepare import prepare
-from dmvae.data.reading.dataset import open_dataset
+from dmvae.data.reading.dataset import Split, open_dataset
 from dmvae.evaluation.cells import Table, choose_hidden, held_out_cells
+from dmvae.evaluation.masking import Removal
 from dmvae.evaluation.measures import MEASURES, EvaluatedSplit
 from dmvae.evaluation.suite import EvaluationSuite
 from tests.linear_gaussian import linear_model, sample_rows
+from tests.runs import make_dataset
 
 SHAPES = {"a": (4,), "b": (3,)}
 COLUMNS = {"a": torch.arange(4), "b": torch.tensor([0, 2])}
@@ -87,3 +89,27 @@ def test_a_model_that_reads_no_missing_cells_is_skipped_with_a_line(tmp_path: Pa
         found = MEASURES["cells"].compute(EvaluatedSplit(suite, np.zeros(0)))
         assert bool(found) == bool(missing_cells)
     assert told == ["cells skipped: the model was trained without missing cells of floating-point modalities"]
+
+
+def test_missing_cells_count_in_no_error_of_a_held_out_modality(tmp_path: Path) -> None:
+    dataset, told = open_dataset(make_dataset(tmp_path, missing_cells=0.4)), list[str]()
+    model = linear_model({"left": (5,), "right": (3,)}, missing_cells=("left", "right")).float()
+    suite = EvaluationSuite(model, dataset.split("train"), dataset.split("test"), progress=told.append)
+    metrics = suite.imputation()
+    train, test = (rows_of(dataset.split(name)) for name in ("train", "test"))
+    for name in ("left", "right"):
+        known, seen = test.cells[name], train.cells[name]
+        mean = (train.data[name].double() * seen).sum(0) / seen.sum(0)
+        expected = ((test.data[name] - mean)[known] ** 2).mean().sqrt()
+        assert metrics[f"imputation/{name}/mean"] == pytest.approx(float(expected))
+        assert f"imputation/{name}/ridge" not in metrics
+    assert (
+        "ridge skipped: it needs rows that have all cells of a modality or none; the measure cells has others" in told
+    )
+    assert MEASURES["rivals"].compute(EvaluatedSplit(suite, np.zeros(0))) == {}
+    assert told[-1] == "linear densities skipped: they are of rows without missing cells, which ['left', 'right'] have"
+    assert "missing/random/50/rmse/left" in suite.robustness(Removal(("random",), (0.5,), 0))
+
+
+def rows_of(split: Split) -> Batch:
+    return split.read(np.arange(len(split)))
