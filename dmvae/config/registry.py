@@ -100,6 +100,8 @@ class ServeConfig(Section):
     """Largest number of rows in a request."""
     max_megabytes: Annotated[float, Field(gt=0)] = 32.0
     """Largest size of a request, in megabytes."""
+    body_seconds: Annotated[float, Field(gt=0, le=3600)] = 10.0
+    """Longest time for a client to send a request, in seconds."""
     max_waiting: Size = 64
     """Largest number of waiting requests; further requests get status 503."""
     poll_seconds: Annotated[float, Field(gt=0)] = 10.0

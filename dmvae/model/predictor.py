@@ -8,11 +8,11 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, Strict, ValidationError, create_model
 from torch import Tensor
 
 from dmvae.data.batch import Batch, has
@@ -38,17 +38,21 @@ def row_type(shapes: Mapping[str, Sequence[int]], named: Collection[str] = ()) -
         if name in named:
             fields[name] = (list[Any] | dict[str, Any] | None, None)
             continue
-        nested: Any = float | None if shape else float
+        number = Annotated[float, Strict()]  # no text, no booleans
+        nested: Any = number | None if shape else number
         for _ in shape:
             nested = list[nested]
         fields[name] = (nested | None, None)
     return create_model("Row", __config__=ConfigDict(extra="forbid"), **fields)
 
 
+_LARGEST = 1e15
+
+
 class Request(BaseModel):
     """The operation to apply to rows, and its settings."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     operation: Operation = "impute"
     """`encode`, `reconstruct` observed modalities, `impute` missing ones, `nll`, or `sample` from the prior."""
@@ -121,6 +125,7 @@ class Predictor:
             wide, dtype = (torch.float64, torch.float32) if unit.classes is None else (torch.int64, torch.int64)
             values = unit.read(given.nan_to_num(nan=0).to(wide), dtype)
             data[name] = torch.where(known, values, 0)
+            self._check_range(name, data[name])
             masks[name] = known if name in self.model.config.missing_cells else known.flatten(1).any(1)
         return Batch(data, masks, size_factors=self._size_factors(rows))
 
@@ -132,12 +137,21 @@ class Predictor:
                 given[number] = self._checked(name, row[name], number)
         return given
 
+    def _check_range(self, name: str, values: Tensor) -> None:
+        """Check that scaled values can be squared and summed in float32."""
+        wrong = ~(values.abs().flatten(1) < _LARGEST).all(1) if values.is_floating_point() else torch.zeros(0)
+        if wrong.any():
+            raise ValueError(
+                f"Row {int(wrong.nonzero()[0])}, {name}: values must be below {_LARGEST:g} in units of the model's "
+                f"scaling. Correct them, or leave them out."
+            )
+
     def _size_factors(self, rows: Sequence[Mapping[str, Any]]) -> Tensor | None:
         if not self.counts:
             return None
         for number, row in enumerate(rows):
             found = row["size_factor"]
-            if found is not None and not 0 < found < math.inf:
+            if found is not None and not 1 / _LARGEST < found < _LARGEST:
                 raise ValueError(f"Row {number}, size_factor: must be positive and finite, but got {found:g}.")
             for name in self.counts:
                 if found is None and self.units[name].has_size_factor and row[name] is not None:
@@ -309,6 +323,8 @@ class Predictor:
         if unit.features is not None:
             values = unit.parsed(values, where)
         try:
+            if not _has_numbers(values):
+                raise TypeError
             array = np.asarray(values, dtype=np.float64)
         except (ValueError, TypeError):
             raise ValueError(f"{where}: expected shape {unit.shape}, got ragged lists or no numbers.") from None
@@ -341,6 +357,22 @@ class Predictor:
 def _one_hot(given: Tensor, classes: int) -> Tensor:
     """Return classes, NaN where they are missing, as probabilities in a last dimension."""
     return torch.eq(given.unsqueeze(-1), torch.arange(classes)).double()
+
+
+def _has_numbers(values: Any) -> bool:
+    """Return whether nested lists hold neither text nor booleans, which numpy would take for numbers."""
+    if isinstance(values, list | tuple):
+        return all(map(_has_numbers, values))
+    return not isinstance(values, str | bytes | bool)
+
+
+def is_finite(answer: Any) -> bool:
+    """Return whether every number in an answer is finite."""
+    if isinstance(answer, float):
+        return math.isfinite(answer)
+    if isinstance(answer, dict):
+        return all(map(is_finite, answer.values()))
+    return not isinstance(answer, list) or all(map(is_finite, answer))
 
 
 def _normals(num: int, like: Tensor, generator: torch.Generator) -> Tensor:

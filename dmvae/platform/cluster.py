@@ -13,6 +13,9 @@ from ray._private.state import state
 from ray._private.utils import get_num_cpus
 from ray.util.queue import Empty, Queue
 
+_SERVE = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "dmvae.platform.serve.body_limit:middlewares"}
+"""What Ray Serve's proxies read when they start: how much of a body, and how long, they wait for."""
+
 
 @contextmanager
 def local_cluster(num_cpus: int) -> Iterator[None]:
@@ -27,6 +30,8 @@ def local_cluster(num_cpus: int) -> Iterator[None]:
         yield
         return
     is_submitted = bool(os.environ.get("RAY_ADDRESS"))
+    for name, value in _SERVE.items():
+        os.environ.setdefault(name, value)
     ray.init(
         address=None if is_submitted else "local",
         num_cpus=None if is_submitted else max(usable_cpus(), num_cpus),

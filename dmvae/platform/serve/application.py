@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -13,9 +14,10 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse
 
 from dmvae.config.registry import ServeConfig
-from dmvae.model.predictor import Predictor, Request
+from dmvae.model.predictor import Predictor, Request, is_finite
 from dmvae.platform.cluster import local_cluster, resources
 from dmvae.platform.evaluate.worker_pool import torch_device
+from dmvae.platform.serve.body_limit import LIMITS_VARIABLE, BodyError, read_body
 from dmvae.platform.serve.registry import RegistryError, downloaded, find_version, mlflow_client
 from dmvae.platform.tracking.runs import tracking_uri
 
@@ -29,6 +31,10 @@ class BadRequestError(Exception):
     def __init__(self, message: str, status: int = 400) -> None:
         super().__init__(message)
         self.status = status
+
+
+Answer = list[dict[str, Any]] | BadRequestError
+"""The answers of a request's rows, or why there are none."""
 
 
 class Application:
@@ -59,21 +65,21 @@ class Application:
             return self._reply(200, {"modalities": shapes, "features": features, "columns": columns})
         if http.method != "POST":
             return self._reply(405, {"error": f"Method {http.method} is not allowed. Send rows by POST."})
-        body = await http.body()
         try:
+            body = await read_body(http.receive, self._config.max_megabytes, self._config.body_seconds)
             rows, request = self._parse(body)
-        except BadRequestError as error:
+            answers = await self._answer_together((rows, request))
+            if isinstance(answers, BadRequestError):
+                raise answers
+            return self._reply(200, {"answers": answers})
+        except (BadRequestError, BodyError) as error:
             return self._reply(error.status, {"error": str(error)})
-        return self._reply(200, {"answers": await self._answer_together((rows, request))})
 
     def _parse(self, body: bytes) -> tuple[list[dict[str, Any]], Request]:
-        megabytes, limit = len(body) / 1e6, self._config.max_megabytes
-        if megabytes > limit:
-            raise BadRequestError(f"Request too large: got {megabytes:.1f} MB, at most {limit:g} MB allowed.", 413)
         try:
-            tree = json.loads(body)
-        except ValueError as error:
-            raise BadRequestError(f"Request is not valid JSON: {error}.") from None
+            tree = json.loads(body.decode("utf-8"), object_pairs_hook=_without_duplicates, parse_constant=_no_number)
+        except (ValueError, RecursionError) as error:
+            raise BadRequestError(f"Request is not valid JSON in UTF-8: {error}.") from None
         if not isinstance(tree, dict) or not isinstance(tree.get("rows"), list):
             raise BadRequestError('Request has no list "rows". Expected {"rows": [{...}, ...], "operation": "impute"}.')
         rows = tree.pop("rows")
@@ -92,15 +98,29 @@ class Application:
         return parsed, request
 
     @serve.batch(max_batch_size=_BATCH_REQUESTS, batch_wait_timeout_s=_WAIT_SECONDS)
-    async def _answer_together(self, waiting: list[tuple[list[dict[str, Any]], Request]]) -> list[list[dict[str, Any]]]:
+    async def _answer_together(self, waiting: list[tuple[list[dict[str, Any]], Request]]) -> list[Answer]:
         """Answer requests of the same kind in one pass; a row's answer does not depend on the other rows."""
-        answers: list[list[dict[str, Any]]] = [[] for _ in waiting]
+        answers: list[Answer] = [[] for _ in waiting]
         for kind in {request for _, request in waiting}:
             members = [index for index, (_, request) in enumerate(waiting) if request == kind]
-            rows = [row for index in members for row in waiting[index][0]]
-            answered = iter(await asyncio.to_thread(self._predictor.answer, rows, kind))
-            for index in members:
-                answers[index] = [next(answered) for _ in waiting[index][0]]
+            found = await asyncio.to_thread(self._answer, [waiting[index][0] for index in members], kind)
+            for index, answer in zip(members, found, strict=True):
+                answers[index] = answer
+        return answers
+
+    def _answer(self, requests: list[list[dict[str, Any]]], kind: Request) -> list[Answer]:
+        """Answer requests in one pass, or one by one if the pass fails: only the one at fault is refused."""
+        try:
+            answered = iter(self._predictor.answer([row for rows in requests for row in rows], kind))
+        except (ValueError, RuntimeError) as error:
+            if len(requests) > 1:
+                return [self._answer([rows], kind)[0] for rows in requests]
+            return [BadRequestError(f"Cannot answer {kind.operation!r}: {error}", 422)]
+        answers: list[Answer] = []
+        for rows in requests:
+            mine = [next(answered) for _ in rows]
+            wrong = next((number for number, answer in enumerate(mine) if not is_finite(answer)), None)
+            answers.append(mine if wrong is None else _not_finite(wrong))
         return answers
 
     async def _follow_alias(self) -> None:
@@ -134,6 +154,25 @@ class Application:
         return JSONResponse({**content, **about}, status)
 
 
+def _not_finite(row: int) -> BadRequestError:
+    return BadRequestError(
+        f"Row {row}: the answer is not finite, because values are far outside of those in training. Correct the row.",
+        422,
+    )
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"field {next(name for name in names if names.count(name) > 1)!r} is there twice")
+    return found
+
+
+def _no_number(constant: str) -> float:
+    raise ValueError(f"{constant} is no number in JSON; leave out what is missing")
+
+
 def run(config: ServeConfig, progress: Callable[[str], None]) -> None:
     """Serve until interrupted.
 
@@ -143,6 +182,7 @@ def run(config: ServeConfig, progress: Callable[[str], None]) -> None:
     with downloaded(config.model, config.tracking) as folder:
         Predictor.load(folder, config.trust)  # an error is shown here, not in the log of a replica
     tracking = config.tracking.model_copy(update={"uri": tracking_uri(config.tracking)})
+    os.environ[LIMITS_VARIABLE] = f"{config.max_megabytes},{config.body_seconds}"
     with local_cluster(config.replicas + 1):
         start(config.model_copy(update={"tracking": tracking}))
         progress(f"serving {config.model} on http://{config.host}:{config.port}; stop with Ctrl-C")

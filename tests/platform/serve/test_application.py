@@ -1,12 +1,14 @@
 """A served model: right answers to parallel requests, a 4xx that names the field, the alias followed."""
 
 import json
+import socket
 import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +69,17 @@ WRONG: tuple[tuple[bytes, int, str], ...] = (
     (b'{"rows": [{}], "operation": "guess"}', 400, "operation"),
     (b'{"rows": [{}], "seed": -1}', 400, "seed"),
     (b'{"rows": [{}, {}, {}, {}, {}]}', 413, "at most 4"),
+    (b'{"rows": [{"left": [1, 2, 3, 4, "5"]}]}', 400, "left"),
+    (b'{"rows": [{"left": [1, 2, 3, 4, true]}]}', 400, "left"),
+    (b'{"rows": [{"left": [1, 2, 3, 4, 1e20]}]}', 400, "left"),
+    (b'{"rows": [{"right": [1e308, 2, 3]}], "operation": "nll"}', 400, "right"),
+    (b'{"rows": [{"right": [1, 2, NaN]}]}', 400, "no number"),
+    (b'{"rows": [{"left": null, "left": null}]}', 400, "'left' is there twice"),
+    (b'{"rows": [{}], "num_draws": "20"}', 400, "num_draws"),
+    (b'{"rows": [{}], "seed": true}', 400, "seed"),
+    ('{"rows": [{}]}'.encode("utf-16"), 400, "UTF-8"),
+    (b'{"rows": ' + b"[" * 20_000, 400, "not valid JSON"),
+    (b'{"rows": [{"left": [' + b"9" * 5000 + b", 1, 1, 1, 1]}]}", 400, "not valid JSON"),
     (b'{"rows": [], "x": "' + b"y" * 200_000 + b'"}', 413, "MB"),
 )
 
@@ -128,6 +141,51 @@ def test_parallel_requests_get_right_answers_and_invalid_ones_name_the_field(fol
 @pytest.mark.acceptance
 def test_a_thousand_valid_and_a_hundred_invalid_requests(folder: Path, address: str) -> None:
     converse(folder, address, right=1000, wrong=100)
+
+
+@contextmanager
+def stalled_clients(address: str, number: int) -> Iterator[list[socket.socket]]:
+    """Clients that announce a body, send the half of it and stop."""
+    port = int(address.rsplit(":", 1)[1].strip("/"))
+    body = json.dumps(questions(0)).encode()
+    head = f"POST / HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    clients = [socket.create_connection(("127.0.0.1", port)) for _ in range(number)]
+    try:
+        for client in clients:
+            client.sendall(head.encode() + body[: len(body) // 2])
+        yield clients
+    finally:
+        for client in clients:
+            client.close()
+
+
+def test_stalled_clients_hold_up_nobody_and_are_told_so(folder: Path, address: str) -> None:
+    ask(address, None)
+    with stalled_clients(address, 40) as clients:
+        begun = time.monotonic()
+        converse(folder, address, right=40, wrong=10)
+        assert time.monotonic() - begun < 60
+        clients[0].settimeout(30)
+        assert b" 408 " in clients[0].recv(1000)
+
+
+@pytest.mark.acceptance
+def test_three_hundred_requests_beside_forty_stalled_clients(folder: Path, address: str) -> None:
+    def p95() -> float:
+        seconds = []
+        for number in range(200):
+            begun = time.monotonic()
+            assert ask(address, json.dumps(questions(number)).encode())[0] == 200
+            seconds.append(time.monotonic() - begun)
+        return sorted(seconds)[189]
+
+    quiet = p95()
+    with stalled_clients(address, 40):
+        converse(folder, address, right=200, wrong=100)
+    with stalled_clients(address, 40):
+        busy = p95()
+    print(f"p95 {quiet * 1000:.1f} ms alone, {busy * 1000:.1f} ms beside 40 stalled clients")
+    assert busy < 2 * quiet
 
 
 def test_the_application_follows_its_alias_without_a_gap(folder: Path, address: str) -> None:
