@@ -3,7 +3,6 @@
 It needs torch, pydantic, numpy and safetensors only, so that registered models can be served without anything else.
 """
 
-import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -16,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, Strict, Validati
 from torch import Tensor
 
 from dmvae.data.batch import Batch, has
+from dmvae.data.records import read_record
 from dmvae.distributions.likelihoods.columns import Columns
 from dmvae.model.dmvae import DMVAE
 from dmvae.model.modality_spec import ModalitySpec as ModalitySpec
@@ -64,6 +64,20 @@ class Request(BaseModel):
     """Seed of the draws."""
 
 
+def read_units(folder: Path) -> dict[str, ModalitySpec]:
+    """Return the modalities of a registered model, from its `units.json`.
+
+    Raises:
+        RecordError: if it is not valid.
+        FileNotFoundError: if it is absent.
+    """
+    remedy = "Register the run again."
+    units: dict[str, ModalitySpec] | None = read_record(folder / UNITS, dict[str, ModalitySpec], remedy)
+    if units is None:
+        raise FileNotFoundError(f"Model not found: {folder} has no {UNITS}. {remedy}")
+    return units
+
+
 class Predictor:
     """A model that answers requests in the units of the data.
 
@@ -88,9 +102,12 @@ class Predictor:
     @classmethod
     def load(cls, folder: Path, trust: Collection[str] = ()) -> "Predictor":
         """Load a model from a folder that has `units.json`; `trust` as in `DMVAE.load`."""
-        units = json.loads((folder / UNITS).read_text())
-        specs = {name: ModalitySpec.model_validate(unit) for name, unit in units.items()}
-        return cls(DMVAE.load(folder, trust=trust), specs)
+        specs, model = read_units(folder), DMVAE.load(folder, trust=trust)
+        if specs.keys() != set(model.config.modalities):
+            raise ValueError(
+                f"{folder / UNITS} describes {list(specs)}, but the model has {list(model.config.modalities)}."
+            )
+        return cls(model, specs)
 
     def parse(self, rows: Sequence[Any]) -> list[dict[str, Any]]:
         """Check rows, and return them as dicts with every field, None where it is missing.

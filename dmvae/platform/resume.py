@@ -1,6 +1,5 @@
 """Whether a run or a study may resume: the settings that it began with, compared with the settings requested now."""
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from pydantic_core import to_jsonable_python
 
 from dmvae.config.section import Section
 from dmvae.platform.errors import RunError
+from dmvae.platform.records import read_settings
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,13 @@ class ResumeRules:
             remedy: what to do other than restoring the settings.
 
         Raises:
+            RecordError: if the record is not valid.
             RunError: listing every setting that must not differ, with both values, and the settings that may.
         """
-        if not file.is_file():
+        recorded = read_settings(file)
+        if recorded is None:
             return
-        before, after = _settings(json.loads(file.read_text())), _settings(now)
+        before, after = _settings(recorded), _settings(now)
         before |= {key: to_jsonable_python(default_of(self.section, key)) for key in after.keys() - before.keys()}
         refused = [
             f"  {key}: {before.get(key)!r} in the {self.kind}, {after.get(key)!r} requested"
@@ -58,7 +60,8 @@ class ResumeRules:
 
     def _is_free(self, key: str, before: Any, after: Any) -> bool:
         if key in self.may_grow:
-            return bool(after >= before)
+            is_number = isinstance(before, int) and not isinstance(before, bool)
+            return is_number and 0 < before <= after
         return any(
             key.startswith(path.removesuffix("*")) if path.endswith("*") else key == path for path in self.may_change
         )

@@ -15,6 +15,8 @@ BEFORE: dict[str, Any] = {
     "optim": {"clip_norm": None, "learning_rate": 0.1},
     "training": {"epochs": 5, "checkpoint_steps": 10},
     "workers": {},
+    "name": "one",
+    "dataset": {"fingerprint": "f"},
 }
 
 

@@ -21,6 +21,7 @@ from dmvae.platform.cluster import local_cluster
 from dmvae.platform.evaluate.checks import check_fit, check_measures, check_support
 from dmvae.platform.evaluate.nll_table import NLLTable, Task, evaluate_nll
 from dmvae.platform.evaluate.row_store import RowStore
+from dmvae.platform.records import read_run
 from dmvae.platform.remote_fs import local
 from dmvae.training.checkpoint import RUN_CONFIG
 
@@ -164,7 +165,8 @@ def _default_output(model_dir: Path, split: str) -> Path:
 
 def _warn_of_other_dataset(model_dir: Path, dataset: Dataset, progress: Callable[[str], None]) -> None:
     file = model_dir / RUN_CONFIG
-    trained = json.loads(file.read_text()).get("dataset", {}).get("fingerprint") if file.is_file() else None
+    run = read_run(file)
+    trained = None if run is None else run["dataset"]["fingerprint"]
     if trained not in (None, dataset.manifest.fingerprint):
         progress("warning: the model was trained on another dataset, whose values may be scaled differently")
 

@@ -18,11 +18,15 @@ from mlflow.exceptions import MlflowException
 from dmvae.config.evaluation import EvaluateConfig
 from dmvae.config.registry import PromoteConfig
 from dmvae.data.reading.dataset import open_dataset
-from dmvae.model.predictor import UNITS
+from dmvae.data.records import read_record
+from dmvae.model.predictor import read_units
 from dmvae.platform.evaluate.evaluate import evaluate
+from dmvae.platform.records import Card, EvaluationSummary, required
 from dmvae.platform.serve.model_card import CARD
 from dmvae.platform.serve.registry import CHAMPION, PREVIOUS, RegistryError, download, mlflow_client
 from dmvae.platform.tracking.runs import tracking_uri
+
+_REMEDY = "Register the run again."
 
 
 @dataclass(frozen=True)
@@ -127,13 +131,13 @@ def _check_comparable(config: PromoteConfig, folders: dict[str, Path]) -> None:
     fingerprint = open_dataset(config.dataset).manifest.fingerprint
     modalities: dict[str, list[str]] = {}
     for version, folder in folders.items():
-        trained = json.loads((folder / CARD).read_text())["dataset"]["fingerprint"]
+        trained = required(read_record(folder / CARD, Card, _REMEDY), folder / CARD).dataset.fingerprint
         if trained != fingerprint:
             raise RegistryError(
                 f"Version {version} was trained on another dataset than {config.dataset}: expected fingerprint "
                 f"{trained[:12]}, but got {fingerprint[:12]}. Set dataset to its own, or train it again on this one."
             )
-        modalities[version] = sorted(json.loads((folder / UNITS).read_text()))
+        modalities[version] = sorted(read_units(folder))
     if len({tuple(names) for names in modalities.values()}) > 1:
         raise RegistryError(
             f"Cannot compare versions with different modalities: {modalities}. "
@@ -158,7 +162,8 @@ def _evaluate(config: PromoteConfig, folder: Path, output: Path, version: str) -
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["no reason given"]
         raise RegistryError(f"Evaluation of version {version} failed: {lines[-1]}")
-    metrics = json.loads((output / "summary.json").read_text())["figures"]
+    file = output / "summary.json"
+    metrics = required(read_record(file, EvaluationSummary, _REMEDY), file).figures
     table = pq.read_table(output / "rows.parquet").to_pydict()
     return _Evaluation(
         metrics, {i: (nll, se) for i, nll, se in zip(table["id"], table["nll"], table["se"], strict=True)}

@@ -25,6 +25,7 @@ from dmvae.model.assembly import own_code_of
 from dmvae.model.dmvae import DMVAE
 from dmvae.model.predictor import UNITS
 from dmvae.model.serialization import MODEL_CONFIG, MODEL_WEIGHTS, read_config
+from dmvae.platform.records import read_result, read_run, required
 from dmvae.platform.remote_fs import local
 from dmvae.platform.serve.mlflow_model import quiet_mlflow, save
 from dmvae.platform.serve.model_card import CARD, README, card_text, make_card
@@ -109,7 +110,8 @@ def _read(run_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise RegistryError(
             f"{run_dir} is not a finished run: missing {', '.join(missing)}. Finish its training first."
         )
-    return json.loads(files[0].read_text()), json.loads(files[1].read_text())
+    result = required(read_result(files[0]), files[0])
+    return result.model_dump(), required(read_run(files[1]), files[1])
 
 
 def _dataset_of(run: Mapping[str, Any]) -> Dataset:

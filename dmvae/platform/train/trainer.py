@@ -1,6 +1,5 @@
 """Train a run with Ray, evaluate its best model and record both."""
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +25,7 @@ from dmvae.platform.errors import RunError
 from dmvae.platform.evaluate.checks import check_data
 from dmvae.platform.evaluate.evaluate import Extras, evaluate_split
 from dmvae.platform.logs import log_file
+from dmvae.platform.records import read_result, read_run
 from dmvae.platform.resume import ResumeRules
 from dmvae.platform.stopping import stop_in_order
 from dmvae.platform.tracking.outbox import Outbox
@@ -178,7 +178,7 @@ def _check_same_run(store: RunStore, record: Mapping[str, Any]) -> None:
 def _warn_of_versions(store: RunStore, config: TrainConfig, progress: Callable[[str], None]) -> None:
     """Tell which packages of own code have another version than when the run began."""
     file = store.run_dir / checkpoint.RUN_CONFIG
-    before = json.loads(file.read_text())["model"].get("packages", {}) if file.is_file() else {}
+    before = (read_run(file) or {"model": {}})["model"].get("packages") or {}
     for package, version in config.model.packages.items():
         if before.get(package, version) != version:
             progress(f"warning: The run began with {package} {before[package]} and resumes with {version}")
@@ -190,14 +190,12 @@ def _result(config: TrainConfig, metrics: dict[str, float], tracked: TrackedRun)
 
 
 def _read_result(store: RunStore, config: TrainConfig) -> TrainSummary | None:
-    file = store.run_dir / RESULT
-    if not file.is_file():
+    result = read_result(store.run_dir / RESULT)
+    if result is None or (result.epochs, result.patience) != (config.training.epochs, config.training.patience):
         return None
-    result = json.loads(file.read_text())
-    if (result["epochs"], result["patience"]) != (config.training.epochs, config.training.patience):
-        return None
+    metrics = {name: math.nan if value is None else value for name, value in result.metrics.items()}
     uri = scrub(tracking_uri(config.tracking))
-    return TrainSummary(store.run_dir, store.where, result["metrics"], result["run_id"], uri, was_finished=True)
+    return TrainSummary(store.run_dir, store.where, metrics, result.run_id, uri, was_finished=True)
 
 
 def _announce(config: TrainConfig, dataset: Dataset, progress: Callable[[str], None]) -> None:

@@ -18,6 +18,7 @@ from dmvae.evaluation import search_objectives
 from dmvae.platform.cluster import local_cluster, messages
 from dmvae.platform.errors import RunError
 from dmvae.platform.logs import log_file
+from dmvae.platform.records import read_settings
 from dmvae.platform.resume import ResumeRules
 from dmvae.platform.stopping import time_limit
 from dmvae.platform.tracking.outbox import Outbox
@@ -261,9 +262,9 @@ def _earlier(config: SearchConfig) -> list[Trial]:
     if config.earlier_study is None:
         return []
     file = Path(config.earlier_study) / _STUDY
-    if not file.is_file():
+    before = read_settings(file)
+    if before is None:
         raise RunError(f"earlier_study must be a study's folder: {config.earlier_study} has no {_STUDY}.")
-    before = json.loads(file.read_text())
     now = config.model_dump(mode="json")
     for key in ("space", "objectives", "weights"):
         if before.get(key) != now[key]:

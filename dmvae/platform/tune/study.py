@@ -9,28 +9,37 @@ A search that is killed at any moment is rebuilt from them: the sampler is given
 without are resumed from their checkpoints. No pickle is read.
 """
 
+import dataclasses
+import itertools
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
 
 from dmvae.config.model import Value
 from dmvae.config.search import Domain, SearchConfig
 from dmvae.data.files import write_atomically
+from dmvae.data.records import read_record
 from dmvae.evaluation.search_objectives import compared_error, compared_values
+from dmvae.platform.errors import RunError
+from dmvae.platform.tracking.tracked_run import read_run_record
 
 Status = Literal["complete", "stopped", "infeasible", "failed"]
 PARAMS, RESULT = "params.json", "result.json"
+_REMEDY = "Restore it, or remove the trial's folder: its number is then drawn again."
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class TrialResult:
     """How a trial ended.
 
@@ -44,14 +53,14 @@ class TrialResult:
     """
 
     status: Status
-    epochs: int = 0
+    epochs: Annotated[int, Field(ge=0)] = 0
     figures: dict[str, float] = field(default_factory=dict)
     reason: str = ""
     run_id: str = ""
     seconds: float = 0.0
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Trial:
     """One trial: `params` are JSON values by setting, `result` is None until the trial has ended."""
 
@@ -68,18 +77,75 @@ class Trial:
 
 def trials_of(study_dir: Path) -> list[Trial]:
     """Read the trials of a study, in the order in which they were drawn."""
-    folders = sorted(file.parent for file in (study_dir / "trials").glob(f"[0-9]*/{PARAMS}"))
-    return [_read(folder) for folder in folders]
+    folders = [folder for folder in (study_dir / "trials").glob("[0-9]*") if _is_trial(folder)]
+    folders.sort(key=lambda folder: int(folder.name))
+    return [Trial(int(folder.name), folder, read_params(folder), read_result(folder)) for folder in folders]
 
 
-def _read(folder: Path) -> Trial:
-    result = folder / RESULT
-    return Trial(
-        int(folder.name),
-        folder,
-        json.loads((folder / PARAMS).read_text()),
-        TrialResult(**json.loads(result.read_text())) if result.is_file() else None,
-    )
+def read_params(folder: Path) -> dict[str, Value]:
+    """Read the parameters of a trial.
+
+    Raises:
+        RecordError: if they are not valid.
+        RunError: if they are missing.
+    """
+    found: dict[str, Value] | None = read_record(folder / PARAMS, dict[str, Any], _REMEDY)
+    if found is None:
+        raise RunError(f"{folder} has no {PARAMS}. {_REMEDY}")
+    return found
+
+
+def read_result(folder: Path) -> TrialResult | None:
+    """Read the result of a trial; None if it has not ended.
+
+    Raises:
+        RecordError: if it is not valid.
+    """
+    found: TrialResult | None = read_record(folder / RESULT, TrialResult, _REMEDY)
+    return found
+
+
+def _is_trial(folder: Path) -> bool:
+    """Return whether a trial was drawn into a folder; a kill may leave an empty one.
+
+    Raises:
+        RunError: if the folder is not named after a trial, as a copy of one is not.
+    """
+    if not re.fullmatch(r"\d{4}|[1-9]\d{4,}", folder.name) or not folder.is_dir():
+        raise RunError(f"{folder} is not a trial's folder, but a copy or a file. Move it out of the study.")
+    return any(not entry.name.startswith(".") for entry in folder.iterdir())
+
+
+def check_trials(config: SearchConfig, trials: list[Trial]) -> None:
+    """Check that trials on disk are trials of this study, and each of them once.
+
+    Raises:
+        RunError: naming the folder at fault.
+    """
+    seen: dict[str, Trial] = {}
+    for trial in trials:
+        unknown = sorted(trial.params.keys() - config.space.keys())
+        if unknown:
+            raise RunError(f"{trial.folder / PARAMS} has parameters outside the space: {unknown}. {_REMEDY}")
+        try:
+            known = {path: distribution(config.space[path]) for path in trial.params}
+            create_trial(state=TrialState.RUNNING, params=encoded(config, trial.params), distributions=known)
+        except (ValueError, TypeError) as error:
+            raise RunError(f"{trial.folder / PARAMS} does not fit the space: {error}. {_REMEDY}") from None
+        record = read_run_record(trial.folder / "tracking")
+        if record is not None and record.run_id in seen:
+            raise RunError(
+                f"{trial.folder} and {seen[record.run_id].folder} are the same trial (MLflow run {record.run_id}): one "
+                "is a copy. Remove the copy."
+            )
+        if record is not None:
+            seen[record.run_id] = trial
+
+
+def free_numbers(trials: list[Trial]) -> Iterator[int]:
+    """Yield the numbers that no trial has, from 0 on: one whose folder was removed is drawn again."""
+    taken = {trial.number for trial in trials}
+    return (number for number in itertools.count() if number not in taken)
 
 
 def write_params(study_dir: Path, number: int, params: Mapping[str, Value]) -> Path:

@@ -25,7 +25,7 @@ from dmvae.platform.tracking.tracked_run import TrackedRun
 from dmvae.platform.train.run_store import RunStore
 from dmvae.platform.train.trainer import fit
 from dmvae.platform.train.worker import WorkerTask
-from dmvae.platform.tune.study import PARAMS, RESULT, TrialResult, write_result
+from dmvae.platform.tune.study import RESULT, TrialResult, read_params, read_result, write_result
 from dmvae.platform.tune.trial_checkpoints import BEST, TrialCheckpoints
 from dmvae.training.loop import EpochEnded, MetricsLogged, train
 from dmvae.training.settings import blank_model, resolve, run_record, trusted
@@ -80,7 +80,7 @@ def run_trial(drawn: dict[str, Any], task: TrialTask) -> None:
     """
     config, number = task.config, int(drawn[TRIAL])
     folder = task.study_dir / "trials" / f"{number:04d}"
-    params = json.loads((folder / PARAMS).read_text())
+    params = read_params(folder)
     if not (folder / RESULT).is_file():
         with open_run(
             config.base.tracking,
@@ -100,7 +100,8 @@ def run_trial(drawn: dict[str, Any], task: TrialTask) -> None:
                 outbox.log_metrics({f"trial/{name}": value for name, value in result.figures.items()}, result.epochs)
                 outbox.end("FINISHED" if result.status == "complete" else "FAILED", result.reason)
         write_result(folder, result)
-    done = TrialResult(**json.loads((folder / RESULT).read_text()))
+    done = read_result(folder)
+    assert done is not None
     if done.status == "complete":
         _report(config, _values(config, done.figures), config.base.training.epochs)
         return

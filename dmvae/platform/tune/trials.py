@@ -1,5 +1,6 @@
 """Run the trials of a study with Ray Tune: Optuna proposes them, a callback writes down how they end."""
 
+import itertools
 import logging
 import os
 import shutil
@@ -35,6 +36,7 @@ def run_trials(
         KeyboardInterrupt: if the search was interrupted before its last trial ended.
     """
     config, known = task.config, study.trials_of(task.study_dir)
+    study.check_trials(config, known)
     unfinished = [trial for trial in known if trial.result is None]
     todo = len(unfinished) + max(0, config.trials - len(known))
     if known:
@@ -84,7 +86,7 @@ def _resources_of(config: SearchConfig) -> Any:
 
 
 def _searcher(task: TrialTask, known: list[Trial], earlier: list[Trial]) -> OptunaSearch:
-    """Return Optuna with every known trial added: trial i of the study is Optuna's trial i.
+    """Return Optuna with every known trial added, in the order of their numbers; new ones get the free numbers.
 
     A trial that was drawn and has no result yet is enqueued with the same parameters; it resumes in its folder.
     """
@@ -99,12 +101,15 @@ def _searcher(task: TrialTask, known: list[Trial], earlier: list[Trial]) -> Optu
             told.add_trials(list(study.frozen_trials(config, [trial])))
         else:
             told.enqueue_trial(study.encoded(config, trial.params))
-    for point in config.start_from[max(0, len(known)) :]:
-        told.enqueue_trial(study.encoded(config, point))
+    free = list(itertools.islice(study.free_numbers(known), config.trials))
+    for number in free:
+        if number < len(config.start_from):
+            told.enqueue_trial(study.encoded(config, config.start_from[number]))
+    numbers = tuple([trial.number for trial in known] + free)
     names = value_names(config)
     several = config.is_multiple
     return OptunaSearch(
-        space=partial(_propose, config=config, study_dir=task.study_dir, offset=offset),
+        space=partial(_propose, config=config, study_dir=task.study_dir, offset=offset, numbers=numbers),
         metric=names if several else names[0],
         mode=["min"] * len(names) if several else "min",
         sampler=study.sampler(config, len(known)),
@@ -113,9 +118,11 @@ def _searcher(task: TrialTask, known: list[Trial], earlier: list[Trial]) -> Optu
     )
 
 
-def _propose(trial: Any, config: SearchConfig, study_dir: Path, offset: int) -> dict[str, Any]:
+def _propose(
+    trial: Any, config: SearchConfig, study_dir: Path, offset: int, numbers: tuple[int, ...]
+) -> dict[str, Any]:
     """Let Optuna draw a trial's parameters, and write them to disk before the trial starts."""
-    number = trial.number - offset
+    number = numbers[trial.number - offset]
     study.write_params(study_dir, number, study.draw(trial, config))
     return {TRIAL: number}
 
