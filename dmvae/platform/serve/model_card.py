@@ -76,7 +76,7 @@ returns that of the values as you pass them, before any scaling.
     model = mlflow.pyfunc.load_model("models:/NAME@champion")
     model.predict([{{...}}], params={{"operation": "impute"}})
 
-`mlflow.pyfunc.load_model` runs Python code that the registry holds with the model: use it only with a registry that you trust.
+`mlflow.pyfunc.load_model` runs Python code that the registry holds with the model: use it only with one that you trust.
 `dmvae.load("models:/NAME@champion")` reads the same weights and runs no code.
 
 A row is a dict from modality to nested lists, in the units of the original data. Leave a missing modality out, or set
