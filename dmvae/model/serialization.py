@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from dmvae.config.model import DMVAEConfig
-from dmvae.data.files import flush
+from dmvae.data.files import flush, sha256_of
 from dmvae.data.records import read_record
 
 MODEL_CONFIG = "model.json"
 MODEL_WEIGHTS = "model.safetensors"
+CHECKSUMS = "checksums.json"
+"""Of a checkpoint: the SHA-256 of each file, written last."""
 _REMEDY = "Copy the model from its source again, or train it again."
 _FLOATS = ("F32", "F64", "F16", "BF16")
 _LARGEST = 1e18
@@ -49,6 +51,7 @@ def read_config(folder: Path) -> DMVAEConfig:
     absent = [file for file in (MODEL_CONFIG, MODEL_WEIGHTS) if not (folder / file).is_file()]
     if absent:
         raise FileNotFoundError(f"Model not found: {folder} has no {' and no '.join(absent)}.")
+    _check_sums(folder)
     config = read_record(folder / MODEL_CONFIG, DMVAEConfig, _REMEDY)
     assert config is not None
     return config
@@ -62,6 +65,14 @@ def find_carried_code(folder: Path, packages: Iterable[str]) -> None:
     absent = [name for name in packages if find_spec(name) is None]
     if absent and str(code) not in sys.path and any(code.glob(f"{name}*") for name in absent):
         sys.path.append(str(code))
+
+
+def _check_sums(folder: Path) -> None:
+    """Compare the files with their checksums, if the folder is a checkpoint."""
+    sums: dict[str, str] = read_record(folder / CHECKSUMS, dict[str, str], _REMEDY) or {}
+    for name in (MODEL_CONFIG, MODEL_WEIGHTS):
+        if name in sums and sha256_of(folder / name) != sums[name]:
+            raise ValueError(f"Checkpoint {folder} is damaged: the checksum of {name} differs. {_REMEDY}")
 
 
 def read_weights(folder: Path, own: Mapping[str, Tensor]) -> dict[str, Tensor]:

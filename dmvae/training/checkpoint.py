@@ -16,13 +16,13 @@ from safetensors.torch import load_file, save_file
 from dmvae.data.files import flush, sha256_of
 from dmvae.data.records import Record, RecordError, parse_record, read_record
 from dmvae.model.loss import TermSums
+from dmvae.model.serialization import CHECKSUMS as CHECKSUMS
 from dmvae.model.serialization import MODEL_CONFIG, MODEL_WEIGHTS, read_weights
 from dmvae.training.state import Position, TrainState
 
 RUN_CONFIG = "run.json"
 _OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
-CHECKSUMS = "checksums.json"
 _REMEDY = "Remove the checkpoint; the run then resumes from the one before it."
 _FILES = (MODEL_CONFIG, MODEL_WEIGHTS, _OPTIMIZER, RUN_CONFIG, STATE)
 

@@ -62,14 +62,23 @@ def hold_lock(path: Path, wait_seconds: float | int = 0.0) -> Iterator[None]:
         yield
 
 
+def check_own(path: Path) -> None:
+    """Check that what there is under a name in an outbox is a regular file.
+
+    Raises:
+        TrackingError: if it is a link or a folder.
+    """
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise TrackingError(f"{path} must be a regular file, but it is a link or a folder. Remove it.")
+
+
 def open_own(path: Path, mode: str, buffering: int = -1) -> IO[Any]:
     """Open a file of an outbox, which must be a regular file: a link could lead to any file of this user.
 
     Raises:
         TrackingError: if it is a link, a folder, or no regular file.
     """
-    if path.is_symlink() or (path.exists() and not path.is_file()):
-        raise TrackingError(f"{path} must be a regular file, but it is a link or a folder. Remove it.")
+    check_own(path)
 
     def without_links(name: str, flags: int) -> int:
         return os.open(name, flags | os.O_NOFOLLOW, 0o666)
@@ -93,6 +102,7 @@ class DeliveryLog:
     def __init__(self, path: Path, schema: Any, deliver: Callable[[list[Entry]], list[Entry]], batch_size: int) -> None:
         self.path, self._schema, self._deliver, self._batch_size = path, schema, deliver, batch_size
         self._offset_path = path.with_suffix(".offset")
+        check_own(self._offset_path)
         self._file = open_own(path, "ab", buffering=0)
         self._size = self._cut_torn_line()
         self._offset = self._read_offset()
