@@ -7,11 +7,11 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, Strict, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, create_model
 from torch import Tensor
 
 from dmvae.data.batch import Batch, has
@@ -38,12 +38,12 @@ def row_type(shapes: Mapping[str, Sequence[int]], named: Collection[str] = ()) -
         if name in named:
             fields[name] = (list[Any] | dict[str, Any] | None, None)
             continue
-        number = Annotated[float, Strict()]  # no text, no booleans
-        nested: Any = number | None if shape else number
+        nested: Any = float | None if shape else float
         for _ in shape:
             nested = list[nested]
         fields[name] = (nested | None, None)
-    return create_model("Row", __config__=ConfigDict(extra="forbid"), **fields)
+    # strict: no text and no booleans in place of numbers
+    return create_model("Row", __config__=ConfigDict(extra="forbid", strict=True), **fields)
 
 
 _LARGEST = 1e15
