@@ -52,7 +52,8 @@ class Param:
             return value in self.words
         if not self.numbers:
             return False
-        in_range = value > 0 if self.minimum is None else value >= self.minimum
+        # outside of float32's range, a scale is 0 or infinite where it is used
+        in_range = 1e-30 <= value <= 1e30 if self.minimum is None else self.minimum <= value <= 1e30
         return in_range and (isinstance(value, int) or not self.whole)
 
     def __str__(self) -> str:
@@ -61,7 +62,9 @@ class Param:
         if not self.numbers:
             return " or ".join(f'"{word}"' for word in self.words)
         kind = "a whole number" if self.whole else "a number"
-        least = "greater than 0" if self.minimum is None else f"of {self.minimum} or more"
+        least = (
+            "greater than 0 (at least 1e-30, at most 1e30)" if self.minimum is None else f"of {self.minimum} or more"
+        )
         return " or ".join([f"{kind} {least}", *(f'"{word}"' for word in self.words)])
 
 

@@ -186,3 +186,9 @@ def test_any_other_legal_name_is_a_modality(name: str) -> None:
 def test_a_config_without_shapes_says_so_when_they_are_needed() -> None:
     with pytest.raises(ValueError, match="input_dims"):
         _ = DMVAEConfig(n_modalities=2).modalities
+
+
+@pytest.mark.parametrize("scale", [1e-320, 1e-40, 1e40])
+def test_a_scale_outside_the_range_of_float32_is_refused(scale: float) -> None:
+    with pytest.raises(ValidationError, match=r"scale must be a number greater than 0 \(at least 1e-30"):
+        DMVAEConfig.model_validate({"input_dims": {"a": [2]}, "decoder_dist_params": {"a": {"scale": scale}}})

@@ -137,6 +137,10 @@ class ModalityInfo(Section):
             )
         if self.std is not None and min(self.std) <= 0:
             raise ValueError(f"Standard deviations must be positive, but got {min(self.std)}.")
+        for name, numbers in (("mean", self.mean), ("std", self.std), ("low", self.low), ("high", self.high)):
+            wrong = [x for x in numbers or () if abs(x) > 1e30 or (name == "std" and x < 1e-30)]
+            if wrong:
+                raise ValueError(f"Values of {name} must lie in the range of float32, but got {wrong[0]:g}.")
         return self
 
     @property
@@ -338,7 +342,7 @@ def parse_manifest(text: bytes, path: str) -> Manifest:
     """
     try:
         content = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DatasetError(f"Cannot read manifest {path} as JSON: {error}. Prepare the dataset again.") from error
     if not isinstance(content, dict) or content.get("format") != "dmvae-dataset":
         raise DatasetError(f"{path} is not a manifest: it lacks format = 'dmvae-dataset'. Choose another folder.")

@@ -113,3 +113,11 @@ def test_an_edited_manifest_is_refused(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace("2.5", "2.6"))
     with pytest.raises(DatasetError, match="was edited"):
         load_manifest(tmp_path)
+
+
+@pytest.mark.parametrize(("field", "value"), [("mean", 1e308), ("mean", -1e308), ("std", 1e-320), ("std", 1e308)])
+def test_a_scaling_outside_the_range_of_float32_is_refused(field: str, value: float) -> None:
+    tree = content()
+    tree["modalities"]["a"] |= {field: [value, 1.0]}
+    with pytest.raises(ValueError, match=rf"Values of {field} must lie in the range of float32"):
+        Manifest.model_validate(tree)
