@@ -21,6 +21,10 @@ ARCHITECTURES, LIKELIHOODS = "dmvae.architectures", "dmvae.likelihoods"
 _NAME = r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*"
 
 
+class OwnCodeError(ValueError):
+    """A person's own code raised an error."""
+
+
 def is_import_path(name: str) -> bool:
     """Tell whether a name is an import path."""
     return ":" in name

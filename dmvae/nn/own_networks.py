@@ -7,15 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from dmvae.config.model import ArchitectureConfig
-from dmvae.config.own_code import ARCHITECTURES, announced, check_call, import_object, is_import_path
+from dmvae.config.own_code import ARCHITECTURES, OwnCodeError, announced, check_call, import_object, is_import_path
 from dmvae.nn.networks import Dimensions, architecture_of, is_registered
 
 PARTS = ("encoder", "decoder")
 _ROWS = 2
-
-
-class OwnCodeError(ValueError):
-    """A person's own code raised an error."""
 
 
 def own_paths(settings: ArchitectureConfig) -> dict[str, str]:

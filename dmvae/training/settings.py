@@ -8,15 +8,16 @@ import torch
 
 from dmvae.config.likelihoods import values_of
 from dmvae.config.model import DMVAEConfig
+from dmvae.config.own_code import OwnCodeError
 from dmvae.config.training import TrainConfig
 from dmvae.data.format.manifest import Manifest, ModalityInfo
 from dmvae.data.reading.dataset import Dataset
 from dmvae.data.storage import location
-from dmvae.distributions.likelihoods import find, own_path
+from dmvae.distributions.likelihoods import check_likelihood, find, own_path
 from dmvae.model.assembly import dimensions, own_code_of
 from dmvae.model.dmvae import DMVAE
 from dmvae.model.parts import start_from
-from dmvae.nn.own_networks import OwnCodeError, check_networks
+from dmvae.nn.own_networks import check_networks
 from dmvae.training.state import parameter_groups
 
 _LOWEST_RATE = 1e-3  # of a column of counts, where the decoder starts
@@ -179,6 +180,8 @@ def _checked(config: DMVAEConfig) -> DMVAE:
     model, paths = DMVAE(config), own_code_of(config)
     for name in config.modalities:
         dims = dimensions(config, name, model.likelihoods[name])
+        if f"decoders_dist.{name}" in paths:
+            check_likelihood(model.likelihoods[name], name)
         networks = {"encoder": model.encoders[name], "decoder": model.decoders[name]}
         own = {part for part in ("name", *networks) if f"architectures.{name}.{part}" in paths}
         if own:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dmvae.distributions.likelihoods.normal import Normal
 from dmvae.nn.networks import DecoderOutput, Dimensions, EncoderOutput
 from tests.example_package.nets import TableDecoder, TableEncoder
 
@@ -54,6 +55,13 @@ class NeedsNumbers(TableEncoder):
     def forward(self, x: Tensor) -> EncoderOutput:
         assert float(x.sum()) < math.inf
         return super().forward(x.abs())
+
+
+class NotSummed(Normal):
+    """Returns the log-density of every element, which would broadcast."""
+
+    def log_prob(self, output: Tensor, value: Tensor) -> Tensor:
+        return -((output - value) ** 2)
 
 
 def lazy(dims: Dimensions) -> tuple[nn.Module, nn.Module]:

@@ -11,10 +11,11 @@ from pydantic import ValidationError
 from torch import nn
 
 from dmvae.config.model import ArchitectureConfig, DMVAEConfig
+from dmvae.config.own_code import OwnCodeError
 from dmvae.data.batch import Batch
 from dmvae.model.dmvae import DMVAE
 from dmvae.nn.networks import Dimensions
-from dmvae.nn.own_networks import OwnCodeError, build_networks, check_networks
+from dmvae.nn.own_networks import build_networks, check_networks
 from dmvae.training.settings import blank_model
 from tests.example_package import wrong
 from tests.example_package.nets import ResNetEncoder, TableDecoder, TableEncoder, TextDecoder

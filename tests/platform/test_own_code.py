@@ -12,16 +12,21 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from mlflow import MlflowClient
+from ray import serve
 
 import dmvae
 from dmvae.cli import run_verb
+from dmvae.config.registry import ServeConfig
 from dmvae.config.search import SearchConfig
 from dmvae.model.dmvae import DMVAE
+from dmvae.platform.serve.application import start
 from dmvae.platform.serve.registry import find_version, register
 from dmvae.platform.train.trainer import TrainSummary
 from dmvae.platform.tune.search import search
 from tests.example_runs import PACKAGE, make_example, make_rows
 from tests.kills import KillAt
+from tests.platform.serve.test_application import ask
+from tests.platform.tracking.test_tracking import free_port
 from tests.platform.train.test_trainer import run, same_bits
 from tests.runs import finish_here
 from tests.searches import make_search
@@ -136,7 +141,9 @@ def test_a_search_draws_params_of_own_networks(rows: Path, tmp_path: Path) -> No
         "model.architectures.text.params.heads": {"values": [1, 2]},
     }
     changes = {"base": base.model_dump(mode="json", exclude_unset=True), "retrain": {"how": "train"}}
-    plain = make_search(tmp_path, rows, trials=4, space=space).model_dump(mode="json", exclude_unset=True)
+    plain = make_search(tmp_path, rows, trials=4, space=space, objectives=["joint_nll"]).model_dump(
+        mode="json", exclude_unset=True
+    )
     found = search(SearchConfig.model_validate(plain | changes), lambda line: None)
     assert {trial.result.status for trial in found.trials if trial.result} == {"complete"}
     (best,) = found.best
@@ -148,6 +155,27 @@ def test_a_search_draws_params_of_own_networks(rows: Path, tmp_path: Path) -> No
     }  # fmt: skip
     assert found.retrained is not None
     assert np.isfinite(found.retrained.metrics["test/nll"])
+
+
+@pytest.mark.acceptance
+def test_own_code_is_promoted_and_served_with_consent(
+    here: Path, rows: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tracking = make_example(here.parents[1], rows).tracking
+    register(here, "champions", tracking, ["tests"])
+    flags = ["champions", "--dataset", str(rows), "--evaluation.num-draws", "10", "--tracking.uri", str(tracking.uri)]
+    assert run_verb("promote", flags) == 1
+    assert "--trust tests" in capsys.readouterr().err
+    assert run_verb("promote", [*flags, "--trust", "tests"]) == 0
+    port = free_port()
+    start(ServeConfig(model="models:/champions@champion", port=port, tracking=tracking, trust=("tests",)))
+    body = json.dumps({"rows": [{"text": [0, 1, 2, 4, 4]}], "num_draws": 3}).encode()
+    try:
+        status, answer = ask(f"http://127.0.0.1:{port}/", body)
+    finally:
+        serve.shutdown()
+    assert status == 200
+    assert set(answer["answers"][0]["imputed"]) == {"image", "table"}
 
 
 def test_registered_source_is_used_where_the_package_is_absent(here: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import tomli_w
 from mlflow import MlflowClient
 from pydantic import BaseModel
 
+from tests.example_runs import make_example, make_rows
 from tests.kills import logged, metrics_of, wait_for
 from tests.platform.tracking.test_tracking import free_port
 from tests.runs import make_config, make_dataset
@@ -103,6 +104,17 @@ def test_a_training_run_is_submitted_stopped_and_resumed(cluster: Cluster, large
     record = MlflowClient(str(config.tracking.uri)).get_run(run_id)
     assert record.info.status == "FINISHED"
     assert "test/nll" in record.data.metrics
+
+
+@pytest.mark.acceptance
+def test_a_run_of_own_networks_is_submitted_with_its_folder(cluster: Cluster, tmp_path: Path) -> None:
+    config = make_example(
+        tmp_path, make_rows(tmp_path), training={"epochs": 2, "precision": "float32"}, workers={"num": 2}
+    )
+    done = cluster.submit("own", "python", "-m", "jobs.train", write(config, tmp_path / "train.toml"))
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert f"--model {tmp_path}/runs/run/best --dataset {tmp_path}/data --trust tests" in done.stdout
+    assert "active units: shared " in done.stdout
 
 
 @pytest.mark.acceptance

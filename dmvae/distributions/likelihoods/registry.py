@@ -3,9 +3,11 @@
 import inspect
 from collections.abc import Callable
 
+import torch
+
 from dmvae.config.likelihoods import SPECS, LikelihoodSpec
 from dmvae.config.model import DMVAEConfig
-from dmvae.config.own_code import LIKELIHOODS, announced, import_object, is_import_path
+from dmvae.config.own_code import LIKELIHOODS, OwnCodeError, announced, import_object, is_import_path
 from dmvae.distributions.likelihoods.likelihood import Likelihood
 
 _REGISTRY: dict[str, Callable[..., Likelihood]] = {}
@@ -79,3 +81,27 @@ def build(config: DMVAEConfig, modality: str) -> Likelihood:
             f"{type(built).__name__} for modality {modality!r}."
         )
     return built
+
+
+def check_likelihood(likelihood: Likelihood, modality: str) -> None:
+    """Check, on two rows of zeros, that own code returns one log-likelihood for each row, and means.
+
+    Raises:
+        ValueError: naming the modality, what `log_prob` returned and what it must return.
+        OwnCodeError: if it raises an error.
+    """
+    value = torch.zeros(2, *likelihood.shape, dtype=torch.float32 if likelihood.classes is None else torch.int64)
+    output = torch.zeros(2, *likelihood.output_shape)
+    try:
+        found = likelihood.log_prob(output, likelihood.observe(value, None))
+        likelihood.mean(output)
+    except Exception as error:
+        raise OwnCodeError(
+            f"The likelihood {type(likelihood).__name__} of modality {modality!r} failed on an output "
+            f"{tuple(output.shape)}: {type(error).__name__}: {error}"
+        ) from error
+    if found.shape != (2,):
+        raise ValueError(
+            f"`log_prob` of the likelihood {type(likelihood).__name__} of modality {modality!r} must return one number "
+            f"for each row, shape (2,) for 2 rows, but got {tuple(found.shape)}. Sum over the modality's elements."
+        )

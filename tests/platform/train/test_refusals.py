@@ -55,6 +55,7 @@ def test_the_dataset_fills_in_shapes_and_likelihoods(dataset: Path, tmp_path: Pa
         ({"model": {"architectures": {"left": {"name": f"{NETS}:table", "params": {"widht": 3}}}}}, ["'widht'"]),
         ({"model": {"architectures": {"left": {"decoder": f"{WRONG}:OneColumn"}}}}, ["'left'", "(2, 5)", "(2, 1)"]),
         ({"model": {"architectures": {"left": {"encoder": f"{WRONG}:Normalised"}}}}, ["'left' has batch norm"]),
+        ({"model": {"decoders_dist": {"left": f"{WRONG}:NotSummed"}}}, ["'left' must return one number", "(2, 5)"]),
         ({"model": {"decoders_dist": {"left": "nowhere:Cauchy"}}}, ["decoders_dist.left", "'nowhere' not found"]),
     ],
 )
