@@ -6,7 +6,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from dmvae.config.section import ModalityName, Name, Section, Seed, Size
-from dmvae.config.sources import Source
+from dmvae.config.sources import AnySource, JoinedSource, Source
 
 
 class DataConfig(Section):
@@ -47,6 +47,7 @@ class PrepareConfig(Section):
     Attributes:
         dataset: the folder to write, or a URI such as `s3://BUCKET/NAME`.
         source: where the rows come from.
+        sources: in place of `source`, several of them, joined on their ids.
         seed: decides the splits, the order of rows and anything random in the source.
         scaling: how a float modality is scaled, element by element, each time it is read. `standardise` subtracts the
             mean and divides by the standard deviation; `unit` maps the minimum to 0 and the maximum to 1 (both use
@@ -64,7 +65,8 @@ class PrepareConfig(Section):
     """
 
     dataset: str = Field(min_length=1)
-    source: Source
+    source: AnySource | None = Field(default=None, discriminator="kind")
+    sources: tuple[Source, ...] = ()
     seed: Seed = 0
     scaling: dict[ModalityName, Scaling] = Field(default_factory=dict)
     partial: Literal["keep", "refuse", "drop"] = "keep"
@@ -83,6 +85,20 @@ class PrepareConfig(Section):
                 "(missing cells stay missing) or partial='drop' (the row lacks the modality)."
             )
         return partial
+
+    @property
+    def reads(self) -> Source | JoinedSource:
+        """The source that is read."""
+        return JoinedSource(sources=self.sources) if self.source is None else self.source
+
+    @model_validator(mode="after")
+    def _check_source(self) -> "PrepareConfig":
+        if (self.source is None) != bool(self.sources) or len(self.sources) == 1:
+            raise ValueError(
+                f"There must be one [source], or two or more [[sources]], but got {int(self.source is not None)} and "
+                f"{len(self.sources)}. Write one of the two."
+            )
+        return self
 
     @field_validator("splits")
     @classmethod

@@ -64,15 +64,49 @@ class ColumnGroup(Section):
             None keeps the type, except that integers other than uint8 become int64. Integers are classes: give counts
             a float type.
         shape: the shape of one row. None keeps the shape.
+        length: of a column of lists of different lengths, the length to pad or cut to. None takes the longest. Integers
+            are padded with the class after the largest one, floats with missing cells.
     """
 
     columns: str | tuple[str, ...] = Field(min_length=1)
+    length: Size | None = None
     kinds: dict[str, ColumnKind | Literal["date"]] = Field(default_factory=dict)
     classes: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     units: dict[str, str] = Field(default_factory=dict)
     missing: tuple[float | str, ...] = ()
     dtype: Literal["uint8", "int64", "float16", "float32", "float64"] | None = None
     shape: tuple[Size, ...] | None = None
+
+
+class ImageFormat(Section):
+    """How images are decoded. They are turned upright as their EXIF data says.
+
+    Attributes:
+        size: height and width of the result.
+        channels: 1 for grey, 3 for colour.
+        fit: how an image gets this size: `stretch` both sides, `crop` the middle, or `pad` with the background.
+        background: the colour (red, green, blue) under transparent pixels and around padded images.
+        bits: the bits of grey values above 8 bits, of which the upper 8 are kept. None finds them in the largest value.
+        on_error: what to do with an image that does not decode: `refuse` the source, or `skip` the image, which is then
+            missing and listed.
+    """
+
+    size: tuple[Size, Size]
+    channels: Literal[1, 3] = 3
+    fit: Literal["stretch", "crop", "pad"] = "stretch"
+    background: tuple[Byte, Byte, Byte] = (255, 255, 255)
+    bits: Literal[8, 10, 12, 14, 16] | None = None
+    on_error: Literal["refuse", "skip"] = "refuse"
+
+
+class ImageColumn(ImageFormat):
+    """One modality of images.
+
+    Attributes:
+        column: the column of file names, or of bytes.
+    """
+
+    column: str = Field(min_length=1)
 
 
 class ParquetSource(Section):
@@ -82,7 +116,8 @@ class ParquetSource(Section):
     splits, if there is no column of splits. Without a column of ids, a pandas index is the id.
 
     A modality is a column of lists (nested lists for more dimensions), a column of fixed-size binary, or any number of
-    numeric columns. Null is missing, and so is a row of floats that are all NaN.
+    numeric columns; or images: a column of PNG or JPEG bytes, or of Hugging Face's `Image`. Null is missing, and so is
+    a row of floats that are all NaN.
 
     Attributes:
         path: the file, the folder, or a pattern such as `data/*.parquet`.
@@ -101,7 +136,7 @@ class ParquetSource(Section):
     split: str = "split"
     size_factor: str = "size_factor"
     group: str | None = None
-    modalities: dict[ModalityName, ColumnGroup] | None = Field(default=None, min_length=1)
+    modalities: dict[ModalityName, ImageColumn | ColumnGroup] | None = Field(default=None, min_length=1)
 
 
 class CsvDialect(Section):
@@ -170,35 +205,16 @@ class CsvSource(Section):
     group: str | None = None
 
 
-class ImageFormat(Section):
-    """How images are decoded. They are turned upright as their EXIF data says.
+class ArrayColumn(Section):
+    """One modality of arrays in files.
 
     Attributes:
-        size: height and width of the result.
-        channels: 1 for grey, 3 for colour.
-        fit: how an image gets this size: `stretch` both sides, `crop` the middle, or `pad` with the background.
-        background: the colour (red, green, blue) under transparent pixels and around padded images.
-        bits: the bits of grey values above 8 bits, of which the upper 8 are kept. None finds them in the largest value.
-        on_error: what to do with an image that does not decode: `refuse` the source, or `skip` the image, which is then
-            missing and listed.
-    """
-
-    size: tuple[Size, Size]
-    channels: Literal[1, 3] = 3
-    fit: Literal["stretch", "crop", "pad"] = "stretch"
-    background: tuple[Byte, Byte, Byte] = (255, 255, 255)
-    bits: Literal[8, 10, 12, 14, 16] | None = None
-    on_error: Literal["refuse", "skip"] = "refuse"
-
-
-class ImageColumn(ImageFormat):
-    """One modality of images.
-
-    Attributes:
-        column: the column of file names.
+        column: the column of the names of `.npy` files, whose arrays have one shape.
+        dtype: the type to convert values to. None keeps the type, except that integers other than uint8 become int64.
     """
 
     column: str = Field(min_length=1)
+    dtype: Literal["uint8", "int64", "float16", "float32", "float64"] | None = None
 
 
 class ImagesSource(Section):
@@ -211,8 +227,8 @@ class ImagesSource(Section):
         table: the table. It has a header and one line for each row of the dataset.
         dialect: how the table is written.
         folder: the folder that file names are relative to.
-        modalities: the column of file names of each modality, whose images are uint8 `(channels, height, width)`; or
-            other columns of the table.
+        modalities: the column of file names of each modality, whose images are uint8 `(channels, height, width)`; the
+            column of names of `.npy` files; or other columns of the table.
         id: the column of ids.
         label: the column of labels (integers, names or empty). Optional.
         split: the column of split names. Optional.
@@ -223,7 +239,7 @@ class ImagesSource(Section):
     table: str = Field(min_length=1)
     dialect: CsvDialect = CsvDialect()
     folder: str = Field(min_length=1)
-    modalities: dict[ModalityName, ImageColumn | ColumnGroup] = Field(min_length=1)
+    modalities: dict[ModalityName, ImageColumn | ArrayColumn | ColumnGroup] = Field(min_length=1)
     id: str = "id"
     label: str = "label"
     split: str = "split"
@@ -303,6 +319,54 @@ class DigitsSource(Section):
         return missing
 
 
-Source = Annotated[
-    NpzSource | ParquetSource | CsvSource | ImagesSource | H5muSource | DigitsSource, Field(discriminator="kind")
-]
+class TextColumn(Section):
+    """One modality of text, as a sequence of classes.
+
+    Class 0 fills up texts that are shorter than `length`. With `words`, class 1 stands for words that are not in the
+    vocabulary, which is taken from training rows. With `bytes`, class b + 1 is byte b of the UTF-8 text.
+
+    Attributes:
+        column: the column of texts.
+        unit: what becomes a class: `words` (in lower case, and every other mark) or `bytes`.
+        length: the number of units that are kept of a text.
+        vocabulary: the largest number of different words, the most frequent ones; each occurs at least twice.
+    """
+
+    column: str = Field(min_length=1)
+    unit: Literal["words", "bytes"] = "words"
+    length: Size = 32
+    vocabulary: Size = 5000
+
+
+class TextSource(Section):
+    """Text in a column of a delimited file or of Parquet files.
+
+    A text is missing where the cell is null or empty.
+
+    Attributes:
+        path: the delimited file, or the Parquet file, folder or pattern.
+        modalities: the column of each modality.
+        id: the column of ids.
+        dialect: how a delimited file is written.
+    """
+
+    kind: Literal["text"] = "text"
+    path: str = Field(min_length=1)
+    modalities: dict[ModalityName, TextColumn] = Field(min_length=1)
+    id: str = "id"
+    dialect: CsvDialect = CsvDialect()
+
+
+AnySource = NpzSource | ParquetSource | CsvSource | ImagesSource | TextSource | H5muSource | DigitsSource
+Source = Annotated[AnySource, Field(discriminator="kind")]
+
+
+class JoinedSource(Section):
+    """Sources that are joined on their ids: a row is every id that any of them has.
+
+    Attributes:
+        sources: at least two, with different modalities.
+    """
+
+    kind: Literal["joined"] = "joined"
+    sources: tuple[Source, ...]

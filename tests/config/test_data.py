@@ -108,7 +108,10 @@ def sections() -> dict[str, type[Section]]:
 def test_every_kind_of_source_has_a_reader_of_the_same_name_and_no_reader_is_forgotten() -> None:
     package = import_module("dmvae.data.preparation.sources")
     modules = {name: import_module(f"{package.__name__}.{name}") for _, name, _ in iter_modules(package.__path__)}
-    assert {name for name, module in modules.items() if callable(getattr(module, "read", None))} == sections().keys()
+    assert {name for name, module in modules.items() if callable(getattr(module, "read", None))} == {
+        *sections(),
+        "joined",
+    }
 
 
 def test_every_setting_of_a_source_is_described() -> None:

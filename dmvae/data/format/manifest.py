@@ -46,6 +46,10 @@ class ColumnInfo(Section):
         return self
 
 
+_OPTIONAL = ("size_factor", "rate", "low", "high", "features", "units", "vocabulary", "pad", "columns")
+"""Fields of a modality that are not written if it has none."""
+
+
 class ModalityInfo(Section):
     """One modality of a dataset.
 
@@ -68,6 +72,8 @@ class ModalityInfo(Section):
         rate: for counts, the mean of an element at size factor 1 over the observed training rows.
         features: the name of each feature of a modality that is a vector.
         units: the unit of some features, by name.
+        vocabulary: the name of each class of a text.
+        pad: the class that fills up shorter sequences.
         columns: of a table, its columns in the order of `features`. It is read with the scaling `columns`: real columns
             are standardised, and so are the logarithms of positive ones; the others are read as they are.
     """
@@ -85,6 +91,8 @@ class ModalityInfo(Section):
     rate: float | None = Field(default=None, gt=0)
     features: tuple[str, ...] | None = None
     units: dict[str, str] | None = None
+    vocabulary: tuple[str, ...] | None = None
+    pad: int | None = Field(default=None, ge=0)
     columns: tuple[ColumnInfo, ...] | None = None
 
     @model_validator(mode="after")
@@ -305,7 +313,7 @@ class Manifest(Section):
                 if not shard["observed_cells"]:
                     del shard["observed_cells"]
         for part in (content, *content["modalities"].values()):
-            for field in ("size_factor", "rate", "low", "high", "features", "units", "columns", "label_names"):
+            for field in (*_OPTIONAL, "label_names"):
                 if part.get(field, 0) is None:
                     del part[field]
         return content

@@ -50,7 +50,8 @@ def _fit(info: ModalityInfo, values: ValueStats | None) -> LikelihoodSuggestion:
 def _suggestion(info: ModalityInfo, likelihood: str, reason: str) -> LikelihoodSuggestion:
     spec = SPECS.get(likelihood, LikelihoodSpec())
     params = spec.suggested_params_of_images if _is_image(info) else None
-    return LikelihoodSuggestion(likelihood, reason, dict(spec.suggested_params if params is None else params))
+    padding = {} if info.pad is None else {"pad": info.pad}
+    return LikelihoodSuggestion(likelihood, reason, dict(spec.suggested_params if params is None else params) | padding)
 
 
 def traits_of(values: ValueStats | None, scaling: str = "none", classes: int | None = None) -> ValueTraits:
@@ -131,7 +132,8 @@ def _architecture(info: ModalityInfo, dropout: float) -> dict[str, Any]:
         return {"name": "residual"}
     if info.classes is None and len(info.shape) == 2 and sides[0] >= _LEAST_TIME:
         return {"name": "series"}
-    if info.classes is not None and len(info.shape) == 1 and info.column.size >= _LEAST_LENGTH:
+    is_long = info.classes is not None and len(info.shape) == 1 and info.column.size >= _LEAST_LENGTH
+    if is_long or info.pad is not None:
         return {"name": "sequence"}
     inputs = info.column.size * (info.classes or 1)
     hidden_dims = [512, 256] if inputs >= 2048 else [256, 256] if inputs > 16 else [64, 64]

@@ -31,6 +31,8 @@ def build_manifest(
     features: Mapping[str, Sequence[str]] | None = None,
     units: Mapping[str, Mapping[str, str]] | None = None,
     columns: Mapping[str, Sequence[ColumnInfo]] | None = None,
+    vocabularies: Mapping[str, Sequence[str]] | None = None,
+    pads: Mapping[str, int] | None = None,
     label_names: Sequence[str] | None = None,
     origin: Mapping[str, Any] | None = None,
 ) -> Manifest:
@@ -47,6 +49,8 @@ def build_manifest(
         features: the names of the features of modalities that are vectors.
         units: the units of some of these features, by name.
         columns: the columns of modalities that are tables, whose likelihood and scaling are `columns`.
+        vocabularies: the name of each class of texts.
+        pads: the class that fills up shorter rows of sequences.
         label_names: the name of each label 0, 1, ...; None if labels are numbers.
         origin: how the dataset was made, to be recorded.
 
@@ -58,6 +62,8 @@ def build_manifest(
     first = MappedShard(next(iter(files.values()))[0])
     given, likelihood, classes = dict(scaling or {}), dict(likelihood or {}), dict(classes or {})
     check_settings(first.columns, given, likelihood, classes)
+    vocabularies = dict(vocabularies or {})
+    classes |= {name: len(names) for name, names in vocabularies.items()}
     columns, features, units = dict(columns or {}), dict(features or {}), dict(units or {})
     how: dict[str, StoredScaling] = {**given, **dict.fromkeys(columns, "columns")}
     likelihood |= dict.fromkeys(columns, "columns")
@@ -76,7 +82,7 @@ def build_manifest(
             statistics.add(shard, rows, split == "train")
     missing = _missing_cells(first.columns, [shard for shards in splits.values() for shard in shards])
     return Manifest(
-        version=3 if missing else 2 if features or label_names else 1,
+        version=3 if missing else 2 if features or label_names or pads else 1,
         id_type="int64" if first.columns.id_type == "int64" else "string",
         has_label=first.columns.has_label,
         size_factor=first.columns.size_factor,
@@ -89,7 +95,13 @@ def build_manifest(
                 how.get(name, "unit" if column.dtype == "uint8" else "none"),
                 statistics.scaled.get(name),
                 statistics.counts.get(name),
-                {"features": features.get(name), "units": units.get(name) or None, "columns": columns.get(name)},
+                {
+                    "features": features.get(name),
+                    "units": units.get(name) or None,
+                    "columns": columns.get(name),
+                    "vocabulary": vocabularies.get(name),
+                    "pad": (pads or {}).get(name),
+                },
             )
             for name, column in first.columns.modalities.items()
         },

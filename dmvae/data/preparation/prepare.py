@@ -1,6 +1,5 @@
 """Prepare a dataset: read and check a source, split and shuffle its rows, and write shards, in bounded memory."""
 
-import importlib
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -11,13 +10,14 @@ from typing import Any
 import numpy as np
 
 from dmvae.config.data import PrepareConfig
-from dmvae.config.sources import Source
 from dmvae.data.format.manifest import ColumnInfo, save_manifest
 from dmvae.data.preparation.build_manifest import build_manifest
 from dmvae.data.preparation.objects import ObjectRows
+from dmvae.data.preparation.read_source import read_source
 from dmvae.data.preparation.scan import Scan
 from dmvae.data.preparation.sources.arrow_columns import shown
 from dmvae.data.preparation.stream import Stream
+from dmvae.data.preparation.texts import PAD
 from dmvae.data.preparation.writer import SplitWriter, check_target, new_dataset
 from dmvae.data.progress import Progress
 from dmvae.data.storage.location import LocalDataset, check_free, locate, upload
@@ -41,11 +41,11 @@ def prepare(config: PrepareConfig, progress: Callable[[str], None] = print, rows
     """
     target = Path(config.dataset)
     check_target(target, config.replace)
-    progress(f"reading the {config.source.kind} source")
+    progress(f"reading the {config.reads.kind} source")
     with new_dataset(target, config.replace) as part:
         scratch = part / ".scratch"
         scratch.mkdir()
-        stream = read_source(config.source, config.seed, scratch) if rows is None else rows.stream
+        stream = read_source(config.reads, config.seed, scratch) if rows is None else rows.stream
         for note in stream.notes:
             progress(note)
         scan = Scan(config, stream, scratch / "rows", progress)
@@ -53,6 +53,9 @@ def prepare(config: PrepareConfig, progress: Callable[[str], None] = print, rows
             progress(remark)
         names = stream.labels.names
         columns = _describe_tables(scan, stream)
+        vocabularies = _describe_texts(scan, stream)
+        for name, classes in vocabularies.items():
+            progress(f"{name}: {len(classes)} classes of {stream.texts[name].num_words} words, from training rows")
         for name, table in columns.items():
             progress(f"{name}: {_summary(stream.features[name], table)}")
         if names:
@@ -72,6 +75,8 @@ def prepare(config: PrepareConfig, progress: Callable[[str], None] = print, rows
             features=features,
             units={name: found for name, found in stream.units.items() if name in features},
             columns=columns,
+            vocabularies=vocabularies,
+            pads={**stream.pads, **dict.fromkeys(stream.texts, PAD)},
             label_names=names,
             origin=origin,
         )
@@ -99,22 +104,6 @@ def prepare_and_upload(config: PrepareConfig, progress: Callable[[str], None] = 
     return config.dataset
 
 
-def read_source(source: Source, seed: int, scratch: Path) -> Stream:
-    """Begin to read a source, with `read` of the module that has the name of its kind.
-
-    Args:
-        source: its settings.
-        seed: decides anything random.
-        scratch: a folder for temporary files.
-
-    Raises:
-        DatasetError: if the source is absent or invalid.
-    """
-    module = importlib.import_module(f"dmvae.data.preparation.sources.{source.kind}")
-    stream: Stream = module.read(source, seed, scratch)
-    return stream
-
-
 def _write(scan: Scan, stream: Stream, folder: Path, shard_bytes: int, progress: Callable[[str], None]) -> None:
     """Write the rows to the folders of their splits, in shuffled order."""
     labels = stream.labels.final
@@ -128,6 +117,7 @@ def _write(scan: Scan, stream: Stream, folder: Path, shard_bytes: int, progress:
             if len(labels) and rows.labels is not None:
                 rows = replace(rows, labels=np.append(labels, -1)[rows.labels])
             recoded = {name: table.recode(rows.data[name]) for name, table in stream.tables.items()}
+            recoded |= {name: text.recode(rows.data[name]) for name, text in stream.texts.items()}
             rows = replace(rows, data={**rows.data, **recoded})
             for code, (split, writer) in enumerate(zip(scan.names, writers, strict=True)):
                 chosen = rows.take(codes == code)
@@ -159,6 +149,19 @@ def _describe_tables(scan: Scan, stream: Stream) -> dict[str, tuple[ColumnInfo, 
                 known = values[~np.isnan(values[:, place]), place]
                 trained[name][place] = np.union1d(trained[name][place], known)
     return {name: table.describe(trained[name]) for name, table in stream.tables.items()}
+
+
+def _describe_texts(scan: Scan, stream: Stream) -> dict[str, tuple[str, ...]]:
+    """Return the names of the classes of texts, from training rows (all rows, if there is no split 'train')."""
+    counts = {name: np.zeros(text.num_words + 1, np.int64) for name, text in stream.texts.items()}
+    train = scan.names.index("train") if "train" in scan.names else None
+    for rows, numbers in scan.shuffle.sorted(keep=True) if any(t.num_words for t in stream.texts.values()) else ():
+        chosen = scan.codes[numbers] >= 0 if train is None else scan.codes[numbers] == train
+        for name, count in counts.items():
+            values = rows.data[name][chosen & rows.present[name]]
+            if stream.texts[name].num_words:
+                count += np.bincount(values.reshape(-1), minlength=len(count))
+    return {name: text.describe(counts[name]) for name, text in stream.texts.items()}
 
 
 def _summary(features: Sequence[str], columns: Sequence[ColumnInfo]) -> str:

@@ -74,14 +74,14 @@ class Scan:
         self._partial: dict[str, _Partial] = {}
         num_rows = self._read(stream, folder, log)
         if not num_rows:
-            raise DatasetError(f"The {config.source.kind} source has no rows. Correct the source.")
+            raise DatasetError(f"The {config.reads.kind} source has no rows. Correct the source.")
         self.keys = np.concatenate([record.keys for record in self._records])
         self._check_partial(log)
         self.names, self.codes = self._assign_splits()
         num_dropped = int((self.codes < 0).sum())
         if num_dropped == num_rows:
             raise DatasetError(
-                f"None of the {num_rows} rows of the {config.source.kind} source has a modality. Correct the source."
+                f"None of the {num_rows} rows of the {config.reads.kind} source has a modality. Correct the source."
             )
         if num_dropped:
             log(f"dropped {num_dropped} rows without any modality")

@@ -7,6 +7,7 @@ from dmvae.data.preparation.class_names import ClassNames
 from dmvae.data.preparation.rows import Rows
 from dmvae.data.preparation.source_location import SourceLocation as SourceLocation
 from dmvae.data.preparation.tables import Table
+from dmvae.data.preparation.texts import Text
 
 CHUNK_BYTES = 16 << 20
 _MAX_CHUNK_ROWS = 1 << 16
@@ -33,6 +34,8 @@ class Stream:
         units: the unit of some features, by modality and name.
         labels: the classes of labels that are no integers; known once all chunks are read.
         tables: the modalities whose columns differ in kind; known once all chunks are read.
+        texts: the modalities that are text; known likewise.
+        pads: the class that fills up shorter rows of a modality of sequences.
     """
 
     chunks: Iterator[Chunk]
@@ -43,6 +46,8 @@ class Stream:
     units: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     labels: ClassNames = field(default_factory=ClassNames)
     tables: Mapping[str, Table] = field(default_factory=dict)
+    texts: Mapping[str, Text] = field(default_factory=dict)
+    pads: Mapping[str, int] = field(default_factory=dict)
 
 
 def chunk_rows(row_bytes: int) -> int:

@@ -2,7 +2,7 @@
 
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
@@ -50,25 +50,28 @@ class ImageDecoder:
         """The shape of an image: channels, height and width."""
         return (self._settings.channels, *self._settings.size)
 
-    def find_bits(self, files: Sequence[File]) -> list[str]:
+    def find_bits(self, batches: Iterable[Sequence[File]]) -> list[str]:
         """Find the bits of grey images of more than 8 from their largest value; return a line that says so.
 
-        All images keep one scale, so that a dark one stays dark.
+        All images keep one scale, so that a dark one stays dark. If none of the first batch has more than 8 bits, a
+        later one is refused when it is decoded.
         """
-        candidates = [f for f in files if isinstance(f, bytes) or f.suffix.lower() not in _EIGHT_BITS]
-        found = [
-            (largest, file)
-            for largest, file in zip(self._pool.map(self._largest, candidates), candidates, strict=True)
-            if largest is not None
-        ]
-        if not found or self._settings.bits:
+        if self._settings.bits:
             return []
-        largest, smallest = max(value for value, _ in found), min(found, key=lambda pair: pair[0])
+        num, largest, smallest = 0, 0, (1 << 32, "")
+        for files in batches:
+            candidates = [f for f in files if isinstance(f, bytes) or f.suffix.lower() not in _EIGHT_BITS]
+            for value, file in zip(self._pool.map(self._largest, candidates), candidates, strict=True):
+                if value is not None:
+                    num, largest = num + 1, max(largest, value)
+                    smallest = min(smallest, (value, _shown(file)))
+            if not num:
+                return []
         self._bits = next((bits for bits in _BITS if largest < 1 << bits), 16)
-        line = f"{self._name}: {len(found)} images of more than 8 bits reach {largest}: 0 to {(1 << self._bits) - 1} "
+        line = f"{self._name}: {num} images of more than 8 bits reach {largest}: 0 to {(1 << self._bits) - 1} "
         line += "became 0 to 255"
         if smallest[0] < 1 << (self._bits - 2):
-            line += f"; {_shown(smallest[1])} reaches only {smallest[0]}. Set bits if that is its full range"
+            line += f"; {smallest[1]} reaches only {smallest[0]}. Set bits if that is its full range"
         return [line]
 
     def decode(self, files: Sequence[File | None], location: SourceLocation) -> Values:
@@ -156,7 +159,9 @@ class ImageDecoder:
             return opened
         values = np.asarray(opened)
         if values.min(initial=0) < 0 or values.max(initial=0) >= 1 << self._bits:
-            raise ValueError(f"expected grey values from 0 to {(1 << self._bits) - 1}, got {values.max()}")
+            raise ValueError(
+                f"expected grey values from 0 to {(1 << self._bits) - 1}, got {values.max()}; bits sets this range"
+            )
         return self._pillow.fromarray((values >> (self._bits - 8)).astype(np.uint8))
 
 

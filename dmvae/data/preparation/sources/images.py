@@ -6,10 +6,18 @@ from typing import Any
 
 import numpy as np
 
-from dmvae.config.sources import ColumnGroup, ImageColumn, ImagesSource
+from dmvae.config.sources import ArrayColumn, ColumnGroup, ImageColumn, ImagesSource
 from dmvae.data.errors import DatasetError
 from dmvae.data.preparation.rows import Rows
-from dmvae.data.preparation.sources.arrow_columns import Array, Values, match_columns, not_taken, read_modality, shown
+from dmvae.data.preparation.sources.arrow_columns import (
+    Array,
+    Values,
+    convert,
+    match_columns,
+    not_taken,
+    read_modality,
+    shown,
+)
 from dmvae.data.preparation.sources.image_decoding import ImageDecoder
 from dmvae.data.preparation.sources.named_splits import find_splits
 from dmvae.data.preparation.sources.row_table import RowTable, ids_to_numpy, parse_ids, read_row_table
@@ -28,24 +36,28 @@ def read(source: ImagesSource, seed: int, scratch: Path) -> Stream:
     """
     row_table = read_row_table(source.table, source)
     images: dict[str, _Images] = {}
+    arrays: dict[str, _Arrays] = {}
     columns: dict[str, _Columns] = {}
     for name, modality in source.modalities.items():
         if isinstance(modality, ImageColumn):
             images[name] = _Images(name, modality, source, row_table)
+        elif isinstance(modality, ArrayColumn):
+            arrays[name] = _Arrays(name, modality, source, row_table)
         else:
             columns[name] = _Columns(name, modality, row_table)
-    taken = {source.id, *row_table.columns.values(), *(image.column for image in images.values())}
+    named: dict[str, _Files] = {**images, **arrays}
+    taken = {row_table.id, *row_table.columns.values(), *(files.column for files in named.values())}
     taken |= {column for group in columns.values() for column in group.names}
-    notes = [*row_table.notes, *not_taken([name for name in row_table.dialect.columns[1:] if name not in taken])]
-    for image in images.values():
-        notes += image.notes
+    notes = [*row_table.notes, *not_taken([name for name in row_table.dialect.columns if name not in taken])]
+    for files in named.values():
+        notes += files.notes
     splits = None
-    if "splits" not in row_table.columns and images:
-        splits = find_splits(next(iter(images.values())).named, source.table)
+    if "splits" not in row_table.columns and named:
+        splits = find_splits(next(iter(named.values())).named, source.table)
         notes += [f"splits from the names of files: {', '.join(dict.fromkeys(splits))}"] if splits else []
     remarks: list[str] = []
     return Stream(
-        _chunks(images, columns, row_table, None if splits is None else np.array(splits), remarks),
+        _chunks(images, {**arrays, **columns}, row_table, None if splits is None else np.array(splits), remarks),
         len(row_table.ids),
         notes=tuple(notes),
         remarks=remarks,
@@ -58,14 +70,14 @@ def read(source: ImagesSource, seed: int, scratch: Path) -> Stream:
 
 def _chunks(
     images: "dict[str, _Images]",
-    columns: "dict[str, _Columns]",
+    others: "dict[str, _Arrays | _Columns]",
     row_table: RowTable,
     splits: Array | None,
     remarks: list[str],
 ) -> Iterator[Chunk]:
-    step = chunk_rows(sum(int(np.prod(image.decoder.shape)) for image in images.values()))
+    modalities: dict[str, _Images | _Arrays | _Columns] = {**images, **others}
+    step = chunk_rows(sum(modality.row_bytes for modality in modalities.values()))
     ids = parse_ids(row_table.ids)
-    modalities: dict[str, _Images | _Columns] = {**images, **columns}
     for start in range(0, len(ids), step):
         part = slice(start, start + step)
         location = row_table.location(start)
@@ -74,32 +86,31 @@ def _chunks(
         fields = row_table.fields(part) | ({} if splits is None else {"splits": splits[part]})
         yield Chunk(Rows(ids_to_numpy(ids[part]), data, present, **fields), location)
     for image in images.values():
-        remarks += image.remarks()
+        remarks += image.decoder.remarks()
         image.decoder.close()
 
 
-class _Images:
-    """The images of one modality."""
+class _Files:
+    """The files that one column of the table names."""
 
-    def __init__(self, name: str, image: ImageColumn, source: ImagesSource, row_table: RowTable) -> None:
-        self._name, self.column, self._folder = name, image.column, source.folder
+    def __init__(self, name: str, column: str, source: ImagesSource, row_table: RowTable) -> None:
+        self.column, self._folder = column, source.folder
         names = row_table.table.column_names
-        if image.column not in names:
+        if column not in names:
             raise DatasetError(
-                f"Column {image.column!r} not found in {source.table}, which has {shown(names)}. "
+                f"Column {column!r} not found in {source.table}, which has {shown(names)}. "
                 f"Correct source.modalities.{name}.column."
             )
-        self.named = ["" if file is None else str(file) for file in row_table.table.column(image.column).to_pylist()]
-        self._files = [self._find(file) for file in self.named]
-        known = [file for file in self._files if file is not None]
-        if not known:
+        self.named = ["" if file is None else str(file) for file in row_table.table.column(column).to_pylist()]
+        self.files = [self._find(file) for file in self.named]
+        self.known = [file for file in self.files if file is not None]
+        if not self.known:
             raise DatasetError(
-                f"No file named in column {image.column!r} of {source.table} exists in {source.folder}. "
+                f"No file named in column {column!r} of {source.table} exists in {source.folder}. "
                 f"Correct source.folder or source.modalities.{name}.column."
             )
-        absent = [row for row, file in enumerate(self._files) if file is None and self.named[row]]
-        self.decoder = ImageDecoder(name, image)
-        self.notes = self.decoder.find_bits(known)
+        absent = [row for row, file in enumerate(self.files) if file is None and self.named[row]]
+        self.notes = []
         if absent:
             self.notes.append(
                 f"{name}: missing, because {len(absent)} of {len(self.named)} files are not found, the first "
@@ -113,13 +124,62 @@ class _Images:
                 return path
         return None
 
+
+class _Images(_Files):
+    """The images of one modality."""
+
+    def __init__(self, name: str, image: ImageColumn, source: ImagesSource, row_table: RowTable) -> None:
+        super().__init__(name, image.column, source, row_table)
+        self.decoder = ImageDecoder(name, image)
+        self.row_bytes = int(np.prod(self.decoder.shape))
+        self.notes = [*self.decoder.find_bits([self.known]), *self.notes]
+
     def read(self, part: slice, location: SourceLocation) -> Values:
         """Return pixels and presence of some rows."""
-        return self.decoder.decode(self._files[part], location)
+        return self.decoder.decode(self.files[part], location)
 
-    def remarks(self) -> list[str]:
-        """Return lines on all images."""
-        return self.decoder.remarks()
+
+class _Arrays(_Files):
+    """The `.npy` files of one modality."""
+
+    def __init__(self, name: str, array: ArrayColumn, source: ImagesSource, row_table: RowTable) -> None:
+        super().__init__(name, array.column, source, row_table)
+        self._name, self._array = name, array
+        first = self._load(self.known[0])
+        self._shape, self._dtype = first.shape or (1,), first.dtype
+        self.row_bytes = int(np.prod(self._shape)) * self._dtype.itemsize
+
+    def _load(self, file: Path) -> Array:
+        try:
+            found = np.load(file, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise DatasetError(f"Cannot read array {file}: {error}. Write it with numpy.save.") from error
+        if not isinstance(found, np.ndarray) or found.dtype.kind not in "fiub":
+            raise DatasetError(f"{file} must hold one array of numbers. Write it with numpy.save.")
+        if self._array.dtype is not None:
+            found = convert(self._name, found[None], np.dtype(self._array.dtype), SourceLocation(str(file), 0))[0]
+            return np.asarray(found)
+        is_other = found.dtype.kind in "iub" and found.dtype != np.uint8
+        return found.astype(np.int64) if is_other else found.astype(found.dtype.newbyteorder("="))
+
+    def read(self, part: slice, location: SourceLocation) -> Values:
+        """Return values and presence of some rows."""
+        files = self.files[part]
+        values = np.zeros((len(files), *self._shape), self._dtype)
+        for row, file in enumerate(files):
+            if file is None:
+                continue
+            found = self._load(file)
+            if (found.shape or (1,)) != self._shape or found.dtype != self._dtype:
+                raise DatasetError(
+                    f"Arrays of modality {self._name!r} must have one shape and type: expected {self._dtype} "
+                    f"{self._shape}, got {found.dtype} {found.shape} in {file} ({location.of(row)}). Convert it."
+                )
+            values[row] = found
+        present = np.array([file is not None for file in files])
+        if values.dtype.kind == "f":
+            present &= ~np.isnan(values).reshape(len(values), -1).all(axis=1)
+        return values, present
 
 
 class _Columns:
@@ -133,6 +193,7 @@ class _Columns:
         row_table.dialect.check_clear(self.names)
         types = [row_table.table.schema.field(column).type for column in self.names]
         self.table = Table(name, self.names, group, row_table.path) if is_table(group, types) else None
+        self.row_bytes = 8 * len(self.names)
 
     def read(self, part: slice, location: SourceLocation) -> Values:
         """Return values and presence of some rows."""

@@ -179,6 +179,7 @@ def _layout(source: NpzSource, members: dict[str, _Member]) -> _Layout:
         num_rows = _num_rows(known or [members[name] for name in others if members[name].is_numeric], members)
         # what is named in a mask is meant, and is checked below
         taken = [name for name in others if name in masks or members[name].fits(num_rows)]
+        _refuse_other_rows({name: members[name] for name in others if name not in taken}, num_rows or 0)
         chosen: dict[str, tuple[str, str | None]] = {name: (name, None) for name in taken}
     else:
         chosen = {name: (array.array or name, array.dtype) for name, array in source.modalities.items()}
@@ -215,6 +216,16 @@ def _refuse_split_arrays(names: list[str]) -> None:
             raise DatasetError(
                 f"Arrays {name!r} and {test!r} are splits of one modality. Concatenate them, and add an array 'split' "
                 f"with the split of each row."
+            )
+
+
+def _refuse_other_rows(arrays: dict[str, _Member], num_rows: int) -> None:
+    """Refuse an array of numbers that has nearly as many rows as the others: rows are lost in it or in them."""
+    for name, array in arrays.items():
+        if array.is_numeric and array.shape and num_rows < 2 * array.shape[0] and array.shape[0] < 2 * num_rows:
+            raise DatasetError(
+                f"Arrays must have the same number of rows, but {name!r} has {array.shape[0]} and others {num_rows}. "
+                f"Correct it, or choose arrays with source.modalities."
             )
 
 

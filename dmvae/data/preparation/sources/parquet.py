@@ -1,15 +1,16 @@
 """Rows from Parquet: one file, or many that are read as one table."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from dmvae.config.sources import ColumnGroup, ParquetSource
+from dmvae.config.sources import ColumnGroup, ImageColumn, ParquetSource
 from dmvae.data.errors import DatasetError
 from dmvae.data.preparation.class_names import ClassNames
 from dmvae.data.preparation.rows import Rows
@@ -24,9 +25,11 @@ from dmvae.data.preparation.sources.arrow_columns import (
     read_row_column,
     shown,
 )
+from dmvae.data.preparation.sources.image_decoding import ImageDecoder
 from dmvae.data.preparation.sources.parquet_files import ParquetFiles, find_parquet
+from dmvae.data.preparation.sources.sequences import Sequences, are_ragged, measure
 from dmvae.data.preparation.stream import Chunk, SourceLocation, Stream, chunk_rows
-from dmvae.data.preparation.tables import Table, is_table
+from dmvae.data.preparation.tables import Table, is_table, nearest
 
 _BUFFER_BYTES = 1 << 20
 
@@ -39,13 +42,20 @@ def read(source: ParquetSource, seed: int, scratch: Path) -> Stream:
     """
     with _readable(source.path):
         layout = _layout(source, find_parquet(source.path, source.split))
+        measured, decoders = _sequences(layout), _decoders(source, layout)
+        notes = [note for lines in decoders.values() for note in lines[1]]
+        notes += [found.note for found in measured.values()]
+        layout = replace(layout, sequences=measured, decoders={name: lines[0] for name, lines in decoders.items()})
         num_rows = layout.files.num_rows
+    remarks: list[str] = []
     return Stream(
-        _chunks(source.path, layout),
+        _chunks(source.path, layout, remarks),
         num_rows,
-        notes=(*layout.files.notes, *layout.notes),
+        notes=(*layout.files.notes, *layout.notes, *notes),
+        remarks=remarks,
+        pads={name: found.pad for name, found in measured.items() if found.pad is not None},
         features=layout.features,
-        units={name: group.units for name, (group, _) in layout.modalities.items()},
+        units={name: g.units for name, (g, _) in layout.modalities.items() if isinstance(g, ColumnGroup)},
         labels=layout.labels,
         tables=layout.tables,
     )
@@ -79,14 +89,18 @@ class _Layout:
         labels: the classes of labels that are no integers.
         tables: the modalities whose columns differ in kind.
         notes: what was decided, for the user.
+        sequences: the modalities whose rows are padded.
+        decoders: the modalities that are images.
     """
 
     files: ParquetFiles
-    modalities: dict[str, tuple[ColumnGroup, list[str]]]
+    modalities: dict[str, tuple[ColumnGroup | ImageColumn, list[str]]]
     row_columns: dict[str, str]
     labels: ClassNames
     tables: dict[str, Table]
     notes: tuple[str, ...]
+    sequences: dict[str, Sequences] = field(default_factory=dict)
+    decoders: dict[str, ImageDecoder] = field(default_factory=dict)
 
     @property
     def features(self) -> dict[str, tuple[str, ...]]:
@@ -94,8 +108,8 @@ class _Layout:
         schema = self.files.schema
         return {
             name: tuple(columns)
-            for name, (_, columns) in self.modalities.items()
-            if not is_array(schema.field(columns[0]).type)
+            for name, (group, columns) in self.modalities.items()
+            if isinstance(group, ColumnGroup) and not is_array(schema.field(columns[0]).type)
         }
 
     def batches(self, columns: list[str], row_bytes: int) -> Iterator[tuple[SourceLocation, pa.RecordBatch]]:
@@ -106,6 +120,10 @@ class _Layout:
     def read_modality(self, name: str, batch: pa.RecordBatch, location: SourceLocation) -> Values:
         """Return values and presence of one modality."""
         group, columns = self.modalities[name]
+        if isinstance(group, ImageColumn):
+            return self.decoders[name].decode(_bytes(batch.column(columns[0])), location)
+        if name in self.sequences:
+            return self.sequences[name].read(batch.column(columns[0]))
         if name in self.tables:
             return self.tables[name].read([batch.column(column) for column in columns], location)
         return read_modality(name, [batch.column(column) for column in columns], group, location)
@@ -128,21 +146,72 @@ def _layout(source: ParquetSource, files: ParquetFiles) -> _Layout:
         raise DatasetError(
             f"No modality found in {source.path}: its columns are {shown(names)}. Add a column for each modality."
         )
-    groups = source.modalities or {
+    groups: Mapping[str, ColumnGroup | ImageColumn] = source.modalities or {
         check_source_name(name, source.path): ColumnGroup(columns=_escaped(name))
         for name in others
         if name not in files.index
     }
-    modalities = {name: (group, match_columns(name, group, others, source.path)) for name, group in groups.items()}
+    modalities = {name: (group, _columns_of(name, group, others, source.path, files)) for name, group in groups.items()}
     taken = {column for _, columns in modalities.values() for column in columns}
     notes += not_taken([name for name in others if name not in taken])
     tables = {
         name: Table(name, columns, group, source.path)
         for name, (group, columns) in modalities.items()
-        if not is_array(files.schema.field(columns[0]).type)
+        if isinstance(group, ColumnGroup)
+        and not is_array(files.schema.field(columns[0]).type)
         and is_table(group, [files.schema.field(column).type for column in columns])
     }
     return _Layout(files, modalities, row_columns, ClassNames(), tables, tuple(notes))
+
+
+def _columns_of(
+    name: str, group: ColumnGroup | ImageColumn, others: list[str], path: str, files: ParquetFiles
+) -> list[str]:
+    """Return the columns of a modality, after checking that images are bytes."""
+    if isinstance(group, ColumnGroup):
+        return match_columns(name, group, others, path)
+    if group.column not in others:
+        raise DatasetError(
+            f"Column {group.column!r} not found in {path}, which has {shown(others)}.{nearest(group.column, others)} "
+            f"Correct source.modalities.{name}.column."
+        )
+    kind = files.schema.field(group.column).type
+    inner = kind.field("bytes").type if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 else kind
+    if not (pa.types.is_binary(inner) or pa.types.is_large_binary(inner)):
+        raise DatasetError(
+            f"Column {group.column!r} of {path} must hold the bytes of images, but got {kind}. For names of files, use "
+            f"kind = 'images'."
+        )
+    return [group.column]
+
+
+def _bytes(column: pa.Array) -> list[bytes | None]:
+    return list((pc.struct_field(column, "bytes") if pa.types.is_struct(column.type) else column).to_pylist())
+
+
+def _sequences(layout: _Layout) -> dict[str, Sequences]:
+    """Return how modalities are padded whose first rows are lists of different lengths, or whose length is set."""
+    found = {}
+    for name, (group, columns) in layout.modalities.items():
+        if not isinstance(group, ColumnGroup) or len(columns) != 1:
+            continue
+        first = next((batch.column(0) for _, batch in layout.batches(columns, 1 << 16)), None)
+        if first is not None and (group.length is not None or are_ragged(first)):
+            lists = (batch.column(0) for _, batch in layout.batches(columns, 1 << 10))
+            found[name] = measure(name, lists, group.length)
+    return found
+
+
+def _decoders(source: ParquetSource, layout: _Layout) -> dict[str, tuple[ImageDecoder, list[str]]]:
+    """Return the decoder of each modality of images, and lines on their bits."""
+    found = {}
+    for name, (group, columns) in layout.modalities.items():
+        if isinstance(group, ImageColumn):
+            decoder = ImageDecoder(name, group)
+            batches = (_bytes(batch.column(0)) for _, batch in layout.batches(columns, 1 << 16))
+            known = ([content for content in batch if content is not None] for batch in batches)
+            found[name] = decoder, decoder.find_bits(known)
+    return found
 
 
 def _escaped(name: str) -> str:
@@ -150,7 +219,7 @@ def _escaped(name: str) -> str:
     return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
 
 
-def _chunks(path: str, layout: _Layout) -> Iterator[Chunk]:
+def _chunks(path: str, layout: _Layout, remarks: list[str]) -> Iterator[Chunk]:
     with _readable(path):
         shapes = {name: _shape(layout, name) for name in layout.modalities}
         of_modalities = [column for _, columns in layout.modalities.values() for column in columns]
@@ -170,6 +239,9 @@ def _chunks(path: str, layout: _Layout) -> Iterator[Chunk]:
             data, present = ({name: pair[index] for name, pair in values.items()} for index in (0, 1))
             yield Chunk(Rows(data=data, present=present, **fields), location)
             done += len(batch)
+        for decoder in layout.decoders.values():
+            remarks += decoder.remarks()
+            decoder.close()
 
 
 def _row_bytes(layout: _Layout, columns: list[str]) -> int:
@@ -184,6 +256,10 @@ def _shape(layout: _Layout, name: str) -> tuple[int, ...]:
     columns = layout.modalities[name][1]
     if name in layout.tables:
         return (len(columns),)
+    if name in layout.decoders:
+        return layout.decoders[name].shape
+    if name in layout.sequences:
+        return (layout.sequences[name].length,)
     shape: tuple[int, ...] | None = None
     for location, batch in layout.batches(columns, 1 << 16):
         values, present = layout.read_modality(name, batch, location)

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dmvae.config.sources import CsvSource, ImagesSource
+from dmvae.config.sources import CsvSource, ImagesSource, TextSource
 from dmvae.data.errors import DatasetError
 from dmvae.data.preparation.class_names import ClassNames
 from dmvae.data.preparation.sources.arrow_columns import Array, find_row_columns, read_row_column, shown
@@ -82,7 +82,7 @@ def numbered(first: int, num: int) -> pa.Array:
     return pa.array(np.arange(first, first + num)).cast(pa.string())
 
 
-def find_id(dialect: Dialect, source: CsvSource | ImagesSource) -> str | None:
+def find_id(dialect: Dialect, source: CsvSource | ImagesSource | TextSource) -> str | None:
     """Return the column of ids; None if rows are joined by their order.
 
     Raises:

@@ -178,8 +178,6 @@ def bad_image(folder: Path) -> dict[str, Any]:
     [
         (lambda f: bad_parquet(f, id=[4, 5, 4], x=[1.0, 2, 3]), r"Duplicate id 4.*parquet, row [02].*row [02]"),
         (lambda f: bad_csv(f, "id,x\nu,1\nv,2\nu,3\n"), r"Duplicate id 'u' in .*bad.csv, lines 2 and 4"),
-        (lambda f: bad_parquet(f, x=[[1.0], [2.0], [3.0, 4.0]]), r"same shape: .*bad.parquet, row 2"),
-        (lambda f: bad_parquet(f, x=[[1.0], [2.0, 1.0]]), r"same shape: .*bad.parquet, row 1"),
         (lambda f: bad_csv(f, "id,x\nu,1\nv,2,3\n"), r"Cannot read .*bad.csv .*Row #3: Expected 2 columns, got 3"),
         (
             lambda f: bad_csv(f, "id,x\nu,1\nv,2\n", "id\ny\nz\n"),
@@ -276,3 +274,17 @@ def test_arrays_of_splits_are_refused(tmp_path: Path) -> None:
     path = saved(tmp_path, x_train=np.zeros((6, 2)), y_train=np.zeros(6), x_test=np.zeros((2, 2)), y_test=np.zeros(2))
     with pytest.raises(DatasetError, match=r"'x_train' and 'x_test' are splits of one modality. Concatenate them"):
         read_source(NpzSource(path=path), 0, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.array(["a"] * 9), "must be of type uint8"),
+        (np.array([None] * 9), "must hold numbers or strings, but got object"),
+        (np.array(1.0), "'x' must have rows, but is a single number"),
+    ],
+)
+def test_a_chosen_array_that_is_no_modality_is_refused(tmp_path: Path, array: Any, message: str) -> None:
+    source = NpzSource.model_validate({"path": saved(tmp_path, x=array), "modalities": {"x": {}}})
+    with pytest.raises(DatasetError, match=message):
+        collect(read_source(source, 0, tmp_path))
