@@ -62,9 +62,8 @@ class Param:
         if not self.numbers:
             return " or ".join(f'"{word}"' for word in self.words)
         kind = "a whole number" if self.whole else "a number"
-        least = (
-            "greater than 0 (at least 1e-30, at most 1e30)" if self.minimum is None else f"of {self.minimum} or more"
-        )
+        positive = "greater than 0 (at least 1e-30, at most 1e30)"
+        least = positive if self.minimum is None else f"of {self.minimum} or more"
         return " or ".join([f"{kind} {least}", *(f'"{word}"' for word in self.words)])
 
 
