@@ -23,6 +23,6 @@ class ReportConfig(Section):
     num_draws: Annotated[int, Field(ge=2)] = 1000
     """Draws per row of the NLL estimate whose importance weights are shown."""
     density_components: NonNegativeInt = 20
-    """Gaussians in the density that is shown beside the prior. 0: none."""
+    """Gaussians in the density that is shown beside the prior, of a model without a fitted one. 0: none."""
     trust: Trust = ()
     """Packages of your own code that the model may import; others that it names are refused."""

@@ -76,6 +76,10 @@ class TrainingConfig(Section):
     """Also checkpoint within an epoch, about this many seconds after the last checkpoint."""
     skip_nonfinite: Count = 0
     """Steps with a non-finite loss or gradient that a run may skip; one more ends the run."""
+    prior_components: Count = 0
+    """Gaussians in a prior that is fitted to the latents of training rows at the end and kept with the best model:
+    p(z_s), and p(z_p | z_s) unless `model.cross = "prior"`. Samples and predictions then come from it, the NLL does
+    not. 0: none."""
     log_steps: Size = 50
     """Log the training metrics every this many steps."""
 

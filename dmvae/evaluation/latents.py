@@ -56,16 +56,20 @@ def collect(model: DMVAE, rows: Batch | Iterable[Batch], return_mean: bool = Fal
 def fit_density(model: DMVAE, rows: Batch | Iterable[Batch], num_components: int = 20, seed: int = 0) -> FittedPrior:
     """Fit Gaussian mixtures to the aggregated posterior, with one draw of z_s and of each z_p per row.
 
+    With `cross = "prior"` only p(z_s) is fitted: decoders have learned to predict with z_p from the standard normal.
+
     Raises:
         ValueError: if fewer than two rows have a modality.
         ImportError: if scikit-learn is not installed.
     """
     latents = collect(model, rows, seed=seed)
-    joint = {}
-    for name in model.config.modalities:
-        private, here = latents.block(name)
-        joint[name] = GaussianMixture.fit(torch.cat((latents.shared[here], private), dim=1), num_components, seed)
-    return FittedPrior(GaussianMixture.fit(latents.block("shared")[0], num_components, seed), joint)
+    shared = GaussianMixture.fit(latents.block("shared")[0], num_components, seed)
+    joint = {name: shared.beside_standard_normal(dim) for name, dim in model.config.private_dims.items()}
+    for name, dim in model.config.private_dims.items():
+        if dim and model.config.cross == "posterior":
+            private, here = latents.block(name)
+            joint[name] = GaussianMixture.fit(torch.cat((latents.shared[here], private), dim=1), num_components, seed)
+    return FittedPrior(shared, joint)
 
 
 def probe_labels(train: Latents, test: Latents) -> dict[str, Proportion]:

@@ -47,7 +47,8 @@ class EvaluationSuite:
         model: in eval mode.
         train: the rows that baselines and classifiers are fitted to.
         split: the rows that it is evaluated on.
-        density: of the latents; metrics with it stand beside those with the prior, under `density/`.
+        density: of the latents; metrics with it stand beside those with the model's own prior, under `density/`. Those
+            of a model whose own prior is fitted stand beside those with the standard normal, under `standard_prior/`.
         num_draws: per row, of imputations.
         progress: called with a line for each baseline that is skipped.
     """
@@ -214,7 +215,7 @@ class EvaluationSuite:
         probes = fit_probes(collect(self.model, [self.fit_rows], True)) if self.has_labels else {}
         for place, hide in removal.each():
             for name in self._float_modalities:
-                errors = held_out_errors(self.model, self._rows(), name, 20, self.density, hide=hide)
+                errors = held_out_errors(self.model, self._rows(), name, 20, self.fitted, hide=hide)
                 metrics[f"{place}/rmse/{name}"] = errors.rmse
                 if not math.isnan(errors.coverage[-1]):
                     metrics[f"{place}/coverage90/{name}"] = errors.coverage[-1]
@@ -223,7 +224,7 @@ class EvaluationSuite:
             for name, classifier in self.classifiers.items() if self.has_labels else ():
                 shares = (
                     predicted_class_share(
-                        self.model, batch, mask_modalities(hide(batch), name), classifier, name, self.density
+                        self.model, batch, mask_modalities(hide(batch), name), classifier, name, self.fitted
                     )
                     for batch in self._rows()
                 )
@@ -261,8 +262,15 @@ class EvaluationSuite:
         return has_labels(self.train) and has_labels(self.split)
 
     @property
+    def fitted(self) -> FittedPrior | None:
+        """What predictions are made with: `density`, or the model's own prior; None for a standard normal."""
+        return self.density or self.model.fitted_prior
+
+    @property
     def _densities(self) -> tuple[tuple[str, FittedPrior | None], ...]:
-        return (("", None),) if self.density is None else (("", None), ("density/", self.density))
+        own = self.model.fitted_prior
+        standard = () if own is None else (("standard_prior/", None),)
+        return (("", own), *standard, *(() if self.density is None else (("density/", self.density),)))
 
     @property
     def _latent_dim(self) -> int:
@@ -313,6 +321,11 @@ class EvaluationSuite:
 def first_rows(split: Split, num: int = MAX_FIT_ROWS) -> Batch:
     """Read a split's first rows, `num` at most, as one batch."""
     return join([split.read(np.arange(min(num, len(split))))])
+
+
+def first_blocks(split: Split, num: int = MAX_FIT_ROWS) -> Iterator[Batch]:
+    """Read a split's first rows, at least `num` if it has them, in batches."""
+    return islice(_blocks(split), math.ceil(num / _BLOCK_ROWS))
 
 
 def _blocks(split: Split) -> Iterator[Batch]:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -25,10 +25,12 @@ from dmvae.model.nll.posterior_draws import posterior_draws
 from dmvae.model.outputs import DMVAEOutput, ModelOutput
 from dmvae.model.serialization import MODEL_CONFIG as MODEL_CONFIG
 from dmvae.model.serialization import MODEL_WEIGHTS as MODEL_WEIGHTS
-from dmvae.model.serialization import check_header, read_config, read_weights, write_folder
+from dmvae.model.serialization import check_header, read_config, read_prior, read_weights, write_folder
 from dmvae.nn.batched import Decoder
 from dmvae.nn.own_networks import encoder_shapes
 
+Density = FittedPrior | Literal["own"] | None
+"""A fitted prior of latents, the model's own (the standard normal if none was fitted), or None: the standard normal."""
 _OF_OTHER_TRAINERS = {"epoch", "dataset_size", "uses_ddp"}
 
 
@@ -45,6 +47,10 @@ class DMVAE(nn.Module):
         decoders: likewise. A decoder takes [z_s, z_p], and its output must have `reconstruction`.
 
     Code that the config names by import path is imported and called.
+
+    Attributes:
+        fitted_prior: of the latents, fitted after training by `fit_density`; saved and loaded with the model. Training
+            and the NLL always have the standard normal. None: predictions and samples have it too.
 
     Raises:
         ValueError: if the config lacks shapes, names an unknown architecture or likelihood, or networks are
@@ -68,6 +74,7 @@ class DMVAE(nn.Module):
             update={"custom_architectures": parts.custom, "packages": parts.packages | model_config.packages}
         )
         self._by_kind: dict[str, Fixed[Any]] = {}
+        self.fitted_prior: FittedPrior | None = None
         # torch finds modules here. ModuleDict refuses names such as `type`, which are legal for modalities, hence the
         # prefix; and its items are slow to get, hence the mappings beside it
         for kind in ("likelihoods", "encoders", "decoders"):
@@ -225,12 +232,12 @@ class DMVAE(nn.Module):
         return_mean: bool = False,
         flatten: bool = False,
         generator: torch.Generator | None = None,
-        density: FittedPrior | None = None,
+        density: Density = "own",
     ) -> ModelOutput:
         """Sample latents given the modalities of `cond_mod` that each row has, or return the posterior means.
 
-        Private latents of the other modalities are drawn from the prior. With a fitted prior as `density` they are
-        drawn from p(z_p | z_s), and the shared latent of a row without any modality from p(z_s).
+        Private latents of the other modalities are drawn from the prior. With a fitted prior they are drawn from
+        p(z_p | z_s), and the shared latent of a row without any modality from p(z_s).
 
         Returns:
             `.z` and `.modalities_z[m]`: `(rows, dim)` for N=1, `(N, rows, dim)` for N>1, `(N * rows, dim)` with
@@ -246,7 +253,7 @@ class DMVAE(nn.Module):
             observed = self.observe(batch, self._names(cond_mod, "cond_mod"))
             shared, private = self.combine(observed, len(batch))
         present = {name: part.present for name, part in observed.items()}
-        return draw_latents(shared, private, present, N, return_mean, flatten, generator, density)
+        return draw_latents(shared, private, present, N, return_mean, flatten, generator, self._fitted(density))
 
     def draw_posterior(self, inputs: Inputs, num_draws: int, seed: int = 0) -> ModelOutput:
         """Draw latents from a fit to each row's posterior given all that it has; see `dmvae.model.nll.posterior_draws`.
@@ -279,7 +286,7 @@ class DMVAE(nn.Module):
         flatten: bool = False,
         return_mean: bool = False,
         generator: torch.Generator | None = None,
-        density: FittedPrior | None = None,
+        density: Density = "own",
     ) -> ModelOutput:
         """Generate `gen_mod` from the modalities of `cond_mod` that each row has: `encode`, then `decode`."""
         wanted = self._names(gen_mod, "gen_mod")
@@ -309,12 +316,12 @@ class DMVAE(nn.Module):
             return likelihood.sample_at(output, sizes, generator)
 
     def generate_from_prior(
-        self, n_samples: int, generator: torch.Generator | None = None, density: FittedPrior | None = None
+        self, n_samples: int, generator: torch.Generator | None = None, density: Density = "own"
     ) -> ModelOutput:
-        """Sample all latents `(n_samples, dim)` from the prior, or from a fitted one; `decode` takes them."""
+        """Sample all latents `(n_samples, dim)` from the prior; `decode` takes them."""
         if n_samples < 1:
             raise ValueError(f"n_samples must be at least 1, but got {n_samples}.")
-        return sample_latents(self.config, n_samples, self.dtype, self.device, generator, density)
+        return sample_latents(self.config, n_samples, self.dtype, self.device, generator, self._fitted(density))
 
     def joint_nll(
         self,
@@ -378,8 +385,8 @@ class DMVAE(nn.Module):
         return results
 
     def save(self, dir: str | Path) -> None:  # noqa: A002 (the seed's name)
-        """Write `model.json` and `model.safetensors` into a folder, each atomically."""
-        write_folder(Path(dir), self.config, self.state_dict())
+        """Write the configuration, the weights and the fitted prior, if any, into a folder, each atomically."""
+        write_folder(Path(dir), self.config, self.state_dict(), self.fitted_prior)
 
     @classmethod
     def load(
@@ -413,7 +420,11 @@ class DMVAE(nn.Module):
         tensors = read_weights(Path(dir), own)
         copies = {name: torch.empty_like(own[name], dtype=t.dtype).copy_(t) for name, t in tensors.items()}
         model.load_state_dict(copies, assign=True)
+        model.fitted_prior = read_prior(Path(dir))
         return model.eval()
+
+    def _fitted(self, density: Density) -> FittedPrior | None:
+        return self.fitted_prior if density == "own" else density
 
     def _batch(self, inputs: Inputs) -> Batch:
         batch = self._conformed(inputs)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dmvae.data.batch import Batch, has
 from dmvae.data.records import read_record
+from dmvae.distributions.gaussian_mixture import FittedPrior
 from dmvae.distributions.likelihoods.columns import Columns
 from dmvae.model.dmvae import DMVAE
 from dmvae.model.modality_spec import ModalitySpec as ModalitySpec
@@ -265,7 +266,8 @@ class Predictor:
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return draws `(draw, row, dim)` of the shared (``""``) and each private latent, and their means.
 
-        They are of the encoders' posteriors, or of a fit to each row's where rows may have any pattern of cells.
+        They are of the encoders' posteriors, and where a row has nothing to tell of the fitted prior, if there is one;
+        or of a fit to each row's posterior where rows may have any pattern of cells.
         """
         if self.model.config.missing_cells:
             alike = replace(batch, ids=torch.zeros(len(batch), dtype=torch.int64))
@@ -275,8 +277,13 @@ class Predictor:
         with torch.no_grad():
             shared, private = self.model.posteriors(batch)
         latents = {"": shared, **private}
-        drawn = {name: gaussian.sample(_normals(num, gaussian.mean, generator)) for name, gaussian in latents.items()}
-        return drawn, {name: gaussian.mean for name, gaussian in latents.items()}
+        noise = {name: _normals(num, gaussian.mean, generator) for name, gaussian in latents.items()}
+        drawn = {name: gaussian.sample(noise[name]) for name, gaussian in latents.items()}
+        means = {name: gaussian.mean.clone() for name, gaussian in latents.items()}
+        if self.model.fitted_prior is not None:
+            observed = {name: has(batch, name) for name in self.units}
+            _fill_in(self.model.fitted_prior, observed, noise, drawn, means, generator)
+        return drawn, means
 
     def _class_probabilities(self, name: str, shared: Tensor, private: Tensor) -> dict[str, list[dict[str, float]]]:
         """Return the mean over draws `(draw, row, dim)` of the probabilities of classes: by column, row and class."""
@@ -395,6 +402,32 @@ def is_finite(answer: Any) -> bool:
 def _normals(num: int, like: Tensor, generator: torch.Generator) -> Tensor:
     normals = torch.randn(num, 1, like.shape[-1], dtype=like.dtype, device=like.device, generator=generator)
     return normals.expand(num, *like.shape)
+
+
+def _fill_in(
+    prior: FittedPrior,
+    observed: Mapping[str, Tensor],
+    noise: Mapping[str, Tensor],
+    drawn: Mapping[str, Tensor],
+    means: Mapping[str, Tensor],
+    generator: torch.Generator,
+) -> None:
+    """Put draws and means of a fitted prior in the place of the standard normal's, with one noise for all rows."""
+
+    def uniform(like: Tensor) -> Tensor:
+        one = torch.rand(len(like), 1, dtype=torch.float64, device=generator.device, generator=generator)
+        return one.expand(like.shape[:2])
+
+    nothing = ~torch.stack(list(observed.values())).any(0)
+    choice = uniform(drawn[""])
+    # z_s given nothing: a draw from the mixture itself
+    known = drawn[""][:, nothing, :0]
+    drawn[""][:, nothing] = prior.shared.transform(known, choice[:, nothing], noise[""][:, nothing])
+    means[""][nothing] = prior.shared.mean.to(means[""])
+    for name, here in observed.items():
+        choice, known = uniform(drawn[name]), drawn[""][:, ~here]
+        drawn[name][:, ~here] = prior.joint[name].transform(known, choice[:, ~here], noise[name][:, ~here])
+        means[name][~here] = prior.private(name, means[""][~here], return_mean=True)
 
 
 def _gaussian(mean: Tensor, log_var: Tensor) -> dict[str, list[float]]:

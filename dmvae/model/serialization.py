@@ -1,4 +1,8 @@
-"""Model folders on disk: the configuration as JSON and the weights as safetensors; nothing is a pickle."""
+"""Model folders on disk: the configuration as JSON and the weights as safetensors; nothing is a pickle.
+
+A prior that was fitted to the latents lies beside them in `prior.safetensors`. The header of that file is JSON with its
+format and the SHA-256 of the weights that it belongs to.
+"""
 
 import math
 import sys
@@ -12,22 +16,28 @@ from torch import Tensor
 from dmvae.config.model import DMVAEConfig
 from dmvae.data.files import flush, sha256_of
 from dmvae.data.records import read_record
+from dmvae.distributions.gaussian_mixture import FittedPrior
 
 MODEL_CONFIG = "model.json"
 MODEL_WEIGHTS = "model.safetensors"
+MODEL_PRIOR = "prior.safetensors"
 CHECKSUMS = "checksums.json"
 """Of a checkpoint: the SHA-256 of each file, written last."""
+_PRIOR_FORMAT = "1"
 _REMEDY = "Copy the model from its source again, or train it again."
 _FLOATS = ("F32", "F64", "F16", "BF16")
 _LARGEST = 1e18
 """The largest weight that is taken for one: the square of a larger one is no number in float32."""
 
 
-def write_folder(folder: Path, config: DMVAEConfig, weights: Mapping[str, Tensor]) -> None:
-    """Write `model.json` and `model.safetensors` into a folder, each whole and flushed to the disk."""
+def write_folder(
+    folder: Path, config: DMVAEConfig, weights: Mapping[str, Tensor], prior: FittedPrior | None = None
+) -> None:
+    """Write the configuration, the weights and the prior, if any, into a folder, each whole and flushed to the disk."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / MODEL_PRIOR).unlink(missing_ok=True)  # of other weights
     # the format refuses tensors that share storage (tied weights) or have strides: hence copies
     tensors = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in weights.items()
@@ -39,6 +49,52 @@ def write_folder(folder: Path, config: DMVAEConfig, weights: Mapping[str, Tensor
         flush(partial)
         partial.replace(folder / name)
     flush(folder)
+    if prior is not None:
+        write_prior(folder, prior)
+
+
+def write_prior(folder: Path, prior: FittedPrior) -> None:
+    """Write `prior.safetensors` beside the weights that it belongs to, atomically."""
+    from safetensors.torch import save_file
+
+    header = {"format": _PRIOR_FORMAT, "weights": sha256_of(folder / MODEL_WEIGHTS)}
+    partial = folder / f".{MODEL_PRIOR}.partial"
+    save_file(prior.tensors(), partial, metadata=header)
+    flush(partial)
+    partial.replace(folder / MODEL_PRIOR)
+    flush(folder)
+
+
+def read_prior(folder: Path) -> FittedPrior | None:
+    """Read the fitted prior of a model folder; None if it has none.
+
+    Raises:
+        ValueError: if the file cannot be read, has a newer format, or belongs to other weights.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    file = folder / MODEL_PRIOR
+    if not file.is_file():
+        return None
+    try:
+        with safe_open(file, framework="pt") as opened:
+            header = opened.metadata() or {}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
+        prior = FittedPrior.from_tensors(tensors)
+    except (SafetensorError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"Cannot read {file}: {error}. Restore it, or remove it to use the standard normal."
+        ) from error
+    if header.get("format") != _PRIOR_FORMAT:
+        raise ValueError(
+            f"Cannot read {file}: expected format {_PRIOR_FORMAT}, got {header.get('format')}. Upgrade dmvae."
+        )
+    if header.get("weights") != sha256_of(folder / MODEL_WEIGHTS):
+        raise ValueError(
+            f"{file} was fitted to other weights than {MODEL_WEIGHTS} beside it. "
+            "Restore the weights, or remove it to use the standard normal."
+        )
+    return prior
 
 
 def read_config(folder: Path) -> DMVAEConfig:

@@ -105,7 +105,12 @@ def suggest_run(profile: DatasetProfile, dataset: str, likelihoods: dict[str, Li
             "architectures": {name: _architecture(m, dropout) for name, m in manifest.modalities.items()},
         },
         "optim": {"learning_rate": 3e-3, "warmup_steps": min(100, steps // 10)},
-        "training": {"epochs": epochs, "batch_size": batch_size, "patience": max(5, epochs // 4)},
+        "training": {
+            "epochs": epochs,
+            "batch_size": batch_size,
+            "patience": max(5, epochs // 4),
+            "prior_components": 20,
+        },
         "evaluation": {"split": "test" if "test" in others else val},
     }
     return TrainConfig.model_validate(tree)

@@ -45,7 +45,7 @@ def report(config: ReportConfig, progress: Callable[[str], None]) -> Path:
     if curves.is_file():
         pictures.append(charts.training_curves(curves))
     suite = EvaluationSuite(model, dataset.split(config.train_split), split, num_draws=20, progress=progress)
-    if config.density_components:
+    if config.density_components and model.fitted_prior is None:
         progress("fitting a density to the latents of the training rows")
         suite = replace(suite, density=fit_density(model, suite.fit_rows, config.density_components))
     rows = first_rows(split, _MAP_ROWS)
@@ -69,7 +69,7 @@ def _folders(given: Path) -> tuple[Path, Path]:
 
 def _predictions(suite: EvaluationSuite, rows: Batch, dataset: Dataset) -> list[Picture]:
     """Draw what the model makes of rows: reconstructions, imputations, samples and latents."""
-    model, density = suite.model, suite.density
+    model, density = suite.model, suite.fitted
     scales = {name: Scale(info) for name, info in dataset.manifest.modalities.items()}
     return [
         *images.reconstructions(model, rows, scales),

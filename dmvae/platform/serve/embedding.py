@@ -24,7 +24,7 @@ from dmvae.evaluation.metrics import generator_of
 from dmvae.model.dmvae import DMVAE
 from dmvae.model.named_values import written
 from dmvae.model.predictor import QUANTILES, UNITS, ModalitySpec, Predictor
-from dmvae.model.serialization import MODEL_WEIGHTS
+from dmvae.model.serialization import MODEL_PRIOR, MODEL_WEIGHTS
 from dmvae.platform.cluster import local_cluster
 from dmvae.platform.evaluate.checks import check_fit
 from dmvae.platform.evaluate.worker_pool import map_on_workers, torch_device
@@ -104,8 +104,9 @@ def _shards(dataset: Dataset, split: str | None) -> Iterator[Shard]:
 
 def _key(folder: Path, dataset: Dataset, config: EmbedConfig) -> str:
     """Identify everything that the output depends on: the model, the dataset, the settings."""
-    weights = sha256_of(folder / MODEL_WEIGHTS)
-    return json.dumps([weights, dataset.manifest.fingerprint, config.private, config.impute])
+    weights, prior = sha256_of(folder / MODEL_WEIGHTS), folder / MODEL_PRIOR
+    fitted = [sha256_of(prior)] if config.impute and prior.is_file() else []
+    return json.dumps([weights, dataset.manifest.fingerprint, config.private, config.impute, *fitted])
 
 
 def _is_finished(file: Path, shard: Shard, key: str) -> bool:

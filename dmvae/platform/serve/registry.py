@@ -24,7 +24,7 @@ from dmvae.data.reading.dataset import Dataset, open_dataset
 from dmvae.model.assembly import own_code_of
 from dmvae.model.dmvae import DMVAE
 from dmvae.model.predictor import UNITS
-from dmvae.model.serialization import MODEL_CONFIG, MODEL_WEIGHTS, read_config
+from dmvae.model.serialization import MODEL_CONFIG, MODEL_PRIOR, MODEL_WEIGHTS, read_config
 from dmvae.platform.records import read_result, read_run, required
 from dmvae.platform.remote_fs import local
 from dmvae.platform.serve.mlflow_model import quiet_mlflow, save
@@ -128,8 +128,9 @@ def _dataset_of(run: Mapping[str, Any]) -> Dataset:
 def _write_model(content: Path, best: Path, dataset: Dataset) -> dict[str, Any]:
     """Write weights, configuration and `units.json`; return the specs of the modalities."""
     content.mkdir()
-    for file in (MODEL_CONFIG, MODEL_WEIGHTS):
-        shutil.copy2(best / file, content / file)
+    for file in (MODEL_CONFIG, MODEL_WEIGHTS, MODEL_PRIOR):
+        if file != MODEL_PRIOR or (best / file).is_file():
+            shutil.copy2(best / file, content / file)
     has_size_factor = dataset.manifest.size_factor is not None
     modalities = dataset.manifest.modalities.items()
     specs = {name: info.model_dump(mode="json") | {"has_size_factor": has_size_factor} for name, info in modalities}

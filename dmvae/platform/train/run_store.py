@@ -142,16 +142,22 @@ class RunStore:
         self._catch_up_best(reports)
         return [self._checkpoints / name for name in reports]
 
-    def publish(self, log: Callable[[str], None]) -> dict[str, Any]:
+    def publish(
+        self, log: Callable[[str], None], complete: Callable[[Path], None] = lambda folder: None
+    ) -> dict[str, Any]:
         """Copy the best and the newest checkpoint to `best/` and `last/`; return what the best was reported with.
+
+        Args:
+            log: called with lines for the user.
+            complete: adds files to the folder of the best, before it is copied to a URI.
 
         Raises:
             RunError: if there is no undamaged checkpoint, or none with a finite validation metric.
         """
         names = self._checkpoint_names()
         scores = _finite_scores({name: self._report(name) for name in names})
-        self._publish(BEST, [*self._best_names(), *sorted(scores, key=lambda name: scores[name])], log)
-        self._publish(LAST, [*reversed(names)], log)
+        self._publish(BEST, [*self._best_names(), *sorted(scores, key=lambda name: scores[name])], log, complete)
+        self._publish(LAST, [*reversed(names)], log, lambda folder: None)
         return checkpoint.read_report(self.run_dir / BEST)
 
     @property
@@ -204,7 +210,9 @@ class RunStore:
             target.remove()
             (self._checkpoints / name).root.rename(target.root)
 
-    def _publish(self, kept: str, names: list[str], log: Callable[[str], None]) -> None:
+    def _publish(
+        self, kept: str, names: list[str], log: Callable[[str], None], complete: Callable[[Path], None]
+    ) -> None:
         for name in names:
             with (self._checkpoints / name).fetch() as files:
                 fault = LocalFolder(files).fault()
@@ -212,6 +220,7 @@ class RunStore:
                     log(f"warning: {fault} Skipping it.")
                     continue
                 LocalFolder(self.run_dir / kept).put(files)
+            complete(self.run_dir / kept)
             if not isinstance(self.folder, LocalFolder):
                 (self.folder / kept).put(self.run_dir / kept)
             return

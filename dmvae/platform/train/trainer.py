@@ -20,6 +20,10 @@ from ray.train.torch import TorchTrainer
 from dmvae.config.section import scrub
 from dmvae.config.training import TrainConfig
 from dmvae.data.reading.dataset import Dataset, open_dataset
+from dmvae.evaluation.latents import fit_density
+from dmvae.evaluation.suite import first_blocks
+from dmvae.model.dmvae import DMVAE
+from dmvae.model.serialization import write_prior
 from dmvae.platform.cluster import limits, local_cluster, messages, resources
 from dmvae.platform.errors import RunError
 from dmvae.platform.evaluate.checks import check_data
@@ -148,7 +152,7 @@ def _train(
     with messages(progress) as queue, stop_in_order(config.time_budget, progress) as stop:
         store.repair(progress)
         fit(config, WorkerTask(absolute(config), record, store, tracked, queue, stop))
-        best = store.publish(progress)
+        best = store.publish(progress, lambda folder: _add_prior(folder, config, dataset, progress))
     with Outbox(tracked) as outbox:
         for name in (BEST, LAST):
             outbox.log_artifact(store.run_dir / name, "checkpoints")
@@ -165,6 +169,18 @@ def dataset_record(config: TrainConfig, dataset: Dataset) -> DatasetRecord:
     profile |= {"feature_names": features} if features else {}
     profile |= {"label_names": manifest.label_names} if manifest.label_names else {}
     return DatasetRecord(dataset.name, manifest.fingerprint, dataset.where, profile)
+
+
+def _add_prior(folder: Path, config: TrainConfig, dataset: Dataset, progress: Callable[[str], None]) -> None:
+    """Fit the prior that the configuration asks for, to the first training rows, and write it beside the model."""
+    if not config.training.prior_components:
+        return
+    progress("fitting a prior to the latents of the training rows")
+    rows = first_blocks(dataset.split(config.data.train_split))
+    try:
+        write_prior(folder, fit_density(DMVAE.load(folder), rows, config.training.prior_components, config.seed))
+    except (ImportError, ValueError) as error:  # without scikit-learn, or with a modality of fewer than two rows
+        progress(f"warning: No prior was fitted, so that predictions and samples have the standard normal: {error}")
 
 
 def _check_same_run(store: RunStore, record: Mapping[str, Any]) -> None:

@@ -17,6 +17,10 @@ from dmvae.config.data import PrepareConfig
 from dmvae.config.evaluation import EvaluateConfig
 from dmvae.data.preparation.prepare import prepare
 from dmvae.data.reading.dataset import open_dataset
+from dmvae.data.reading.loader import read_rows
+from dmvae.evaluation.imputation import held_out_errors
+from dmvae.evaluation.latents import fit_density
+from dmvae.evaluation.suite import first_blocks
 from dmvae.platform.evaluate.evaluate import evaluate
 from dmvae.platform.evaluate.nll_table import Evaluator
 from dmvae.platform.evaluate.row_store import BLOCK_ROWS, RowStore
@@ -173,6 +177,20 @@ def test_measures_are_computed_with_the_prior_and_the_density(labelled: Path, tm
     assert [line.split(":")[0] for line in said] == ["NLL", "prediction of image", "prediction of table"]
     assert metrics["test/missing/random/0/probe/shared"] >= metrics["test/missing/random/50/probe/shared"]
     assert (tmp_path / "out" / "density.safetensors").is_file()
+
+
+def test_a_model_with_a_fitted_prior_is_measured_with_it_and_beside_it(labelled: Path, tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", {"image": (1, 8, 8), "table": (3,)})
+    model, train = DMVAE.load(folder), open_dataset(labelled).split("train")
+    model.fitted_prior = fit_density(model, first_blocks(train), 2)
+    model.save(folder)
+    config = configure(folder, labelled, tmp_path / "out", evaluation={"split": "test", "measures": ["imputation"]})
+    metrics = evaluate(config, lambda line: None)
+    rows = [batch for _, batch in read_rows(open_dataset(labelled).split("test"), 1024)]
+    for prefix, density in (("", model.fitted_prior), ("standard_prior/", None)):
+        expected = held_out_errors(model, rows, "table", 100, density).rmse
+        assert metrics[f"test/{prefix}imputation/table/rmse"] == pytest.approx(expected, rel=1e-6)
+    assert "test/standard_prior/imputation/table/ridge" not in metrics
 
 
 def test_nll_after_a_removal_is_that_of_the_modalities_left(labelled: Path, tmp_path: Path) -> None:

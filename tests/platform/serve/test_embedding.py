@@ -19,7 +19,10 @@ from dmvae.data.format.schema import MISSING_INTEGER
 from dmvae.data.preparation.prepare import prepare
 from dmvae.data.reading.dataset import open_dataset
 from dmvae.data.reading.loader import read_rows
+from dmvae.evaluation.latents import fit_density
+from dmvae.evaluation.suite import first_blocks
 from dmvae.model.predictor import UNITS, ModalitySpec, Predictor, Request
+from dmvae.model.serialization import MODEL_PRIOR
 from dmvae.platform.serve.embedding import Embedder, _key, _shards, embed
 from dmvae.training.settings import resolve
 from tests.runs import make_config, make_dataset, train_here
@@ -33,6 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("embedding")
     dataset = make_dataset(place, rows=600)
     state, _ = train_here(make_config(place, dataset))
+    state.model.fitted_prior = fit_density(state.model, first_blocks(open_dataset(dataset).split("train")), 2)
     state.model.save(place / "model")
     return place
 
@@ -75,6 +79,9 @@ def test_latents_equal_encode_row_by_row_on_one_and_two_workers(folder: Path, tm
                 assert one[f"observed/{modality}"][place] == seen
                 assert (one[f"private_mean/{modality}"][place] is not None) == seen
                 assert (one[f"imputed/{modality}"][place] is None) == seen
+                if not seen:  # from the fitted prior
+                    expected = predictor.model.predict(row, gen_mod=modality, return_mean=True)[modality][0]
+                    np.testing.assert_allclose(one[f"imputed/{modality}"][place], expected, rtol=1e-4, atol=1e-5)
     given = {"left": [1.0, 2.0, 3.0, 4.0, 5.0]}
     (answer,) = predictor.answer([given], Request(operation="encode"))
     assert answer["observed"] == ["left"]
@@ -93,6 +100,9 @@ def test_finished_shards_are_kept_and_partial_ones_are_embedded_again(folder: Pa
     assert sorted(read(tmp_path / "out")["id"]) == list(range(600))
     with pytest.raises(ValueError, match="Choose another output"):
         embed(config.model_copy(update={"private": False}), lambda line: None)
+    (folder / "model" / MODEL_PRIOR).rename(tmp_path / MODEL_PRIOR)
+    assert _key(folder / "model", dataset, config) != key, "imputations are from another prior"
+    (tmp_path / MODEL_PRIOR).rename(folder / "model" / MODEL_PRIOR)
 
 
 def test_a_dataset_with_other_scaling_is_brought_to_the_scale_of_the_model(folder: Path, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("registry")
     dataset = make_dataset(folder, rows=600)
     finish_here(make_config(folder, dataset, "poor", training={"epochs": 1}))
-    train_run(make_config(folder, dataset, "better", training={"epochs": 12}), lambda line: None)
+    train_run(make_config(folder, dataset, "better", training={"epochs": 12, "prior_components": 2}), lambda line: None)
     return folder
 
 
@@ -80,6 +80,7 @@ def test_a_registered_model_runs_on_the_code_that_it_contains(runs: Path, tmp_pa
         f"model = mlflow.pyfunc.load_model({str(local)!r})\n"
         "rows = [{'left': [1, 2, 3, 4, 5]}, {'right': [0.5, 0, 1], 'left': None}]\n"
         "print(json.dumps(model.predict(rows, params={'operation': 'encode'})))\n"
+        "print(json.dumps(model.predict(rows, params={'operation': 'impute'})))\n"
         "import dmvae; print(dmvae.__file__)\n"
     )
     done = subprocess.run(
@@ -91,13 +92,18 @@ def test_a_registered_model_runs_on_the_code_that_it_contains(runs: Path, tmp_pa
         env={"PATH": ""},
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    answers, home = done.stdout.strip().splitlines()[-2:]
+    answers, imputed, home = done.stdout.strip().splitlines()[-3:]
     assert home.startswith(str(local))
     model = DMVAE.load(runs / "runs" / "better" / "best")
     rows = dmvae.Batch({"left": torch.tensor([[1.0, 2, 3, 4, 5]]).to(model.dtype)})
     expected = model.encode(rows, return_mean=True).z
     np.testing.assert_allclose(json.loads(answers)[0]["shared"]["mean"], expected[0], rtol=1e-5)
     assert json.loads(answers)[1]["observed"] == ["right"]
+    # with the prior that was fitted at the end of training
+    assert model.fitted_prior is not None
+    predicted = model.predict(rows, gen_mod="right", return_mean=True)["right"]
+    np.testing.assert_allclose(json.loads(imputed)[0]["imputed"]["right"]["best"], predicted[0], rtol=1e-5)
+    assert not torch.equal(model.predict(rows, gen_mod="right", return_mean=True, density=None)["right"], predicted)
 
 
 @pytest.mark.parametrize("first", ["import dmvae\n", ""], ids=["imported before", "imported after"])

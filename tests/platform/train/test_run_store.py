@@ -53,6 +53,14 @@ def test_the_best_and_the_newest_checkpoint_are_published(store: RunStore) -> No
         assert checkpoint.read_report(store.run_dir / kept)["step"] == step
 
 
+def test_what_completes_the_best_goes_wherever_the_best_goes(store: RunStore) -> None:
+    save(store, 1, 3.0, is_best=True)
+    store.publish(print, lambda folder: (folder / "prior.safetensors").write_text("fitted"))
+    assert "prior.safetensors" in (store.folder / "best").names()
+    assert "prior.safetensors" not in (store.folder / "last").names()
+    checkpoint.verify(store.run_dir / "best")
+
+
 def test_a_best_checkpoint_that_a_kill_left_without_its_copy_becomes_the_best(
     store: RunStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
