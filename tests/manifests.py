@@ -119,7 +119,9 @@ def parse_command(verb: str, arguments: list[str]) -> Section:
     Raises:
         UserError: if the job would refuse it.
     """
-    configs = f"{ROOT}/jobs/configs/"
+    configs, first = f"{ROOT}/jobs/configs/", VERBS[verb].first
+    if first is not None and arguments and not arguments[0].startswith("-"):
+        arguments = [f"--{first}", *arguments]
     named = [
         f"{configs}{verb}.toml" if part == "CONFIG.toml" else re.sub("^/configs/", configs, part) for part in arguments
     ]
