@@ -133,3 +133,8 @@ class ObjectsConfig(PrepareConfig):
     """How `dmvae.fit` prepares Python objects."""
 
     source: ObjectsSource = ObjectsSource()  # type: ignore[assignment]  # no source of files
+
+    @property
+    def reads(self) -> ObjectsSource:  # type: ignore[override]
+        """The objects, which the caller has at hand."""
+        return self.source
