@@ -19,7 +19,8 @@ from dmvae.data.errors import DatasetError
 from dmvae.data.inspection.profile import profile_dataset
 from dmvae.data.inspection.suggestions import suggest_likelihoods, suggest_run, traits_of
 from dmvae.data.inspection.value_stats import ValueStats
-from dmvae.data.preparation.objects import ObjectRows, read_objects
+from dmvae.data.preparation.object_rows import ObjectRows
+from dmvae.data.preparation.objects import read_objects
 from dmvae.data.preparation.prepare import prepare
 from dmvae.data.reading.dataset import Dataset, open_dataset
 from dmvae.fitting.fitted import Fitted

@@ -16,7 +16,7 @@ from dmvae.config.training import TrainConfig
 from dmvae.data.errors import DatasetError
 from dmvae.data.files import write_atomically
 from dmvae.data.format.manifest import Manifest, ModalityInfo
-from dmvae.data.preparation.objects import ObjectRows
+from dmvae.data.preparation.object_rows import ObjectRows
 from dmvae.data.reading.dataset import Dataset, open_dataset
 from dmvae.data.reading.loader import read_rows
 from dmvae.evaluation.suite import EvaluationSuite

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmvae.data.preparation.objects import ObjectRows
+from dmvae.data.preparation.object_rows import ObjectRows
 from dmvae.fitting.units import Units
 from dmvae.model.dmvae import DMVAE
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from dmvae.data.preparation.objects import ObjectRows
+from dmvae.data.preparation.object_rows import ObjectRows
 from dmvae.fitting.fitted import Fitted
 from dmvae.report import charts
 from dmvae.report.html_report import Figure

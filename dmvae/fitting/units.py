@@ -12,7 +12,8 @@ from torch import Tensor
 from dmvae.data.batch import Batch, has
 from dmvae.data.errors import DatasetError
 from dmvae.data.format.manifest import Manifest, ModalityInfo
-from dmvae.data.preparation.objects import ObjectRows, read_objects
+from dmvae.data.preparation.object_rows import ObjectRows
+from dmvae.data.preparation.objects import read_objects
 from dmvae.data.preparation.rows import Rows
 from dmvae.data.reading.dataset import open_dataset
 from dmvae.data.scaling import Scale

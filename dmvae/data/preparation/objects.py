@@ -1,7 +1,7 @@
 """Rows from Python objects: dicts of arrays, tensors, data frames and AnnData, a MuData, or a batch."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,43 +15,15 @@ from dmvae.data.errors import DatasetError
 from dmvae.data.format.manifest import ColumnInfo, ModalityInfo
 from dmvae.data.preparation.class_names import ClassNames, written
 from dmvae.data.preparation.object_parts import Part, as_ids, find_parts
+from dmvae.data.preparation.object_rows import ObjectRows
 from dmvae.data.preparation.rows import Rows
 from dmvae.data.preparation.source_location import SourceLocation
 from dmvae.data.preparation.sources.arrow_columns import read_modality, read_row_column
-from dmvae.data.preparation.stream import Chunk, Stream, chunk_rows
 from dmvae.data.preparation.tables import Table, is_table
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 _LARGEST_WHOLE_FLOAT32 = 1 << 24
-
-
-@dataclass(frozen=True, eq=False)
-class ObjectRows:
-    """Rows in memory, with what their objects say of them.
-
-    Attributes:
-        rows: the rows.
-        features: the names of the features of each modality that has some.
-        tables: the modalities whose columns differ in kind.
-        labels: the classes of labels that are no integers.
-    """
-
-    rows: Rows
-    features: dict[str, tuple[str, ...]]
-    tables: dict[str, Table]
-    labels: ClassNames = field(default_factory=ClassNames)
-
-    @property
-    def stream(self) -> Stream:
-        """The rows as a source."""
-        step = chunk_rows(self.rows.columns.row_bytes)
-
-        def chunks() -> Iterator[Chunk]:
-            for start in range(0, len(self.rows), step):
-                yield Chunk(self.rows.take(slice(start, start + step)), SourceLocation("data", start))
-
-        return Stream(chunks(), len(self.rows), features=self.features, tables=self.tables, labels=self.labels)
 
 
 def read_objects(

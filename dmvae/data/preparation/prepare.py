@@ -12,7 +12,7 @@ import numpy as np
 from dmvae.config.data import PrepareConfig
 from dmvae.data.format.manifest import ColumnInfo, save_manifest
 from dmvae.data.preparation.build_manifest import build_manifest
-from dmvae.data.preparation.objects import ObjectRows
+from dmvae.data.preparation.object_rows import ObjectRows
 from dmvae.data.preparation.read_source import read_source
 from dmvae.data.preparation.scan import Scan
 from dmvae.data.preparation.sources.arrow_columns import shown
