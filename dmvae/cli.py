@@ -176,7 +176,7 @@ def _search(config: Any) -> None:
 
     found = best_so_far(config) if config.best_so_far else search(config, progress=_print)
     for trial in found.best:
-        values = "  ".join(f"{name} {trial.result.figures[name]:.4g}" for name in config.objectives if trial.result)
+        values = "  ".join(f"{name} {trial.result.figures[name]:.4g}" for name in found.objectives if trial.result)
         _print_row("best trial" if len(found.best) == 1 else "on the Pareto front", f"{trial.number}: {values}")
         for path, value in trial.params.items():
             _print(f"  {path:<40} {value}")

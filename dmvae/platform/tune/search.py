@@ -57,6 +57,7 @@ class SearchSummary:
 
     Attributes:
         study_dir: the study's folder.
+        objectives: what trials were compared by.
         trials: all trials, in the order in which they were drawn.
         best: the best trial, or the trials on the Pareto front.
         config: the best configuration.
@@ -66,6 +67,7 @@ class SearchSummary:
     """
 
     study_dir: Path
+    objectives: tuple[str, ...]
     trials: list[Trial]
     best: list[Trial]
     config: TrainConfig
@@ -82,6 +84,7 @@ def search(config: SearchConfig, progress: Callable[[str], None]) -> SearchSumma
         ValueError: if the space contains invalid configurations, or the data lacks what an objective needs.
         TrackingError: if MLflow cannot be reached.
     """
+    config = _with_own_objectives(config, progress)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     dataset = open_dataset(config.base.data.dataset)
     check_space(config, dataset)
@@ -128,7 +131,8 @@ def search(config: SearchConfig, progress: Callable[[str], None]) -> SearchSumma
             found = _write_best(config, best[0], dataset, study_dir)
             _record_study(config, trials, study_dir, tracked, log)
             retrained = _retrain(config, found, best[0], study_dir, dataset, tracked, log)
-    return SearchSummary(study_dir, trials, best, found, retrained, tracked.run_id, tracking_uri(config.base.tracking))
+    uri = tracking_uri(config.base.tracking)
+    return SearchSummary(study_dir, config.objectives, trials, best, found, retrained, tracked.run_id, uri)
 
 
 def _keep_best_so_far(
@@ -150,6 +154,7 @@ def best_so_far(config: SearchConfig) -> SearchSummary:
     Raises:
         RunError: if no trial is finished.
     """
+    config = _with_own_objectives(config, lambda line: None)
     study_dir = Path(config.runs_dir, config.name).absolute()
     trials = study.trials_of(study_dir)
     best = study.best_trials(config, trials)
@@ -157,7 +162,8 @@ def best_so_far(config: SearchConfig) -> SearchSummary:
         raise RunError(f"No trial of the study is finished within the limits. Wait, or look into {study_dir}.")
     found = _write_best(config, best[0], open_dataset(config.base.data.dataset), study_dir)
     run_id = best[0].result.run_id if best[0].result is not None else ""
-    return SearchSummary(study_dir, trials, best, found, None, run_id, tracking_uri(config.base.tracking))
+    uri = tracking_uri(config.base.tracking)
+    return SearchSummary(study_dir, config.objectives, trials, best, found, None, run_id, uri)
 
 
 def _why_none(trials: list[Trial], study_dir: Path) -> str:
@@ -251,6 +257,17 @@ def _record_study(
     with Outbox(tracked) as outbox:
         for file in files:
             outbox.log_artifact(file)
+
+
+def _with_own_objectives(config: SearchConfig, progress: Callable[[str], None]) -> SearchConfig:
+    """Return the configuration with the objectives that the study began with, if it has the default: that changed."""
+    before = read_settings(Path(config.runs_dir, config.name, _STUDY))
+    default = SearchConfig.model_fields["objectives"].default
+    if before is None or config.objectives != default or tuple(before["objectives"]) == default:
+        return config
+    kept = tuple(before["objectives"])
+    progress(f"note: The study keeps the objectives that it began with: {', '.join(kept)}")
+    return config.model_copy(update={"objectives": kept})
 
 
 def _earlier(config: SearchConfig) -> list[Trial]:
