@@ -11,7 +11,7 @@ import numpy as np
 
 from dmvae.config.likelihoods import SPECS, LikelihoodSpec, ValueTraits, suggest
 from dmvae.config.training import TrainConfig
-from dmvae.data.format.manifest import ModalityInfo
+from dmvae.data.format.manifest import Manifest, ModalityInfo
 from dmvae.data.inspection.profile import DatasetProfile
 from dmvae.data.inspection.value_stats import ValueStats
 
@@ -20,6 +20,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 _ROW_VISITS = 200_000  # epochs times training rows of a first run
 _ROWS_PER_FEATURE = 10  # with fewer, networks of this size overfit
 _DROPOUT = 0.2
+_NEARLY_ALL = 0.98  # share of the rows that have a modality, from which on it counts as never missing
 _LEAST_SIDE, _LEAST_TIME, _LEAST_LENGTH = 8, 32, 16  # from which on an order of the values is worth its networks
 
 
@@ -99,7 +100,7 @@ def suggest_run(profile: DatasetProfile, dataset: str, likelihoods: dict[str, Li
             "modalities_specific_dim": {
                 name: _between(0, int(math.log2(size) / 2), 10) for name, size in sizes.items()
             },
-            **({"sources": "subsets", "cross": "prior"} if len(sizes) > 1 else {}),
+            **_sources(manifest, profile.train),
             "decoders_dist": {name: fit.likelihood for name, fit in likelihoods.items()},
             **_unless_empty("decoder_dist_params", {name: fit.params for name, fit in likelihoods.items()}),
             "architectures": {name: _architecture(m, dropout) for name, m in manifest.modalities.items()},
@@ -114,6 +115,16 @@ def suggest_run(profile: DatasetProfile, dataset: str, likelihoods: dict[str, Li
         "evaluation": {"split": "test" if "test" in others else val},
     }
     return TrainConfig.model_validate(tree)
+
+
+def _sources(manifest: Manifest, train: str) -> dict[str, Any]:
+    """Return the sources that train what is asked for: modalities from others, or cells from the rest of their row."""
+    split = manifest.splits[train]
+    if len(manifest.modalities) == 1:
+        return {}
+    if manifest.missing_cells and min(split.observed.values()) >= _NEARLY_ALL * split.rows:
+        return {"sources": "joint"}
+    return {"sources": "subsets", "cross": "prior"}
 
 
 def _latent_dim(modalities: Iterable[ModalityInfo], num_rows: int) -> int:

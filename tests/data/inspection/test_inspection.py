@@ -468,3 +468,20 @@ def test_the_proposed_networks_are_those_for_the_kind_of_values(tmp_path: Path) 
         "text": "sequence", "answers": "skip_mlp", "table": "skip_mlp",
     }  # fmt: skip
     resolve(config, open_dataset(tmp_path / "data"))
+
+
+@pytest.mark.parametrize(("absent", "sources"), [(0, "joint"), (40, "subsets")])
+def test_where_only_cells_are_missing_they_are_what_a_run_learns_to_predict(
+    absent: int, sources: str, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(0)
+    data = {name: rng.normal(size=(400, 6)).astype(np.float32) for name in ("blood", "urine")}
+    data["blood"][rng.random((400, 6)) < 0.1] = np.nan
+    data["blood"][np.isnan(data["blood"]).all(axis=1)] = 0.0
+    present = {name: np.ones(400, bool) for name in data}
+    present["urine"][:absent] = False
+    rows = Rows(np.arange(400), data, present)
+    profile_of(tmp_path, {"train": rows.take(slice(0, 300)), "val": rows.take(slice(300, 400))})
+    found = inspect(InspectConfig(dataset=str(tmp_path / "data")), quiet).run
+    assert found is not None
+    assert TrainConfig.model_validate(tomllib.loads(found)).model.sources == sources
