@@ -183,7 +183,7 @@ def test_a_registered_model_loads_by_its_alias_and_answers_as_it_did(
     predictor, asked = Predictor.load(download(CHAMPION, old / "downloaded", TrackingConfig())), answers()
     for request in asked["asked"]:
         found = predictor.answer(asked["rows"], Request.model_validate(request["params"]))
-        assert_close(found, request["answers"], 1e-6)
+        assert_close(as_before(found), request["answers"], 1e-6)
     assert run_verb("register", ["--run", "runs/whole", "--name", "cells"]) == 0
     assert "models:/cells/1" in capsys.readouterr().out, "the same weights are the same version"
 
@@ -212,7 +212,15 @@ print(json.dumps([dmvae.__file__, answers]))
     assert done.returncode == 0, done.stderr[-2000:]
     home, found = json.loads(done.stdout.splitlines()[-1])
     assert Path(home).is_relative_to(ROOT) == bool(first)
-    assert_close(found, [request["answers"] for request in answers()["asked"]], 1e-6)
+    assert_close([as_before(each) for each in found], [request["answers"] for request in answers()["asked"]], 1e-6)
+
+
+def as_before(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return answers without the quantiles that imputed values have had since."""
+    for answer in found:
+        for imputed in answer.get("imputed", {}).values():
+            imputed.pop("quantiles", None)
+    return found
 
 
 def answers() -> dict[str, Any]:
