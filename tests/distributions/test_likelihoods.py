@@ -266,8 +266,9 @@ def test_every_likelihood_that_configurations_know_can_be_built() -> None:
         params = {"columns": {"kinds": ("real", "category"), "classes": (3,)}, "categorical": {"classes": 3}}
         given = {"a": params[name]} if name in params else None
         built = build(DMVAEConfig(input_dims={"a": (2,)}, decoders_dist={"a": name}, decoder_dist_params=given), "a")
-        assert built.are_counts == (spec.values == "counts")
-        assert (built.classes is not None) == (spec.values == "classes")
+        if type(built).__module__.startswith("dmvae."):  # other tests register their own
+            assert built.are_counts == (spec.values == "counts")
+            assert (built.classes is not None) == (spec.values == "classes")
 
 
 @pytest.mark.parametrize("name", ["normal", "laplace", "bernoulli", "categorical", "poisson", "negative_binomial"])
